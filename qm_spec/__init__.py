@@ -1,0 +1,1 @@
+"""QuickMerge++ speculative decoding for vLLM."""

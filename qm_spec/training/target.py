@@ -1,0 +1,151 @@
+"""The reference target: a small deep Llama with its own byte-level BPE, trained on a folder of text."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from qm_spec import provenance
+from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
+from qm_spec.training.loop import LoopSettings, fit
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(files: Sequence[Path], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of `vocab_size` entries, the end-of-text token (id 0) included."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(file) for file in files], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def target_config(
+    vocab_size: int, hidden_size: int, num_layers: int, intermediate_size: int, context: int
+) -> LlamaConfig:
+    """Return a Llama config with heads of 64, one key/value head for three query heads or fewer, tied ends.
+
+    Raises:
+        ValueError: the hidden size is not a multiple of 64.
+    """
+    if hidden_size % 64:
+        raise ValueError(f"train-target: hidden size must be a multiple of 64, got {hidden_size}")
+    heads = hidden_size // 64
+    groups = max(1, heads // 3) if heads % max(1, heads // 3) == 0 else heads
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=64,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+def train_target(
+    data: Sequence[Path],
+    valid: Sequence[Path],
+    out: Path,
+    *,
+    loop: LoopSettings,
+    vocab_size: int = 4096,
+    hidden_size: int = 192,
+    num_layers: int = 20,
+    intermediate_size: int = 512,
+    context: int = 4096,
+    sequence_length: int = 256,
+    init_from: Path | None = None,
+    resume: bool = False,
+) -> dict:
+    """Train a causal LM on `data` and save it in bf16 under `out`; return its provenance record.
+
+    Args:
+        data: text files or folders to train on.
+        valid: text files or folders never trained on; the first 64 windows are the validation set.
+        out: folder of the model; checkpoints are kept in `out/checkpoints`.
+        loop: see `LoopSettings`.
+        vocab_size: entries of the tokenizer; ignored with `init_from`, as are the sizes below.
+        hidden_size: a multiple of 64.
+        num_layers: decoder layers.
+        intermediate_size: width of the gated MLP.
+        context: tokens, the model's declared limit.
+        sequence_length: tokens per training window.
+        init_from: folder of a trained target to go on from, e.g. at a longer `sequence_length`.
+        resume: go on from the last checkpoint under `out`.
+
+    Raises:
+        FileNotFoundError: data or `init_from` is missing.
+        ValueError: sizes that do not fit together.
+    """
+    if init_from is not None and not (init_from / "config.json").is_file():
+        raise FileNotFoundError(f"train-target: {init_from} holds no config.json")
+    started = time.time()
+    set_seed(loop.seed)
+    files, valid_files = find_files(data), find_files(valid)
+    record: dict = {"stages": []}
+    model: torch.nn.Module
+    if init_from is not None:
+        tokenizer = AutoTokenizer.from_pretrained(init_from)
+        model = AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
+        if (init_from / "provenance.json").is_file():
+            record = json.loads((init_from / "provenance.json").read_text())
+    else:
+        tokenizer = train_tokenizer(files, vocab_size)
+        model = LlamaForCausalLM(
+            target_config(len(tokenizer), hidden_size, num_layers, intermediate_size, context)
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    train_set = TokenWindows(tokenize(tokenizer, read_documents(files)), sequence_length)
+    valid_ids = tokenize(tokenizer, read_documents(valid_files))
+    # Every novel of the validation set is heard: the windows are taken at equal distances.
+    valid_set = TokenWindows(valid_ids, sequence_length)
+    num_valid = max(1, 16384 // sequence_length)
+    valid_set.token_ids = valid_set.token_ids[:: max(1, len(valid_set) // num_valid)][:num_valid]
+    metrics = fit(model, train_set, valid_set, loop, out / "checkpoints", "target", resume)
+    model.to(torch.bfloat16).save_pretrained(out)
+    record["stages"].append(
+        {
+            "command": provenance.command(),
+            "commit": provenance.git_commit(),
+            "data_sha256": sha256_of(files),
+            "valid_sha256": sha256_of(valid_files),
+            "seed": loop.seed,
+            "steps": loop.max_steps,
+            "tokens": loop.max_steps * loop.batch_size * sequence_length,
+            "sequence_length": sequence_length,
+            "valid_loss_nats_per_token": metrics["eval_loss"],
+            "wall_hours": round((time.time() - started) / 3600, 2),
+            "versions": provenance.versions(),
+        }
+    )
+    (out / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
