@@ -107,7 +107,7 @@ def train_target(
     """
     if init_from is not None and not (init_from / "config.json").is_file():
         raise FileNotFoundError(f"train-target: {init_from} holds no config.json")
-    started = time.time()
+    started, commit = time.time(), provenance.git_commit()
     set_seed(loop.seed)
     files, valid_files = find_files(data), find_files(valid)
     record: dict = {"stages": []}
@@ -135,7 +135,7 @@ def train_target(
     record["stages"].append(
         {
             "command": provenance.command(),
-            "commit": provenance.git_commit(),
+            "commit": commit,
             "data_sha256": sha256_of(files),
             "valid_sha256": sha256_of(valid_files),
             "seed": loop.seed,
