@@ -1,0 +1,1 @@
+"""What connects qm_spec to inference engines; installed as `qm_spec.integrations`."""
