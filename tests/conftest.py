@@ -1,0 +1,45 @@
+"""Fixtures that every test file may use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what starts vLLM where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        missing = pytest.mark.skip(reason="vLLM is not installed: run ./install.sh")
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(missing)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """Look up data that is too large for the repository, such as `shared("models/stories260K")`.
+
+    It stands in the folder `shared` beside the repository, or in `$QM_SPEC_SHARED`; the test that asks for
+    what is not there is skipped.
+    """
+    folder = Path(os.environ.get("QM_SPEC_SHARED", ROOT.parent / "shared"))
+
+    def find(name: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            pytest.skip(f"{name} is not in the shared folder beside the repository (or set QM_SPEC_SHARED)")
+        return path
+
+    return find

