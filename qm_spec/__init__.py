@@ -1,1 +1,30 @@
 """QuickMerge++ speculative decoding for vLLM."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+
+def speculative_config(
+    target: str | PathLike[str], num_speculative_tokens: int | None = None
+) -> dict[str, Any]:
+    """Return the `speculative_config` with which vLLM drafts for a target by its QuickMerge drafter.
+
+    Example: `LLM(model=TARGET, speculative_config=qm_spec.speculative_config(TARGET))`
+
+    Args:
+        target: folder of the target, or a hub id that transformers can find.
+        num_speculative_tokens: K, drafted tokens per step; None takes the drafter's own.
+
+    Raises:
+        FileNotFoundError: the target has no drafter; the message says where it was looked for and
+            how to train one.
+        TypeError: K is not an integer.
+        ValueError: the drafter is another target's or broken, or K is out of range.
+    """
+    # Nothing but torch is needed to import the package.
+    from qm_spec.discovery import check_drafter, find_drafter, vllm_settings
+
+    drafter = find_drafter(str(target))
+    return vllm_settings(drafter, check_drafter(drafter, str(target), num_speculative_tokens))

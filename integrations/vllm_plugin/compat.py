@@ -1,0 +1,168 @@
+"""All that is known of vLLM's versions: the supported ones, and every patch of its code.
+
+A patch is a last resort. To add one: write a function that takes the original callable and returns
+its replacement, name it in a `Patch` below, and call `apply` where it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from qm_spec import provenance
+
+logger = logging.getLogger("vllm.plugins.qm_spec")
+
+OLDEST = (0, 32)
+NEWEST = (0, 33)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced method of vLLM.
+
+    Attributes:
+        target: `module:Class.method`.
+        parameters: the method's parameter names; with others it is not touched.
+        replacement: `module:function`, called with the original, returns what takes its place.
+        why: what it gives a user.
+        how: what the replacement does.
+        upstream: the issue that would make it needless, or `none`.
+        delete_when: the event after which it must go.
+    """
+
+    target: str
+    parameters: tuple[str, ...]
+    replacement: str
+    why: str
+    how: str
+    upstream: str
+    delete_when: str
+
+
+SPECULATIVE_MODEL_FLAG = Patch(
+    target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+    parameters=("parser",),
+    replacement="qm_spec.integrations.vllm_plugin.request:with_flag",
+    why="`vllm serve TARGET --speculative-model qm_spec`; vLLM has renamed the flag to --spec-model",
+    how="adds --speculative-model to each parser that lacks it, with the destination of --spec-model",
+    upstream="none",
+    delete_when="vLLM has a flag --speculative-model again",
+)
+
+RESOLVE_DRAFTER = Patch(
+    target="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+    parameters=("self", "target_model_config", "target_parallel_config"),
+    replacement="qm_spec.integrations.vllm_plugin.request:with_resolution",
+    why="`qm_spec` as a draft model means the drafter of this target, and a wrong one is refused early",
+    how="fills in method, path and depth on a copy of the arguments; other methods pass untouched",
+    upstream="none",
+    delete_when="vLLM has a registry of speculative methods that may resolve their own settings",
+)
+
+DRAFT_LOOP = Patch(
+    target="vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.propose",
+    parameters=(
+        "self",
+        "num_speculative_tokens",
+        "target_token_ids",
+        "target_positions",
+        "target_hidden_states",
+        "next_token_ids",
+        "token_indices_to_sample",
+        "common_attn_metadata",
+        "sampling_metadata",
+        "mm_embed_inputs",
+        "num_rejected_tokens_gpu",
+        "slot_mappings",
+    ),
+    replacement="qm_spec.integrations.vllm_plugin.proposer:with_draft_loop",
+    why="a draft step costs its arithmetic; vLLM's loop adds milliseconds of metadata to each on a CPU",
+    how="drafts all K tokens in one call for our model and is applied when that is built; others keep vLLM's",
+    upstream="none",
+    delete_when="vLLM lets a draft model bring its own loop",
+)
+
+
+def vllm_version() -> str:
+    """Return the running vLLM's version text."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def is_supported(version: str) -> bool:
+    """Say whether a vLLM version, by its first two numbers, is one that qm_spec was tested with."""
+    try:
+        release = Version(version).release
+    except InvalidVersion:
+        return False
+    return OLDEST <= release[:2] <= NEWEST
+
+
+def require_supported() -> None:
+    """Refuse a vLLM that qm_spec was not tested with; call it only when our method is asked for.
+
+    Raises:
+        RuntimeError: the running vLLM is older or newer.
+    """
+    version = vllm_version()
+    if not is_supported(version):
+        raise RuntimeError(
+            f"qm_spec {provenance.versions().get('qm_spec', '(not installed)')} supports vLLM "
+            f"{_dotted(OLDEST)} to {_dotted(NEWEST)}, found {version}; install vllm=={_dotted(NEWEST)}.*"
+        )
+
+
+def apply(patch: Patch) -> bool:
+    """Put a patch in force once; return whether it is in force.
+
+    A method that is not there, or has other parameters than the patch was written for, is left
+    alone with a warning: this may be a vLLM whose user never asks for qm_spec.
+    """
+    module_name, _, path = patch.target.partition(":")
+    class_name, _, name = path.partition(".")
+    owner = getattr(_import(module_name), class_name, None)
+    declared = inspect.getattr_static(owner, name, None)
+    if declared is None:
+        return _skip(patch, "there is no such method")
+    original = declared.__func__ if isinstance(declared, staticmethod) else declared
+    if getattr(original, "_qm_spec_patch", None) == patch.target:
+        return True
+    parameters = tuple(inspect.signature(original).parameters)
+    if parameters != patch.parameters:
+        return _skip(patch, f"its parameters are {parameters}, expected {patch.parameters}")
+    maker_module, _, maker = patch.replacement.partition(":")
+    replaced = getattr(importlib.import_module(maker_module), maker)(original)
+    replaced._qm_spec_patch = patch.target
+    setattr(owner, name, staticmethod(replaced) if isinstance(declared, staticmethod) else replaced)
+    return True
+
+
+def _import(module_name: str) -> Any:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError:
+        return None
+
+
+def _skip(patch: Patch, reason: str) -> bool:
+    logger.warning(
+        "qm_spec: %s is not patched (%s), so this is lost: %s. vLLM here is %s, qm_spec supports %s to %s.",
+        patch.target,
+        reason,
+        patch.why,
+        vllm_version(),
+        _dotted(OLDEST),
+        _dotted(NEWEST),
+    )
+    return False
+
+
+def _dotted(release: tuple[int, int]) -> str:
+    return f"{release[0]}.{release[1]}"

@@ -1,0 +1,36 @@
+"""The entry point of group `vllm.general_plugins`."""
+
+from __future__ import annotations
+
+import logging
+
+# Below `vllm`, so that its handlers and level are used, without importing vLLM here.
+logger = logging.getLogger("vllm.plugins.qm_spec")
+
+MODEL_CLASS = "qm_spec.integrations.vllm_plugin.model:QuickMergeForCausalLM"
+
+
+def register() -> None:
+    """Tell vLLM of our draft model, and make its arguments know `qm_spec`.
+
+    vLLM calls this in each of its processes, also for users who never ask for us, and does not
+    catch what it raises: an error here would stop all of them. So it is logged, and vLLM goes on
+    without us. Running twice changes nothing.
+    """
+    try:
+        _register()
+    except Exception:
+        logger.exception("qm_spec: registering failed, so vLLM runs without qm_spec")
+
+
+def _register() -> None:
+    from vllm import ModelRegistry
+
+    from qm_spec.discovery import ARCHITECTURE
+    from qm_spec.integrations.vllm_plugin import compat
+
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
+    # A flag whose value nothing resolves would end in a puzzling error of vLLM's.
+    if compat.apply(compat.RESOLVE_DRAFTER):
+        compat.apply(compat.SPECULATIVE_MODEL_FLAG)

@@ -1,0 +1,140 @@
+"""A user's request for qm_spec: how it is recognised, what is refused, and what vLLM gets instead."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qm_spec.discovery import check_drafter, find_drafter, is_drafter, vllm_settings
+from qm_spec.integrations.vllm_plugin import compat
+from qm_spec.integrations.vllm_plugin.aux_states import require_aux_hidden_states
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = logging.getLogger("vllm.plugins.qm_spec")
+
+METHOD = "qm_spec"
+FLAG = "--speculative-model"
+
+
+def with_flag(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `EngineArgs.add_cli_args` with the flag `--speculative-model`."""
+
+    @functools.wraps(original)
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        if FLAG not in parser._option_string_actions:
+            group = parser.add_argument_group("qm_spec", "Speculative decoding with a QuickMerge drafter.")
+            # The default stays that of --spec-model, which has the same destination.
+            group.add_argument(
+                FLAG,
+                dest="spec_model",
+                default=argparse.SUPPRESS,
+                metavar="qm_spec|DRAFT_DIR",
+                help="'qm_spec' finds the QuickMerge drafter of the served model; a folder names one.",
+            )
+        return parser
+
+    return add_cli_args
+
+
+def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `EngineArgs.create_speculative_config` that knows `qm_spec` and QuickMerge folders."""
+
+    @functools.wraps(original)
+    def create_speculative_config(
+        self: EngineArgs, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
+    ) -> SpeculativeConfig | None:
+        request = find_request(self)
+        if request is None:
+            return original(self, target_model_config, target_parallel_config)
+        settings = resolve(request, self, target_model_config, target_parallel_config)
+        # vLLM writes into the arguments it is given; a second engine config from them must work.
+        resolved = copy.copy(self)
+        resolved.speculative_config = settings
+        resolved.spec_method = resolved.spec_model = resolved.spec_tokens = None
+        return original(resolved, target_model_config, target_parallel_config)
+
+    return create_speculative_config
+
+
+def find_request(args: EngineArgs) -> dict[str, Any] | None:
+    """Return the merged speculative settings if they ask for a QuickMerge drafter, else None.
+
+    They do when the model is the word `qm_spec` or a folder with a QuickMerge drafter. A setting
+    that is given twice is not ours to judge: vLLM refuses it.
+    """
+    given = args.speculative_config or {}
+    settings = {key.replace("-", "_"): value for key, value in given.items()}
+    flags = {
+        "method": args.spec_method,
+        "model": args.spec_model,
+        "num_speculative_tokens": args.spec_tokens,
+    }
+    flags = {key: value for key, value in flags.items() if value is not None}
+    if flags.keys() & settings.keys():
+        return None
+    settings |= flags
+    model = settings.get("model")
+    if model == METHOD or (isinstance(model, str | Path) and is_drafter(model)):
+        return settings
+    return None
+
+
+def resolve(
+    request: dict[str, Any],
+    args: EngineArgs,
+    target_model_config: ModelConfig,
+    target_parallel_config: ParallelConfig,
+) -> dict[str, Any]:
+    """Return the settings with method, path and depth filled in, after every check.
+
+    Raises:
+        RuntimeError: this vLLM is not supported.
+        FileNotFoundError: no drafter, or files are missing.
+        TypeError, ValueError: the drafter, the depth, the target or the set-up does not fit.
+    """
+    compat.require_supported()
+    method = request.get("method")
+    if method not in (None, "eagle3"):
+        raise ValueError(
+            f"qm_spec: a QuickMerge drafter runs as method 'eagle3', got {method!r}; leave the method out"
+        )
+    _require_fitting_setup(args, target_parallel_config)
+    require_aux_hidden_states(target_model_config.architecture)
+    target, revision = target_model_config.model, target_model_config.revision
+    named = request["model"]
+    drafter = find_drafter(target, revision) if named == METHOD else Path(named)
+    depth = check_drafter(drafter, target, request.get("num_speculative_tokens"), revision)
+    logger.info("qm_spec: drafter %s, %d tokens per step", drafter, depth)
+    settings = {**request, **vllm_settings(drafter, depth)}
+    if "disable_eagle_block_drop" in request:
+        settings["disable_eagle_block_drop"] = request["disable_eagle_block_drop"]
+    return settings
+
+
+def _require_fitting_setup(args: EngineArgs, parallel: ParallelConfig) -> None:
+    if args.kv_transfer_config is not None or args.kv_offloading_size is not None:
+        raise ValueError(
+            "qm_spec: a KV connector (--kv-transfer-config, --kv-offloading-size) cannot be used with a "
+            "QuickMerge drafter, because merging in place changes pages that a connector assumes immutable; "
+            "drop one of the two"
+        )
+    for option in (
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+        "pipeline_parallel_size",
+    ):
+        size = getattr(parallel, option)
+        if size > 1:
+            raise ValueError(
+                f"qm_spec: {option} must be 1 with a QuickMerge drafter, got {size}; "
+                "use --tensor-parallel-size or --data-parallel-size"
+            )
