@@ -28,13 +28,11 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise FileNotFoundError(f"data: {path} does not exist; pass a text file or a folder of text files")
+            raise FileNotFoundError(f"data: {path} does not exist; pass a text file or a folder of them")
         found = [path] if path.is_file() else [f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES]
         files.extend(sorted(found))
     if not files:
-        raise FileNotFoundError(
-            f"data: no {', '.join(TEXT_SUFFIXES)} file below {', '.join(map(str, paths))}"
-        )
+        raise FileNotFoundError(f"data: no {', '.join(TEXT_SUFFIXES)} file below {', '.join(map(str, paths))}")
     return files
 
 
@@ -88,7 +86,7 @@ class TokenWindows(Dataset):
     def __init__(self, token_ids: np.ndarray, length: int) -> None:
         if len(token_ids) < length:
             raise ValueError(
-                f"data: {len(token_ids)} tokens do not fill one window of {length}; add text or lower the length"
+                f"data: {len(token_ids)} tokens do not fill a window of {length}; add text or lower the length"
             )
         self.token_ids = token_ids[: len(token_ids) // length * length].reshape(-1, length)
 

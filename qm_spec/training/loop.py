@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from qm_spec.training.optimizer import Muon
 
@@ -41,6 +42,9 @@ class LoopSettings:
     seed: int = 0
 
 
+_SHOWN = ("loss", "eval_loss", "eval_acceptance_length")
+
+
 class _Progress(TrainerCallback):
     """A rich bar with the last loss; one plain line per log where there is no terminal."""
 
@@ -64,7 +68,7 @@ class _Progress(TrainerCallback):
         self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = " ".join(f"{k} {v:.4g}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss"))
+        shown = " ".join(f"{k} {v:.4g}" for k, v in (logs or {}).items() if k in _SHOWN)
         if shown:
             self.bar.update(self.task, loss=shown)
             if not self.console.is_terminal:
@@ -104,6 +108,7 @@ def fit(
     work_dir: Path,
     label: str,
     resume: bool,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Train `model` in place and return its final validation metrics.
 
@@ -115,6 +120,7 @@ def fit(
         work_dir: holds the checkpoints (`checkpoint-<step>/`).
         label: what the progress bar says.
         resume: go on from the last checkpoint of `work_dir`, if there is one.
+        compute_metrics: of the model's other outputs at validation.
 
     Returns:
         The metrics of the last validation, e.g. `{"eval_loss": nats per token}`.
@@ -152,6 +158,7 @@ def fit(
         eval_dataset=valid,
         optimizers=(optimizer, None),
         callbacks=[_Progress(label), stop],
+        compute_metrics=compute_metrics,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

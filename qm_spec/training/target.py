@@ -119,9 +119,7 @@ def train_target(
             record = json.loads((init_from / "provenance.json").read_text())
     else:
         tokenizer = train_tokenizer(files, vocab_size)
-        model = LlamaForCausalLM(
-            target_config(len(tokenizer), hidden_size, num_layers, intermediate_size, context)
-        )
+        model = LlamaForCausalLM(target_config(len(tokenizer), hidden_size, num_layers, intermediate_size, context))
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     train_set = TokenWindows(tokenize(tokenizer, read_documents(files)), sequence_length)

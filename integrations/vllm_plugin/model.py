@@ -1,0 +1,142 @@
+"""The QuickMerge++ prior as vLLM's EAGLE-3 draft model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
+from vllm.model_executor.models.utils import maybe_prefix, process_eagle_weight
+
+from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.prior import PriorLayer, plain_linear
+from qm_spec.integrations.vllm_plugin import compat
+from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
+
+_PARALLEL = {
+    "column": partial(ColumnParallelLinear, gather_output=False),
+    "row": RowParallelLinear,
+    "none": ReplicatedLinear,
+}
+
+
+def _parallel_linear(inputs: int, outputs: int, split: str, name: str) -> nn.Module:
+    return _PARALLEL[split](inputs, outputs, bias=False, return_bias=False, prefix=name)
+
+
+class QuickMergeModel(nn.Module):
+    """The prior with its attention layer; vLLM puts the target's embedding into `embed_tokens`."""
+
+    def __init__(self, config: QuickMergeConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        shards = get_tensor_model_parallel_world_size()
+        # On one rank plain layers do: vLLM's may repack their weights, and the draft loop reads them.
+        linear = plain_linear if shards == 1 else _parallel_linear
+        self.layer = PriorLayer(config, linear, shards, prefix=f"{prefix}.layer.")
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
+        )
+        # vLLM reads one layer number from the name; it must lie beyond the target's layers.
+        number = vllm_config.model_config.get_total_num_hidden_layers()
+        self.attn = MergedAttention(
+            self.layer.num_heads,
+            config.head_dim,
+            config.head_dim**-0.5,
+            num_kv_heads=self.layer.num_kv_heads,
+            # The target's cache settings (sliding window, fp8) are not ours.
+            cache_config=None,
+            prefix=f"{prefix}.layers.{number}.attn",
+            attn_backend=QuickMergeBackend,
+            merge=config.merge,
+            max_rows=vllm_config.speculative_config.num_speculative_tokens + 1,
+        )
+        self.attn.impl.slopes = self.layer.slopes
+        self.attn.impl.far_bias = self.layer.far_bias
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Return the target's embeddings `[T, D]`."""
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        hidden_states: Tensor,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one draft step over all rows; `positions` are not used, see the attention layer."""
+        embedding = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        query, residual = self.layer.query(embedding, hidden_states)
+        key, value = self.layer.keys_values(hidden_states)
+        attended = self.attn(query.flatten(1), key.flatten(1), value.flatten(1))
+        return self.layer.finish(attended.view(query.shape), residual)
+
+
+class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
+    """What vLLM's EAGLE-3 proposers load; the base class is what they check for."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        nn.Module.__init__(self)
+        wrapped = vllm_config.speculative_config.draft_model_config.hf_config
+        self.config = QuickMergeConfig.from_dict(wrapped.model.to_dict())
+        self.model = QuickMergeModel(self.config, vllm_config, maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+        )
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.draft_id_to_target_id = None
+        self.use_parallel_drafting = False
+        compat.apply(compat.DRAFT_LOOP)
+
+    def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
+        """Fuse the target's auxiliary states: `[T, 3 D]` to `[T, D]`."""
+        return self.model.layer.fuse(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a drafter's `model.safetensors`.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of the wrong shape.
+        """
+        parameters = dict(self.named_parameters())
+        loaded: set[str] = set()
+        for name, weight in weights:
+            own = name if name.startswith("lm_head.") else f"model.{name}"
+            if own not in parameters:
+                raise ValueError(
+                    f"qm_spec: the drafter's weights hold {name!r}, which the prior does not have; "
+                    "the checkpoint was made by another version: train it anew with qm-spec train"
+                )
+            process_eagle_weight(self, name)
+            self._load(parameters[own], name, weight)
+            loaded.add(own)
+        shared = {name for name in parameters if name.startswith(("model.embed_tokens.", "lm_head."))}
+        missing = sorted(set(parameters) - loaded - shared)
+        if missing:
+            raise ValueError(f"qm_spec: the drafter's weights lack {missing}; copy the folder again or train it anew")
+        # The target's embedding and head replace ours after loading.
+        return loaded | shared
+
+    def _load(self, parameter: nn.Parameter, name: str, weight: Tensor) -> None:
+        shards, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        if name.endswith((".slopes", ".far_bias")):
+            weight = weight.chunk(shards)[rank]
+        elif name.endswith((".k_proj.weight", ".v_proj.weight")) and self.config.num_key_value_heads < shards:
+            # Fewer key/value heads than ranks: every rank gets the one that its query heads read.
+            heads = weight.unflatten(0, (self.config.num_key_value_heads, -1))
+            weight = heads.repeat_interleave(shards // self.config.num_key_value_heads, 0).flatten(0, 1)
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        try:
+            loader(parameter, weight)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"qm_spec: {name} has shape {list(weight.shape)}, the config asks for {list(parameter.shape)}; "
+                "config.json and model.safetensors are not of one drafter"
+            ) from error

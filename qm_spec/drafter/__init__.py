@@ -1,0 +1,1 @@
+"""The drafter: checkpoint config, the prior, its merged memory, losses and the draft loop."""
