@@ -1,0 +1,1 @@
+"""Measure acceptance and speed of speculative decoding in vLLM."""

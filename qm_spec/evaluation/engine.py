@@ -1,0 +1,215 @@
+"""Measure shards on a vLLM engine; run as a module, it is the process of one method's engine.
+
+`python -m qm_spec.evaluation.engine JOB.json EVENTS.jsonl` reads a list of shards that share one engine
+and appends one JSON object per line: `{"event": "ready"}`, then per shard
+`{"event": "progress", "shard", "done", "total"}` for every finished request and
+`{"event": "result", "shard", "result"}`. vLLM is imported here and only by the functions that run it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from qm_spec.evaluation.metrics import DraftCounts
+from qm_spec.evaluation.shards import (
+    EngineSpec,
+    PassResult,
+    RequestResult,
+    ShardResult,
+    ShardSpec,
+    TokenPrompt,
+)
+
+# Long enough for every shape of the measured part to have been met once.
+WARM_UP_TOKENS = 32
+
+
+class StepEngine(Protocol):
+    """The part of `vllm.v1.engine.llm_engine.LLMEngine` that a pass uses."""
+
+    def add_request(self, request_id: str, prompt: Any, params: Any) -> Any:
+        """Queue a request."""
+        ...
+
+    def step(self) -> Sequence[Any]:
+        """Run the model once and return the `RequestOutput`s that it changed."""
+        ...
+
+
+@dataclass
+class _Flight:
+    """A request that the engine is working on; times are the clock's seconds."""
+
+    prompt: TokenPrompt
+    started: float
+    first_token: float = 0.0
+    last_token: float = 0.0
+    num_steps: int = 0
+    token_ids: list[int] = field(default_factory=list)
+
+    def observe(self, token_ids: Sequence[int], now: float) -> None:
+        """Take the output so far; a step that brought no token (a prefill chunk) is not counted."""
+        if len(token_ids) == len(self.token_ids):
+            return
+        if not self.num_steps:
+            self.first_token = now
+        self.num_steps += 1
+        self.last_token = now
+        self.token_ids = list(token_ids)
+
+    def result(self) -> RequestResult:
+        further = len(self.token_ids) - 1
+        return RequestResult(
+            prompt_id=self.prompt.prompt_id,
+            token_ids=tuple(self.token_ids),
+            num_steps=self.num_steps,
+            ttft_s=self.first_token - self.started,
+            tpot_s=(self.last_token - self.first_token) / further if further else None,
+        )
+
+
+def run_requests(
+    engine: StepEngine,
+    prompts: Sequence[TokenPrompt],
+    sampling: Callable[[int], Any],
+    concurrency: int,
+    *,
+    on_finished: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, tuple[RequestResult, ...]]:
+    """Decode `prompts` with `concurrency` of them in flight; a finished one makes room for the next.
+
+    Args:
+        sampling: the sampling parameters of prompt number i.
+        on_finished: called after each finished request.
+
+    Returns:
+        Wall seconds, and the results in the order of `prompts`.
+    """
+    waiting = deque(range(len(prompts)))
+    flights: dict[str, _Flight] = {}
+    results: dict[int, RequestResult] = {}
+    begin = clock()
+    while waiting or flights:
+        while waiting and len(flights) < concurrency:
+            number = waiting.popleft()
+            flights[str(number)] = _Flight(prompts[number], clock())
+            prompt = {"prompt_token_ids": list(prompts[number].token_ids)}
+            engine.add_request(str(number), prompt, sampling(number))
+        outputs = engine.step()
+        now = clock()
+        for output in outputs:
+            flights[output.request_id].observe(output.outputs[0].token_ids, now)
+            if output.finished:
+                results[int(output.request_id)] = flights.pop(output.request_id).result()
+                on_finished()
+    return clock() - begin, tuple(results[number] for number in range(len(prompts)))
+
+
+def open_engine(spec: EngineSpec) -> Any:
+    """Start a vLLM engine in this process and return its `vllm.LLM`."""
+    from vllm import LLM
+
+    return LLM(
+        model=spec.target,
+        dtype=spec.dtype,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=spec.max_num_seqs,
+        enforce_eager=spec.enforce_eager,
+        seed=spec.seed,
+        speculative_config=spec.speculative_config,
+        # Every prompt is decoded several times and must be computed each time.
+        enable_prefix_caching=False,
+        # The counters are part of the statistics.
+        disable_log_stats=False,
+    )
+
+
+def read_counts(llm: Any) -> DraftCounts:
+    """Return vLLM's speculation counters since the engine started; zeros where it does not speculate."""
+    values: dict[str, Any] = {}
+    for metric in llm.get_metrics():
+        if metric.name.startswith("vllm:spec_decode_"):
+            # The count per position is vLLM's only vector among its scalar counters.
+            value = metric.values if hasattr(metric, "values") else metric.value
+            values[metric.name.removeprefix("vllm:spec_decode_")] = value
+    return DraftCounts(
+        drafts=values.get("num_drafts", 0),
+        draft_tokens=values.get("num_draft_tokens", 0),
+        accepted_tokens=values.get("num_accepted_tokens", 0),
+        accepted_per_position=tuple(values.get("num_accepted_tokens_per_pos", ())),
+    )
+
+
+def evaluate_shard(
+    spec: ShardSpec, llm: Any = None, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> ShardResult:
+    """Measure one shard: a warm-up, then `spec.repeats` passes over its prompts.
+
+    Args:
+        llm: a running `vllm.LLM` for `spec.engine`; None starts one.
+        on_progress: called with finished and total requests of the measured passes.
+    """
+    from vllm import SamplingParams
+
+    llm = open_engine(spec.engine) if llm is None else llm
+    total = spec.repeats * len(spec.prompts)
+    done = 0
+
+    def finished() -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, total)
+
+    def sampling(max_tokens: int) -> Callable[[int], Any]:
+        return lambda number: SamplingParams(
+            temperature=spec.temperature,
+            max_tokens=max_tokens,
+            # Greedy decoding draws nothing, and a seed there would only cost a generator per request.
+            seed=spec.seed + number if spec.temperature else None,
+            ignore_eos=True,
+            detokenize=False,
+        )
+
+    warm_up = spec.prompts[: spec.concurrency]
+    run_requests(llm.llm_engine, warm_up, sampling(min(WARM_UP_TOKENS, spec.max_tokens)), spec.concurrency)
+    passes = []
+    for _ in range(spec.repeats):
+        before = read_counts(llm)
+        elapsed_s, requests = run_requests(
+            llm.llm_engine, spec.prompts, sampling(spec.max_tokens), spec.concurrency, on_finished=finished
+        )
+        passes.append(PassResult(elapsed_s, read_counts(llm) - before, requests))
+    model = llm.llm_engine.model_config
+    device = llm.llm_engine.vllm_config.device_config.device_type
+    return ShardResult(str(device), str(model.dtype).removeprefix("torch."), tuple(passes))
+
+
+def main(job: Path, events: Path) -> None:
+    """Run the shards that `job` lists on one engine and append what happens to `events`."""
+    shards = [ShardSpec.from_json(fields) for fields in json.loads(job.read_text())]
+    with events.open("a", buffering=1) as stream:
+
+        def emit(**event: Any) -> None:
+            stream.write(json.dumps(event) + "\n")
+
+        llm = open_engine(shards[0].engine)
+        emit(event="ready")
+        for number, shard in enumerate(shards):
+
+            def progress(done: int, total: int, number: int = number) -> None:
+                emit(event="progress", shard=number, done=done, total=total)
+
+            result = evaluate_shard(shard, llm, progress)
+            emit(event="result", shard=number, result=result.to_json())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

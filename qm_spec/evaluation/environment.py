@@ -1,0 +1,87 @@
+"""Where a measurement runs: the machine's description and the environment of vLLM's processes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from qm_spec.provenance import versions
+
+# Memory that no allocation outgrows: freed activations then stay with the process between steps.
+_KEEP_FREED_BYTES = "10000000000"
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_engine_environment() -> dict[str, str]:
+    """Return the whole environment for a process that runs vLLM on the CPU.
+
+    It is this process's environment with vLLM's CPU settings added; a setting that the user has made
+    stays. Only `LD_PRELOAD` is extended: Intel's OpenMP runtime, which vLLM's speculation on x86 wants
+    loaded first, is put in front where this Python environment has it.
+    """
+    environment = dict(os.environ)
+    defaults = {
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        # Pinned threads of several engines would share the same cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(available_cores()),
+        "MALLOC_TRIM_THRESHOLD_": _KEEP_FREED_BYTES,
+        "MALLOC_MMAP_THRESHOLD_": _KEEP_FREED_BYTES,
+    }
+    for name, value in defaults.items():
+        environment.setdefault(name, value)
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    preloaded = environment.get("LD_PRELOAD", "")
+    if openmp.exists() and openmp.name not in preloaded:
+        environment["LD_PRELOAD"] = ":".join(filter(None, [str(openmp), preloaded]))
+    return environment
+
+
+def engine_environment(device: str) -> dict[str, str]:
+    """Return the environment of a benchmark's engine process on `device`, "cpu" or "cuda"."""
+    if device != "cpu":
+        return dict(os.environ)
+    # The engine has a process of its own already; a second one beside it would share its few cores.
+    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **cpu_engine_environment()}
+
+
+def default_device() -> str:
+    """Return "cuda" where torch finds a GPU, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return what decides a measured speed: versions, processor, cores, and the GPU where there is one."""
+    described: dict[str, Any] = {
+        "versions": versions(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_model": _cpu_model(),
+        "cpu_cores": available_cores(),
+        "device": default_device(),
+    }
+    if described["device"] == "cuda":
+        import torch
+
+        described["gpu_model"] = torch.cuda.get_device_name()
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+def _cpu_model() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

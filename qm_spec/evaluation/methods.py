@@ -1,0 +1,51 @@
+"""What each method asks of vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qm_spec.discovery.checks import vllm_settings
+from qm_spec.discovery.files import read_json
+from qm_spec.evaluation.settings import DRAFTER_METHODS, REFERENCE_METHOD
+
+DEFAULT_SPECULATIVE_TOKENS = 4
+# Longest n-gram that is looked up; longer repeats are rare in running text.
+NGRAM_PROMPT_LOOKUP_MAX = 4
+
+
+def without_far_memory(drafter: Path, folder: Path) -> Path:
+    """Make a drafter in `folder` with the same weights, but nothing kept of the tokens behind its window.
+
+    Returns:
+        `folder`, whose files are links into `drafter` except for the changed `config.json`.
+    """
+    folder.mkdir(parents=True)
+    for file in drafter.resolve().iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    config = read_json(drafter / "config.json")
+    config["quickmerge"]["schedule"] = [0]
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return folder
+
+
+def speculative_config(
+    method: str, num_speculative_tokens: int, drafter: Path | None
+) -> dict[str, Any] | None:
+    """Return vLLM's `speculative_config` for a method, None for plain decoding.
+
+    Args:
+        drafter: the folder that a method of `DRAFTER_METHODS` drafts with; other methods have none.
+    """
+    if method == REFERENCE_METHOD:
+        return None
+    if method in DRAFTER_METHODS:
+        assert drafter is not None
+        return vllm_settings(drafter, num_speculative_tokens)
+    return {
+        "method": "ngram",
+        "num_speculative_tokens": num_speculative_tokens,
+        "prompt_lookup_max": NGRAM_PROMPT_LOOKUP_MAX,
+    }

@@ -1,0 +1,105 @@
+"""The process of one engine: started, listened to, and ended whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qm_spec.evaluation.shards import ShardSpec
+
+ENGINE_COMMAND = (sys.executable, "-m", "qm_spec.evaluation.engine")
+_POLL_S = 0.1
+_END_S = 15.0
+_LOG_TAIL_LINES = 15
+
+
+class EngineError(RuntimeError):
+    """An engine process ended before it had measured everything; the message holds the end of its log."""
+
+
+def run_engine(
+    shards: Sequence[ShardSpec],
+    folder: Path,
+    log: Path,
+    environment: Mapping[str, str],
+    on_event: Callable[[dict[str, Any]], None],
+    command: Sequence[str] = ENGINE_COMMAND,
+) -> None:
+    """Run shards that share an engine in a new process and hand over its events as they come.
+
+    Args:
+        folder: an existing empty folder for the two files that the processes talk through.
+        log: takes everything that the engine prints.
+        environment: the process's whole environment.
+        on_event: see `qm_spec.evaluation.engine` for the events.
+        command: is called with the two files' paths.
+
+    Raises:
+        EngineError: the process failed or left a shard out.
+    """
+    job, events = folder / "job.json", folder / "events.jsonl"
+    job.write_text(json.dumps([shard.to_json() for shard in shards]), encoding="utf-8")
+    events.touch()
+    num_results = 0
+    with log.open("wb") as output, events.open(encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            [*command, str(job), str(events)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            # A group of its own: the terminal's Ctrl-C reaches the benchmark, which then ends the group.
+            start_new_session=True,
+        )
+        try:
+            unfinished_line = ""
+            running = True
+            while running:
+                # Asked before reading, so that a last line written before the end is still read.
+                running = process.poll() is None
+                lines = (unfinished_line + stream.read()).split("\n")
+                unfinished_line = lines.pop()
+                for event in map(json.loads, lines):
+                    num_results += event["event"] == "result"
+                    on_event(event)
+                if running:
+                    time.sleep(_POLL_S)
+        finally:
+            _end_group(process)
+    if process.returncode != 0 or num_results != len(shards):
+        raise EngineError(
+            f"engine {_ending(process.returncode)} with {num_results} of {len(shards)} settings measured; "
+            f"its log is {log} and ends with:\n{_tail(log)}"
+        )
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End the process and the helpers that it started; an engine that ignores a request is killed."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def _ending(returncode: int) -> str:
+    if returncode < 0:
+        return f"was ended by {signal.Signals(-returncode).name}"
+    return f"ended with exit code {returncode}"
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-_LOG_TAIL_LINES:]) or "(nothing)"

@@ -1,0 +1,196 @@
+"""One engine, one setting, some prompts: what is asked for and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+from qm_spec.evaluation.metrics import DraftCounts
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """A prompt as the target's token ids."""
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What decides a vLLM engine; shards with equal specs may share one.
+
+    Args:
+        target: folder of the target model.
+        speculative_config: vLLM's own setting of that name, None for plain decoding.
+        dtype: vLLM's `dtype`, "auto" included.
+        max_model_len: longest sequence in tokens, prompt and output; None for the model's own limit.
+        max_num_seqs: most requests in one step.
+        enforce_eager: run without compiled or captured graphs.
+        seed: of the engine; each request has its own (see `ShardSpec`).
+    """
+
+    target: str
+    speculative_config: dict[str, Any] | None
+    dtype: str
+    max_model_len: int | None
+    max_num_seqs: int
+    enforce_eager: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """A measurement that one call of `evaluate_shard` makes.
+
+    Args:
+        engine: the engine that it runs on.
+        prompts: decoded in this order.
+        max_tokens: output tokens of every prompt; end-of-text tokens do not stop it.
+        temperature: 0 for greedy decoding.
+        concurrency: requests kept in flight.
+        seed: request i samples with `seed + i`, whatever the method and the pass.
+        repeats: measured passes over all prompts.
+    """
+
+    engine: EngineSpec
+    prompts: tuple[TokenPrompt, ...]
+    max_tokens: int
+    temperature: float
+    concurrency: int
+    seed: int
+    repeats: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dicts and lists; `from_json` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> ShardSpec:
+        """Return the spec that `to_json` wrote."""
+        prompts = tuple(TokenPrompt(row["prompt_id"], tuple(row["token_ids"])) for row in fields["prompts"])
+        return cls(**{**fields, "engine": EngineSpec(**fields["engine"]), "prompts": prompts})
+
+
+@dataclass(frozen=True)
+class RequestResult:
+    """One prompt's output.
+
+    Args:
+        token_ids: the output.
+        num_steps: engine steps that yielded some of them.
+        ttft_s: seconds from handing in the request to its first token.
+        tpot_s: seconds per further token; None for a single token.
+    """
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    num_steps: int
+    ttft_s: float
+    tpot_s: float | None
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """All prompts decoded once.
+
+    Args:
+        elapsed_s: wall time of the engine; a sum of engine seconds once shards are merged.
+        counts: what vLLM counted during the pass.
+        requests: in the order of the prompts.
+    """
+
+    elapsed_s: float
+    counts: DraftCounts
+    requests: tuple[RequestResult, ...]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of all outputs."""
+        return sum(len(request.token_ids) for request in self.requests)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all requests; requests of one batch count each their own."""
+        return sum(request.num_steps for request in self.requests)
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        """Throughput over all requests."""
+        return self.num_output_tokens / self.elapsed_s
+
+    @property
+    def outputs(self) -> list[tuple[int, ...]]:
+        """Token ids of every request."""
+        return [request.token_ids for request in self.requests]
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What `evaluate_shard` measured.
+
+    Args:
+        device: vLLM's device type, such as "cpu" or "cuda".
+        dtype: of the target's weights as the engine resolved it, such as "float32".
+        passes: one per repeat.
+    """
+
+    device: str
+    dtype: str
+    passes: tuple[PassResult, ...]
+
+    @property
+    def median_pass(self) -> PassResult:
+        """The pass of median wall time, the faster of the middle two where their number is even."""
+        ordered = sorted(self.passes, key=lambda one: one.elapsed_s)
+        return ordered[(len(ordered) - 1) // 2]
+
+    @property
+    def repeats_identical(self) -> bool:
+        """Whether every pass put out the same token ids."""
+        return all(one.outputs == self.passes[0].outputs for one in self.passes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dicts and lists; `from_json` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> ShardResult:
+        """Return the result that `to_json` wrote."""
+        return cls(fields["device"], fields["dtype"], tuple(_pass_from_json(row) for row in fields["passes"]))
+
+
+def _pass_from_json(fields: dict[str, Any]) -> PassResult:
+    counts = {**fields["counts"], "accepted_per_position": tuple(fields["counts"]["accepted_per_position"])}
+    requests = tuple(
+        RequestResult(**{**row, "token_ids": tuple(row["token_ids"])}) for row in fields["requests"]
+    )
+    return PassResult(fields["elapsed_s"], DraftCounts(**counts), requests)
+
+
+def merge_shards(shards: Sequence[ShardResult]) -> ShardResult:
+    """Join shards of one setting pass by pass: sums of counts and engine seconds, requests in shard order.
+
+    Shards that ran side by side took less wall time than the sum; who ran them measures it.
+
+    Raises:
+        ValueError: there are no shards, or they differ in device, dtype or number of passes.
+    """
+    kinds = {(shard.device, shard.dtype, len(shard.passes)) for shard in shards}
+    if len(kinds) != 1:
+        raise ValueError(
+            "merge_shards: shards must agree in device, dtype and number of passes, got "
+            f"{sorted(kinds) or 'no shards'}; merge each setting by itself"
+        )
+    passes = tuple(
+        PassResult(
+            elapsed_s=sum(one.elapsed_s for one in parts),
+            counts=reduce(add, (one.counts for one in parts)),
+            requests=tuple(request for one in parts for request in one.requests),
+        )
+        for parts in zip(*(shard.passes for shard in shards), strict=True)
+    )
+    return ShardResult(shards[0].device, shards[0].dtype, passes)
