@@ -6,9 +6,7 @@ from os import PathLike
 from typing import Any
 
 
-def speculative_config(
-    target: str | PathLike[str], num_speculative_tokens: int | None = None
-) -> dict[str, Any]:
+def speculative_config(target: str | PathLike[str], num_speculative_tokens: int | None = None) -> dict[str, Any]:
     """Return the `speculative_config` with which vLLM drafts for a target by its QuickMerge drafter.
 
     Example: `LLM(model=TARGET, speculative_config=qm_spec.speculative_config(TARGET))`

@@ -104,9 +104,7 @@ def resolve(
     compat.require_supported()
     method = request.get("method")
     if method not in (None, "eagle3"):
-        raise ValueError(
-            f"qm_spec: a QuickMerge drafter runs as method 'eagle3', got {method!r}; leave the method out"
-        )
+        raise ValueError(f"qm_spec: a QuickMerge drafter runs as method 'eagle3', got {method!r}; leave the method out")
     _require_fitting_setup(args, target_parallel_config)
     require_aux_hidden_states(target_model_config.architecture)
     target, revision = target_model_config.model, target_model_config.revision

@@ -124,8 +124,6 @@ def _check_weights(file: Path) -> None:
         with safe_open(file, framework="pt") as weights:
             num_tensors = len(weights.keys())
     except SafetensorError as error:
-        raise ValueError(
-            f"drafter: {file} is corrupt or truncated ({error}); copy it or train it again"
-        ) from error
+        raise ValueError(f"drafter: {file} is corrupt or truncated ({error}); copy it or train it again") from error
     if not num_tensors:
         raise ValueError(f"drafter: {file} holds no tensors; train it again")

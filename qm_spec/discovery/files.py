@@ -28,9 +28,7 @@ def target_file(target: str | Path, name: str, revision: str | None = None) -> P
     try:
         found = cached_file(str(target), name, revision=revision)
     except OSError as error:
-        raise FileNotFoundError(
-            f"{target} is no folder here, and as a hub id it gave no {name}: {error}"
-        ) from error
+        raise FileNotFoundError(f"{target} is no folder here, and as a hub id it gave no {name}: {error}") from error
     return Path(found)
 
 

@@ -1,0 +1,418 @@
+"""The plug-in's entry point: what it adds to vLLM, and that it never stops a vLLM that did not ask for it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
+
+from tiny_pair import run_in_vllm, write_drafter, write_target
+from vllm import ModelRegistry
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+from qm_spec.discovery import ARCHITECTURE
+from qm_spec.integrations.vllm_plugin import aux_states, compat, register
+
+pytestmark = pytest.mark.vllm
+
+ENTRY_POINT = "qm_spec.integrations.vllm_plugin.register:register"
+LOGGER = "vllm.plugins.qm_spec"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return write_target(tmp_path / "target")
+
+
+@pytest.fixture
+def drafter(target: Path) -> Path:
+    """The drafter that `qm_spec` finds for the target."""
+    return write_drafter(target / "qm_spec", target, num_speculative_tokens=3)
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    register.register()
+
+
+@pytest.fixture
+def log() -> Iterator[list[logging.LogRecord]]:
+    """What our logger was told; `caplog` hears it once, twice or never, as vLLM has set up logging."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger(LOGGER).addHandler(handler)
+    yield records
+    logging.getLogger(LOGGER).removeHandler(handler)
+
+
+def make_args(target: Path, **arguments: Any) -> EngineArgs:
+    return EngineArgs(
+        model=str(target),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=128,
+        enforce_eager=True,
+        **arguments,
+    )
+
+
+def parse(*arguments: str) -> Any:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", "m", *arguments])
+
+
+# Registering
+
+
+def test_the_entry_point_is_installed() -> None:
+    points = importlib.metadata.entry_points(group="vllm.general_plugins", name="qm_spec")
+    assert {point.value for point in points} == {ENTRY_POINT}
+
+
+def test_registering_twice_changes_nothing() -> None:
+    def state() -> tuple[Any, ...]:
+        return (
+            ModelRegistry.models[ARCHITECTURE],
+            EngineArgs.add_cli_args,
+            EngineArgs.create_speculative_config,
+        )
+
+    before = state()
+    register.register()
+    assert state() == before
+
+
+def test_the_model_is_registered_by_name_only(tmp_path: Path) -> None:
+    code = (
+        "import sys, vllm.plugins as p; p.load_general_plugins(); from vllm import ModelRegistry; "
+        f"m = ModelRegistry.models['{ARCHITECTURE}']; "
+        "print(m.module_name, m.class_name, m.module_name in sys.modules)"
+    )
+    done = run_in_vllm(code, tmp_path)
+    assert done.stdout.splitlines()[-1] == ("qm_spec.integrations.vllm_plugin.model QuickMergeForCausalLM False"), (
+        done.stdout
+    )
+
+
+def test_importing_the_entry_point_does_nothing() -> None:
+    code = f"import sys, {ENTRY_POINT.partition(':')[0]}; print({{'vllm', 'transformers'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_an_error_while_registering_is_logged_and_goes_no_further(
+    log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(patch: compat.Patch) -> bool:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(compat, "apply", broken)
+    register.register()
+    (record,) = log
+    assert record.levelno == logging.ERROR
+    assert record.exc_info and "no such luck" in str(record.exc_info[1])
+
+
+# Patches
+
+
+def catalogue() -> list[compat.Patch]:
+    return [entry for entry in vars(compat).values() if isinstance(entry, compat.Patch)]
+
+
+@pytest.mark.parametrize("patch", catalogue(), ids=lambda patch: patch.target.partition(":")[2])
+def test_a_patch_says_why_and_until_when(patch: compat.Patch) -> None:
+    assert all((patch.why, patch.how, patch.upstream, patch.delete_when))
+
+
+@pytest.mark.parametrize("patch", catalogue(), ids=lambda patch: patch.target.partition(":")[2])
+def test_a_patch_fits_the_installed_vllm(patch: compat.Patch) -> None:
+    module, _, path = patch.target.partition(":")
+    method = attrgetter(path)(importlib.import_module(module))
+    assert tuple(inspect.signature(method).parameters) == patch.parameters
+
+
+def test_a_method_is_patched_by_one_entry() -> None:
+    targets = [patch.target for patch in catalogue()]
+    assert len(set(targets)) == len(targets)
+
+
+class Victim:
+    """Stands for a class of vLLM."""
+
+    def method(self, number: int) -> int:
+        return number
+
+    @staticmethod
+    def static(number: int) -> int:
+        return number
+
+
+def doubled(original: Callable[..., int]) -> Callable[..., int]:
+    def method(*arguments: Any) -> int:
+        return 2 * original(*arguments)
+
+    return method
+
+
+def make_patch(name: str, *parameters: str, module: str = __name__) -> compat.Patch:
+    return compat.Patch(f"{module}:Victim.{name}", parameters, f"{__name__}:doubled", "why", "how", "none", "never")
+
+
+@pytest.fixture
+def victim(monkeypatch: pytest.MonkeyPatch) -> type[Victim]:
+    fresh = type("Victim", (), {name: Victim.__dict__[name] for name in ("method", "static")})
+    monkeypatch.setattr(sys.modules[__name__], "Victim", fresh)
+    return fresh
+
+
+def test_a_patch_is_applied_once(victim: Any) -> None:
+    patch = make_patch("method", "self", "number")
+    assert compat.apply(patch) and compat.apply(patch)
+    assert victim().method(1) == 2
+
+
+def test_a_static_method_stays_static(victim: Any) -> None:
+    patch = make_patch("static", "number")
+    assert compat.apply(patch) and compat.apply(patch)
+    assert victim.static(1) == victim().static(1) == 2
+
+
+@pytest.mark.parametrize(
+    ("patch", "reason"),
+    [
+        (make_patch("method", "self", "number", "more"), "its parameters are ('self', 'number')"),
+        (make_patch("gone", "self"), "there is no such method"),
+        (make_patch("method", "self", "number", module="no.such.module"), "there is no such method"),
+    ],
+    ids=["other parameters", "no method", "no module"],
+)
+def test_what_a_patch_was_not_written_for_is_left_alone(
+    patch: compat.Patch, reason: str, victim: Any, log: list[logging.LogRecord]
+) -> None:
+    assert not compat.apply(patch)
+    assert victim().method(1) == 1
+    (record,) = log
+    assert record.levelno == logging.WARNING
+    assert reason in record.getMessage() and "supports 0.32 to 0.33" in record.getMessage()
+
+
+def test_without_resolution_there_is_no_flag_and_one_warning(
+    log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create_speculative_config(self: Any, something_else: Any) -> None: ...
+
+    def add_cli_args(parser: Any) -> Any: ...
+
+    monkeypatch.setattr(EngineArgs, "create_speculative_config", create_speculative_config)
+    monkeypatch.setattr(EngineArgs, "add_cli_args", staticmethod(add_cli_args))
+    register.register()
+    assert EngineArgs.create_speculative_config is create_speculative_config
+    assert EngineArgs.add_cli_args is add_cli_args
+    assert [record.levelno for record in log] == [logging.WARNING]
+
+
+# The flag
+
+
+@pytest.mark.parametrize("flag", ["--speculative-model", "--speculative_model", "--spec-model"])
+def test_every_spelling_sets_the_draft_model(flag: str) -> None:
+    for _ in range(2):
+        assert parse(flag, "qm_spec").spec_model == "qm_spec"
+    assert parse(f"{flag}=qm_spec").spec_model == "qm_spec"
+
+
+def test_without_the_flag_there_is_no_draft_model() -> None:
+    args = AsyncEngineArgs.from_cli_args(parse())
+    assert (args.spec_model, args.spec_method, args.spec_tokens, args.speculative_config) == (None,) * 4
+
+
+def test_a_flag_of_vllms_own_is_kept() -> None:
+    import argparse
+
+    from qm_spec.integrations.vllm_plugin.request import with_flag
+
+    def original(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.add_argument("--speculative-model", dest="theirs")
+        return parser
+
+    parsed = with_flag(original)(argparse.ArgumentParser()).parse_args(["--speculative-model", "x"])
+    assert vars(parsed) == {"theirs": "x"}
+
+
+def test_vllm_serve_lists_the_flag(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("vllm")
+    done = subprocess.run([program, "serve", "--help=speculative-model"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--speculative-model" in done.stdout and "QuickMerge drafter" in done.stdout
+
+
+# Resolution, with vLLM's whole configuration
+
+
+@pytest.mark.parametrize(
+    ("arguments", "depth"),
+    [
+        ({"spec_model": "qm_spec"}, 3),
+        ({"spec_model": "DRAFTER"}, 3),
+        ({"spec_model": "qm_spec", "spec_method": "eagle3", "spec_tokens": 5}, 5),
+        ({"speculative_config": {"model": "qm_spec"}}, 3),
+        ({"speculative_config": {"method": "eagle3", "model": "DRAFTER", "num_speculative_tokens": 2}}, 2),
+        ({"spec_model": "qm_spec", "speculative_config": {"num-speculative-tokens": 6}}, 6),
+    ],
+    ids=["word", "folder", "flags", "word in config", "folder in config", "flag and config"],
+)
+def test_every_way_of_asking_gives_the_same_engine(
+    arguments: dict[str, Any], depth: int, target: Path, drafter: Path
+) -> None:
+    arguments = json.loads(json.dumps(arguments).replace("DRAFTER", str(drafter)))
+    speculative = make_args(target, **arguments).create_engine_config().speculative_config
+    assert speculative.method == "eagle3"
+    assert speculative.model == str(drafter)
+    assert speculative.num_speculative_tokens == depth
+    assert speculative.disable_eagle_block_drop
+    assert speculative.draft_model_config.architecture == ARCHITECTURE
+    # The target's length decides, never the drafter's.
+    assert speculative.draft_model_config.max_model_len == 128
+
+
+def test_the_library_call_gives_what_the_flag_gives(target: Path, drafter: Path) -> None:
+    import qm_spec
+
+    by_call = make_args(target, speculative_config=qm_spec.speculative_config(target)).create_engine_config()
+    by_flag = make_args(target, spec_model="qm_spec").create_engine_config()
+    for name in ("method", "model", "num_speculative_tokens", "disable_eagle_block_drop"):
+        assert getattr(by_call.speculative_config, name) == getattr(by_flag.speculative_config, name)
+
+
+def test_asynchronous_engines_resolve_too(target: Path, drafter: Path) -> None:
+    args = AsyncEngineArgs.from_cli_args(parse("--speculative-model", "qm_spec"))
+    args.model, args.skip_tokenizer_init, args.dtype, args.max_model_len = str(target), True, "float32", 128
+    assert args.create_engine_config().speculative_config.model == str(drafter)
+
+
+def test_arguments_can_be_used_again(target: Path, drafter: Path) -> None:
+    given = {"model": "qm_spec", "num_speculative_tokens": 2}
+    args = make_args(target, speculative_config=given, spec_method="eagle3")
+    depths = [args.create_engine_config().speculative_config.num_speculative_tokens for _ in range(2)]
+    assert depths == [2, 2]
+    assert given == {"model": "qm_spec", "num_speculative_tokens": 2}
+    assert (args.spec_method, args.spec_model, args.speculative_config) == ("eagle3", None, given)
+
+
+def test_settings_that_a_user_made_are_kept(target: Path, drafter: Path) -> None:
+    given = {"model": "qm_spec", "disable_eagle_block_drop": False, "draft_sample_method": "probabilistic"}
+    speculative = make_args(target, speculative_config=given).create_engine_config().speculative_config
+    assert speculative.disable_eagle_block_drop is False
+    assert speculative.draft_sample_method == "probabilistic"
+
+
+def test_a_setting_given_twice_is_left_for_vllm_to_refuse(target: Path, drafter: Path) -> None:
+    args = make_args(target, spec_model="qm_spec", speculative_config={"model": "qm_spec"})
+    with pytest.raises(ValueError, match="mutually exclusive"):
+        args.create_engine_config()
+
+
+def test_other_methods_pass_untouched(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("asked for a method that is not ours")
+
+    monkeypatch.setattr(compat, "require_supported", refuse)
+    assert make_args(target).create_engine_config().speculative_config is None
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    assert make_args(target, speculative_config=ngram).create_engine_config().speculative_config.method == "ngram"
+
+
+@pytest.mark.parametrize(
+    "model", ["org/name", "s3://bucket/key", "~no_such_user/x", "\0", "FOLDER", "BROKEN", None], ids=repr
+)
+def test_other_draft_models_are_not_ours(model: str | None, target: Path, tmp_path: Path) -> None:
+    from qm_spec.integrations.vllm_plugin.request import find_request
+
+    (tmp_path / "config.json").write_text("{")
+    model = {"FOLDER": str(target), "BROKEN": str(tmp_path)}.get(model or "", model)
+    assert find_request(make_args(target, spec_model=model)) is None
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_a_folder_that_holds_no_drafter_is_refused_by_name(
+    name: str, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"Invalid repository ID or local directory .*{name}"):
+        make_args(target, spec_model=str(tmp_path / name), spec_tokens=2).create_engine_config()
+
+
+# Which targets give out their states
+
+
+def test_a_class_that_inherits_the_interface_is_known_from_its_source() -> None:
+    models = "vllm.model_executor.models"
+    # In its own bases, through a class of another module, through a package.
+    assert aux_states.declares_interface(f"{models}.llama", "LlamaForCausalLM")
+    assert aux_states.declares_interface(f"{models}.mistral", "MistralForCausalLM")
+    assert aux_states.declares_interface(f"{models}.transformers", "TransformersForCausalLM")
+    assert not aux_states.declares_interface(f"{models}.gpt2", "GPT2LMHeadModel")
+    assert not aux_states.declares_interface("no.such.module", "LlamaForCausalLM")
+
+
+def test_a_class_whose_source_says_nothing_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aux_states, "declares_interface", lambda *names: False)
+    aux_states.require_aux_hidden_states("LlamaForCausalLM")
+    with pytest.raises(ValueError, match="GPT2LMHeadModel"):
+        aux_states.require_aux_hidden_states("GPT2LMHeadModel")
+
+
+def test_an_architecture_that_vllm_does_not_know_is_left_to_vllm() -> None:
+    aux_states.require_aux_hidden_states("NoSuchModel")
+
+
+# A plug-in that cannot be loaded
+
+
+WITHOUT_US = """
+import sys
+sys.modules[sys.argv[1]] = None  # any import of it fails
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+if __name__ == "__main__":
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", sys.argv[2], "--dtype", "float32"]))
+    print("ENGINE", args.create_engine_config().model_config.architecture)
+    sys.argv = ["vllm", "serve", "--help"]
+    from vllm.entrypoints.cli.main import main
+    main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "logged"),
+    [
+        (ENTRY_POINT.partition(":")[0], "Failed to load plugin qm_spec"),
+        ("qm_spec.integrations.vllm_plugin.compat", "qm_spec: registering failed"),
+        ("qm_spec.integrations.vllm_plugin.request", "qm_spec: registering failed"),
+    ],
+    ids=["the entry point's module", "what it imports", "a patch's module"],
+)
+def test_vllm_works_without_a_plug_in_that_fails(module: str, logged: str, target: Path, tmp_path: Path) -> None:
+    done = run_in_vllm(WITHOUT_US, tmp_path, module, str(target))
+    assert done.returncode == 0, done.stdout
+    assert "ENGINE LlamaForCausalLM" in done.stdout
+    assert "usage: vllm serve" in done.stdout
+    assert logged in done.stdout and f"import of {module} halted" in done.stdout
