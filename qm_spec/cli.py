@@ -30,6 +30,9 @@ def train_target_command(
     context: Annotated[int, typer.Option(help="Declared context length in tokens.")] = 4096,
     lr: Annotated[float, typer.Option(help="Muon step of the matrices.")] = 0.02,
     adam_lr: Annotated[float, typer.Option(help="AdamW step of everything else.")] = 3e-3,
+    decay_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Last part of the steps, where lr falls to 0.")
+    ] = 0.5,
     save_steps: Annotated[int, typer.Option(min=1)] = 100,
     seed: int = 0,
     init_from: Annotated[Path | None, typer.Option(help="Go on from this trained target.")] = None,
@@ -42,7 +45,7 @@ def train_target_command(
     from qm_spec.training.loop import LoopSettings
     from qm_spec.training.target import train_target
 
-    loop = LoopSettings(max_steps, batch_size, lr, adam_lr, save_steps=save_steps, seed=seed)
+    loop = LoopSettings(max_steps, batch_size, lr, adam_lr, decay_share=decay_share, save_steps=save_steps, seed=seed)
     record = train_target(
         data,
         valid,
@@ -78,6 +81,9 @@ def train_command(
     saliency: Annotated[str, typer.Option(help="entropy or inverse_entropy.")] = "entropy",
     lr: Annotated[float, typer.Option(help="Muon step of the matrices.")] = 0.02,
     adam_lr: Annotated[float, typer.Option(help="AdamW step of everything else.")] = 3e-3,
+    decay_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Last part of the steps, where lr falls to 0.")
+    ] = 0.5,
     save_steps: Annotated[int, typer.Option(min=1)] = 100,
     seed: int = 0,
     init_from: Annotated[Path | None, typer.Option(help="Go on from this trained drafter.")] = None,
@@ -95,7 +101,9 @@ def train_command(
         target,
         data,
         out,
-        loop=LoopSettings(max_steps, batch_size, lr, adam_lr, save_steps=save_steps, seed=seed),
+        loop=LoopSettings(
+            max_steps, batch_size, lr, adam_lr, decay_share=decay_share, save_steps=save_steps, seed=seed
+        ),
         merge=MergeConfig(window, group_size, tuple(int(n) for n in schedule.split(",")), saliency),
         num_speculative_tokens=num_speculative_tokens,
         intermediate_size=intermediate_size,

@@ -128,7 +128,8 @@ def fit(
     Raises:
         KeyboardInterrupt: Ctrl-C; a checkpoint was written first.
     """
-    decay_steps = int(settings.max_steps * settings.decay_share)
+    stable_or_decay = max(0, settings.max_steps - settings.warmup_steps)
+    decay_steps = min(stable_or_decay, int(settings.max_steps * settings.decay_share))
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         max_steps=settings.max_steps,
