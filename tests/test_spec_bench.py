@@ -65,7 +65,10 @@ for number, shard in enumerate(shards):
         )
 
     elapsed = 2.0 if method == "none" else 1.0
-    passes = tuple(PassResult(elapsed, counts, decode(repeat)) for repeat in range(shard.repeats))
+    slower = 0.5 if fault == "noisy" else 0.1
+    passes = tuple(
+        PassResult(elapsed * (1 + slower * repeat), counts, decode(repeat)) for repeat in range(shard.repeats)
+    )
     result = ShardResult("cpu", shard.engine.dtype, passes)
     emit(event="result", shard=number, result=result.to_json())
 """
@@ -210,6 +213,14 @@ def test_repeats_that_differ_are_reported(settings, engine_command, monkeypatch)
     assert "ngram at 20 tokens of context put out different tokens when repeated" in benchmark.notes[-1]
 
 
+def test_passes_of_different_speed_are_reported(settings, engine_command, monkeypatch):
+    monkeypatch.setenv("FAKE_ENGINE", json.dumps({"ngram": "noisy"}))
+    benchmark = Benchmark(settings())
+    benchmark.run(quiet, engine_command)
+    (note,) = benchmark.notes
+    assert note.startswith("ngram at 20 tokens of context ran at 6.7 to 10.0 tokens/s; the machine was busy")
+
+
 def test_an_interruption_ends_the_engine_and_keeps_the_results(settings, engine_command, monkeypatch):
     monkeypatch.setenv("FAKE_ENGINE", json.dumps({"ngram": "hang"}))
     asked = settings()
@@ -227,14 +238,10 @@ def test_an_interruption_ends_the_engine_and_keeps_the_results(settings, engine_
 
 
 def test_helpers_of_a_dead_engine_are_ended(tmp_path):
-    spec = ShardSpec(
-        EngineSpec("t", None, "float32", 8, 1, True, 0), (TokenPrompt("a", (1,)),), 1, 0.0, 1, 0, 1
-    )
+    spec = ShardSpec(EngineSpec("t", None, "float32", 8, 1, True, 0), (TokenPrompt("a", (1,)),), 1, 0.0, 1, 0, 1)
     script = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
     log = tmp_path / "engine.log"
-    with pytest.raises(
-        EngineError, match=r"exit code 0 with 0 of 1 settings measured; its log is .*engine.log"
-    ):
+    with pytest.raises(EngineError, match=r"exit code 0 with 0 of 1 settings measured; its log is .*engine.log"):
         run_engine([spec], tmp_path, log, os.environ, quiet, (sys.executable, "-c", script))
     pid = int(log.read_text())
     # The signal has been sent; the system may take a moment to act on it.
@@ -307,9 +314,7 @@ def test_help_imports_nothing_heavy(tmp_path):
         "except SystemExit as end:\n    assert not end.code\n"
         "print(sorted({'torch', 'transformers', 'vllm', 'matplotlib'} & sys.modules.keys()))"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "[]"
     for option in ("--target", "--context-lengths", "--num-speculative-tokens", "Examples:"):
         assert option in found.stdout
@@ -412,9 +417,7 @@ def test_vllm_measures_a_real_model(shared, tmp_path):
     assert ngram["num_draft_tokens"] <= 3 * ngram["num_drafts"]
     assert ngram["acceptance_rate"] == ngram["num_accepted_tokens"] / ngram["num_draft_tokens"]
     assert ngram["acceptance_length"] == 1 + ngram["num_accepted_tokens"] / ngram["num_drafts"]
-    assert sum(ngram["acceptance_per_position"]) == pytest.approx(
-        ngram["num_accepted_tokens"] / ngram["num_drafts"]
-    )
+    assert sum(ngram["acceptance_per_position"]) == pytest.approx(ngram["num_accepted_tokens"] / ngram["num_drafts"])
     # Every accepted token saves a step, but for those past an output's end.
     saved = ngram["num_output_tokens"] - ngram["num_steps"]
     assert saved <= ngram["num_accepted_tokens"] <= saved + 2 * 3

@@ -24,6 +24,9 @@ from qm_spec.evaluation.settings import (
 from qm_spec.evaluation.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
 from qm_spec.provenance import command, git_commit
 
+# Slowest to fastest pass; a quiet machine stays well below.
+NOISY_SPREAD = 1.2
+
 _BUILTIN_PROMPTS = 8
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,9 +59,7 @@ class Benchmark:
         if set(settings.methods) & set(DRAFTER_METHODS):
             named = settings.draft
             self.drafter = find_drafter(settings.target) if named == FIND_DRAFT else Path(named)
-            self.num_speculative_tokens = check_drafter(
-                self.drafter, settings.target, settings.num_speculative_tokens
-            )
+            self.num_speculative_tokens = check_drafter(self.drafter, settings.target, settings.num_speculative_tokens)
         self.model_length = _model_length(settings.target)
         self.shard_prompts = self._prompts()
         self.results: dict[str, Any] = {
@@ -126,9 +127,7 @@ class Benchmark:
             for prompts in self.shard_prompts
         ]
 
-    def run(
-        self, on_progress: ProgressCallback, engine_command: Sequence[str] = ENGINE_COMMAND
-    ) -> dict[str, Any]:
+    def run(self, on_progress: ProgressCallback, engine_command: Sequence[str] = ENGINE_COMMAND) -> dict[str, Any]:
         """Measure every method and return the results; they are on disk after each setting.
 
         A method whose engine fails is listed under `failures`, and the others go on. An interruption
@@ -219,6 +218,12 @@ class Benchmark:
             self.notes.append(
                 f"{method} at {run['context_tokens']} tokens of context put out different tokens when "
                 "repeated; its numbers are those of the median pass"
+            )
+        speeds = run["output_tokens_per_s_per_pass"]
+        if max(speeds) > NOISY_SPREAD * min(speeds):
+            self.notes.append(
+                f"{method} at {run['context_tokens']} tokens of context ran at {min(speeds):.1f} to "
+                f"{max(speeds):.1f} tokens/s; the machine was busy, so its speedup is uncertain"
             )
         self.results["environment"]["dtype"] = run["dtype"]
         self.results["runs"].append(run)

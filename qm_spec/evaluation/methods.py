@@ -31,9 +31,7 @@ def without_far_memory(drafter: Path, folder: Path) -> Path:
     return folder
 
 
-def speculative_config(
-    method: str, num_speculative_tokens: int, drafter: Path | None
-) -> dict[str, Any] | None:
+def speculative_config(method: str, num_speculative_tokens: int, drafter: Path | None) -> dict[str, Any] | None:
     """Return vLLM's `speculative_config` for a method, None for plain decoding.
 
     Args:

@@ -79,9 +79,7 @@ def compare_outputs(outputs: Sequence[Sequence[int]], reference: Sequence[Sequen
         ValueError: the two hold different numbers of prompts.
     """
     if len(outputs) != len(reference):
-        raise ValueError(
-            f"compare_outputs: both must hold the same prompts, got {len(outputs)} and {len(reference)}"
-        )
+        raise ValueError(f"compare_outputs: both must hold the same prompts, got {len(outputs)} and {len(reference)}")
     positions = [
         _first_difference(ours, theirs)
         for ours, theirs in zip(outputs, reference, strict=True)

@@ -96,9 +96,7 @@ def _lengths_panel(axes: Axes, runs: Sequence[Run], contexts: Sequence[int]) -> 
     axes.set(xlabel="context in tokens", ylabel="acceptance length", xscale="log")
     axes.set_title("by context, bonus token included", fontsize=9)
     for method in _methods(runs):
-        points = sorted(
-            (run["context_tokens"], run["acceptance_length"]) for run in runs if run["method"] == method
-        )
+        points = sorted((run["context_tokens"], run["acceptance_length"]) for run in runs if run["method"] == method)
         axes.plot(*zip(*points, strict=True), color=_COLOURS[method], marker=_MARKERS[method], label=method)
     axes.set_xticks(contexts, [str(context) for context in contexts])
     axes.minorticks_off()
@@ -118,12 +116,8 @@ def _speedup_figure(runs: Sequence[Run]) -> Figure:
     width = 0.8 / len(methods)
     for i, method in enumerate(methods):
         mine = [run for run in runs if run["method"] == method and run[key] is not None]
-        places = [
-            contexts.index(run["context_tokens"]) + (i - (len(methods) - 1) / 2) * width for run in mine
-        ]
-        bars = axes.bar(
-            places, [run[key] for run in mine], 0.92 * width, color=_COLOURS[method], label=method
-        )
+        places = [contexts.index(run["context_tokens"]) + (i - (len(methods) - 1) / 2) * width for run in mine]
+        bars = axes.bar(places, [run[key] for run in mine], 0.92 * width, color=_COLOURS[method], label=method)
         axes.bar_label(bars, fmt="%.2f" if key == "speedup" else "%.0f", fontsize=8, padding=2)
     if key == "speedup":
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--")

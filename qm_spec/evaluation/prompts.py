@@ -68,9 +68,7 @@ def _prompt(line: str, place: str, number: int) -> Prompt:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"prompts: {place} must be a JSON object, got {line.strip()[:60]!r} ({error})"
-        ) from error
+        raise ValueError(f"prompts: {place} must be a JSON object, got {line.strip()[:60]!r} ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"prompts: {place} must be a JSON object, got {type(row).__name__}")
     prompt_id = str(row.get("id", row.get("question_id", number)))

@@ -76,9 +76,7 @@ class BenchmarkSettings:
             raise ValueError(f"seed: must be 0 or above, got {self.seed}")
         lengths = self.context_lengths
         if lengths is not None and (not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths)):
-            raise ValueError(
-                f"context_lengths: must be different numbers of tokens from 1, got {list(lengths)}"
-            )
+            raise ValueError(f"context_lengths: must be different numbers of tokens from 1, got {list(lengths)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, got {self.dtype}")
         if not (self.target / "config.json").is_file():

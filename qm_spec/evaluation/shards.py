@@ -165,9 +165,7 @@ class ShardResult:
 
 def _pass_from_json(fields: dict[str, Any]) -> PassResult:
     counts = {**fields["counts"], "accepted_per_position": tuple(fields["counts"]["accepted_per_position"])}
-    requests = tuple(
-        RequestResult(**{**row, "token_ids": tuple(row["token_ids"])}) for row in fields["requests"]
-    )
+    requests = tuple(RequestResult(**{**row, "token_ids": tuple(row["token_ids"])}) for row in fields["requests"])
     return PassResult(fields["elapsed_s"], DraftCounts(**counts), requests)
 
 

@@ -33,8 +33,7 @@ def lossless_cell(run: Run) -> str:
     if run["lossless"]:
         return "yes"
     return (
-        f"no: {run['num_prompts_different']} of {run['num_prompts']} prompts, first at token "
-        f"{run['first_difference']}"
+        f"no: {run['num_prompts_different']} of {run['num_prompts']} prompts, first at token {run['first_difference']}"
     )
 
 
