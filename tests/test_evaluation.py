@@ -299,15 +299,11 @@ class WordTokenizer:
 
 def test_messages_go_through_the_chat_template(tmp_path):
     rows = read_prompts(
-        write_rows(
-            tmp_path / "p.jsonl", '{"messages": [{"role": "user", "content": "abc de"}]}', '{"text": "ab"}'
-        )
+        write_rows(tmp_path / "p.jsonl", '{"messages": [{"role": "user", "content": "abc de"}]}', '{"text": "ab"}')
     )
     found = tokenize_prompts(rows, WordTokenizer("template"))
     assert [one.token_ids for one in found] == [(1, 3, 2, 6), (1, 2)]
-    with pytest.raises(
-        ValueError, match="prompts: 1 has messages, but the target's tokenizer has no chat template"
-    ):
+    with pytest.raises(ValueError, match="prompts: 1 has messages, but the target's tokenizer has no chat template"):
         tokenize_prompts(rows, WordTokenizer())
 
 
@@ -401,9 +397,7 @@ def test_the_window_drafter_differs_in_its_schedule_alone(tmp_path):
 
 def record(method="qm_spec", result=None, reference=None, **changes):
     result = result or ShardResult("cpu", "float32", (one_pass(2.0, (1, 2, 3), (4, 5, 6)),))
-    return run_record(
-        method, shard_spec(**changes), result, reference, target="t", draft=None, context_cut=True
-    )
+    return run_record(method, shard_spec(**changes), result, reference, target="t", draft=None, context_cut=True)
 
 
 def test_a_record_has_the_issue_fields_and_consistent_numbers():

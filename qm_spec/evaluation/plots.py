@@ -16,6 +16,9 @@ Run = dict[str, Any]
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS = dict(zip(METHODS, ("#999999", "#E69F00", "#0072B2", "#56B4E9"), strict=True))
 _MARKERS = dict(zip(METHODS, ("s", "^", "o", "D"), strict=True))
+# The window's curve may lie on the full drafter's, which must show through.
+_STYLES = dict(zip(METHODS, ("-", "-", "-", "--"), strict=True))
+_FILLS = dict(zip(METHODS, ("full", "full", "full", "none"), strict=True))
 _DPI = 150
 
 
@@ -57,6 +60,15 @@ def _clean(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+def _line_style(method: str) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[method],
+        "marker": _MARKERS[method],
+        "linestyle": _STYLES[method],
+        "fillstyle": _FILLS[method],
+    }
+
+
 def _acceptance_figure(runs: Sequence[Run]) -> Figure:
     """By position for the shortest context; with several contexts, acceptance length over them as well."""
     contexts = _contexts(runs)
@@ -83,8 +95,7 @@ def _positions_panel(axes: Axes, runs: Sequence[Run], context: int) -> None:
         axes.plot(
             range(1, len(rates) + 1),
             rates,
-            color=_COLOURS[run["method"]],
-            marker=_MARKERS[run["method"]],
+            **_line_style(run["method"]),
             label=f"{run['method']} (length {run['acceptance_length']:.2f})",
         )
     axes.set_xticks(range(1, max(len(run["acceptance_per_position"]) for run in runs) + 1))
@@ -97,7 +108,7 @@ def _lengths_panel(axes: Axes, runs: Sequence[Run], contexts: Sequence[int]) -> 
     axes.set_title("by context, bonus token included", fontsize=9)
     for method in _methods(runs):
         points = sorted((run["context_tokens"], run["acceptance_length"]) for run in runs if run["method"] == method)
-        axes.plot(*zip(*points, strict=True), color=_COLOURS[method], marker=_MARKERS[method], label=method)
+        axes.plot(*zip(*points, strict=True), **_line_style(method), label=method)
     axes.set_xticks(contexts, [str(context) for context in contexts])
     axes.minorticks_off()
     axes.set_ylim(bottom=1)
