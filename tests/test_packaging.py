@@ -57,9 +57,7 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (samples / name).write_text("sample")
     out = tmp_path_factory.mktemp("wheel")
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out)]
-    built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, str(tree)], capture_output=True, text=True
-    )
+    built = subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(tree)], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     [path] = out.glob("*.whl")
     return path

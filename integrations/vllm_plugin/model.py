@@ -83,6 +83,8 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
     """What vLLM's EAGLE-3 proposers load; the base class is what they check for."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        # A config that was built by hand has not been through our patches, which check this first.
+        compat.require_supported()
         nn.Module.__init__(self)
         wrapped = vllm_config.speculative_config.draft_model_config.hf_config
         self.config = QuickMergeConfig.from_dict(wrapped.model.to_dict())

@@ -1,0 +1,201 @@
+"""vLLM decodes with our drafter what it decodes without: offline and over HTTP, on the shipped pair."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import qm_spec
+from qm_spec.discovery import find_drafter
+from qm_spec.evaluation.environment import engine_environment
+
+pytestmark = pytest.mark.vllm
+
+ZOO = Path(qm_spec.__file__).parent / "zoo" / "novels"
+TARGET = ZOO / "target"
+NUM_TOKENS = 48
+
+# Run in a process of its own: an engine leaves threads and global state behind.
+OFFLINE = """
+import json, sys
+job = json.load(open(sys.argv[1]))
+from vllm import LLM, SamplingParams
+llm = LLM(max_model_len=1024, dtype="float32", enforce_eager=True, disable_log_stats=False, seed=0, **job["engine"])
+answers = []
+for request in job["requests"]:
+    sampling = SamplingParams(ignore_eos=True, **request["sampling"])
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
+    answers.append([list(output.outputs[0].token_ids) for output in outputs])
+try:
+    llm.generate([{"prompt_token_ids": [5] * 2000}], SamplingParams(max_tokens=1), use_tqdm=False)
+    too_long = "accepted"
+except Exception as error:
+    too_long = str(error)
+after = llm.generate([{"prompt_token_ids": request["prompts"][0]}], sampling, use_tqdm=False)
+counters = {m.name: getattr(m, "value", None) for m in llm.get_metrics() if "spec_decode" in m.name}
+json.dump(
+    {"answers": answers, "counters": counters, "too_long": too_long, "after": list(after[0].outputs[0].token_ids)},
+    open(sys.argv[2], "w"),
+)
+"""
+
+
+def run_offline(folder, engine, requests):
+    job, result = folder / "job.json", folder / "result.json"
+    job.write_text(json.dumps({"engine": engine, "requests": requests}))
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, str(job), str(result)],
+        env=engine_environment("cpu"),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answer = json.loads(result.read_text())
+    answer["log"] = done.stdout + done.stderr
+    return answer
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """Twenty prompts of 8 to 560 tokens in batches, and one greedy request alone, so that pages fill and merge."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    texts = [json.loads(line)["text"] for line in (ZOO / "prompts.jsonl").read_text().splitlines()[:20]]
+    lengths = [8, 16, 17, 100, 127, 128, 129, 143, 144, 145, 200, 256, 257, 300, 320, 400, 450, 500, 512, 560]
+    prompts = [tokenizer(text)["input_ids"][:n] for text, n in zip(texts, lengths, strict=True)]
+    greedy = {"temperature": 0, "max_tokens": NUM_TOKENS}
+    return [{"prompts": prompts, "sampling": greedy}, {"prompts": prompts[-1:], "sampling": greedy}]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, requests):
+    return run_offline(tmp_path_factory.mktemp("plain"), {"model": str(TARGET)}, requests)
+
+
+@pytest.fixture(scope="module")
+def drafted(tmp_path_factory, requests):
+    engine = {"model": str(TARGET), "speculative_config": qm_spec.speculative_config(TARGET)}
+    return run_offline(tmp_path_factory.mktemp("drafted"), engine, requests)
+
+
+def test_twenty_greedy_outputs_are_token_identical(plain, drafted):
+    different = [n for n, (a, b) in enumerate(zip(plain["answers"][0], drafted["answers"][0], strict=True)) if a != b]
+    assert not different, f"prompts {different} differ"
+    assert plain["answers"][1] == drafted["answers"][1]
+    assert all(len(ids) == NUM_TOKENS for ids in drafted["answers"][0])
+
+
+def test_metrics_count_the_drafts(drafted, plain):
+    counters = drafted["counters"]
+    drafts, tokens = counters["vllm:spec_decode_num_drafts"], counters["vllm:spec_decode_num_draft_tokens"]
+    accepted = counters["vllm:spec_decode_num_accepted_tokens"]
+    # A request may end before its last drafts are verified, so a few steps draft fewer than four.
+    assert drafts > 0 and 3.5 * drafts < tokens <= 4 * drafts
+    assert 0.2 * tokens < accepted < tokens, "the shipped drafter is accepted, but not always"
+    assert not any(plain["counters"].values())
+
+
+def test_a_prompt_longer_than_the_model_is_refused_and_the_engine_goes_on(plain, drafted):
+    for answer in (plain, drafted):
+        assert "1024" in answer["too_long"] and "2000" in answer["too_long"], answer["too_long"]
+    assert drafted["after"] == plain["after"]
+
+
+def test_vllms_own_loop_drafts_the_same(tmp_path, requests, drafted):
+    """Without the proposer patch the same model runs through vLLM's draft loop and attention backend."""
+    engine = {"model": str(TARGET), "speculative_config": qm_spec.speculative_config(TARGET)}
+    unpatched = OFFLINE.replace(
+        "from vllm import LLM",
+        "from qm_spec.integrations.vllm_plugin import compat\n"
+        "apply = compat.apply\n"
+        "compat.apply = lambda patch: patch is compat.DRAFT_LOOP or apply(patch)\n"
+        "from vllm import LLM",
+    )
+    assert unpatched != OFFLINE
+    job, result = tmp_path / "job.json", tmp_path / "result.json"
+    job.write_text(json.dumps({"engine": engine, "requests": requests}))
+    command = [sys.executable, "-c", unpatched, str(job), str(result)]
+    done = subprocess.run(command, env=engine_environment("cpu"), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    answer = json.loads(result.read_text())
+    assert answer["answers"] == drafted["answers"]
+    name = "vllm:spec_decode_num_accepted_tokens"
+    # Groups are merged up to K tokens later there, so drafts may differ a little, acceptance hardly.
+    assert abs(answer["counters"][name] - drafted["counters"][name]) < 0.05 * drafted["counters"][name]
+
+
+def test_prefix_caching_keeps_outputs_and_acceptance(tmp_path, requests, plain, drafted):
+    """The same batch twice: the second time its pages come from the cache, merged already."""
+    engine = {
+        "model": str(TARGET),
+        "speculative_config": qm_spec.speculative_config(TARGET),
+        "enable_prefix_caching": True,
+        "max_num_seqs": 4,
+    }
+    answer = run_offline(tmp_path, engine, [requests[0], requests[0]])
+    assert answer["answers"] == [plain["answers"][0]] * 2
+    assert answer["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+@contextmanager
+def server(arguments, log):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(TARGET), *arguments),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "512", "--served-model-name", "novels"),
+    ]
+    environment = {**engine_environment("cpu"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, log.read_text()[-4000:]
+                assert time.monotonic() < deadline, log.read_text()[-4000:]
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def complete(url, ids):
+    body = {"model": "novels", "prompt": ids, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
+    body["return_token_ids"] = True
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        return json.load(reply)["choices"][0]["token_ids"]
+
+
+def test_serve_by_name_over_http(tmp_path, requests, plain):
+    with server(["--speculative-model", "qm_spec"], tmp_path / "log") as url:
+        for number in (3, 11):
+            assert complete(url, requests[0]["prompts"][number]) == plain["answers"][0][number][:32]
+        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
+            metrics = reply.read().decode()
+    accepted = [line for line in metrics.splitlines() if line.startswith("vllm:spec_decode_num_accepted_tokens_total")]
+    assert accepted and float(accepted[0].split()[-1]) > 0
+
+
+def test_serve_by_speculative_config_over_http(tmp_path, requests, plain):
+    config = {"method": "eagle3", "model": str(find_drafter(TARGET)), "num_speculative_tokens": 2}
+    with server(["--speculative-config", json.dumps(config)], tmp_path / "log") as url:
+        assert complete(url, requests[0]["prompts"][5]) == plain["answers"][0][5][:32]

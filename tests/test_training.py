@@ -1,0 +1,139 @@
+"""The trainers learn, resume where they stopped, and refuse what they cannot train on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from qm_spec.cli import app
+from qm_spec.config import MergeConfig
+from qm_spec.discovery import check_drafter
+from qm_spec.drafter.losses import AlignmentHeads, distillation_loss, fidelity_loss
+from qm_spec.drafter.memory import merge_levels
+from qm_spec.training.data import TokenWindows, find_files, read_documents
+from qm_spec.training.optimizer import Muon, orthogonalize
+
+TEXT = "the cat sat on the mat and the dog ran to the red house while it rained on the hill. " * 200
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A text, and a target trained on it for a few steps."""
+    base = tmp_path_factory.mktemp("training")
+    (base / "text").mkdir()
+    (base / "text" / "a.txt").write_text(TEXT)
+    done = invoke(
+        *("train-target", "--data", base / "text", "--valid", base / "text", "--out", base / "target"),
+        *("--max-steps", 30, "--batch-size", 4, "--sequence-length", 64, "--hidden-size", 64, "--num-layers", 4),
+        *("--intermediate-size", 128, "--vocab-size", 300, "--context", 256, "--save-steps", 30),
+    )
+    assert done.exit_code == 0, done.output
+    return base
+
+
+def train(folder, out, *arguments):
+    return invoke(
+        *("train", "--target", folder / "target", "--data", folder / "text", "--out", out, "--batch-size", 2),
+        *("--sequence-length", 96, "--rows-per-window", 16, "--window", 24, "--group-size", 8),
+        *("--schedule", "4,1", "--num-speculative-tokens", 2, "--save-steps", 10, *arguments),
+    )
+
+
+def test_the_target_learns_and_says_how_it_was_made(folder):
+    record = json.loads((folder / "target" / "provenance.json").read_text())["stages"][0]
+    assert record["valid_loss_nats_per_token"] < 4.5, "below the entropy of 300 equal tokens (5.7) by far"
+    assert record["tokens"] == 30 * 4 * 64 and len(record["data_sha256"]) == 64
+
+
+def test_the_drafter_learns_and_fits_its_target(folder, tmp_path):
+    done = train(folder, tmp_path / "drafter", "--max-steps", 40, "--regenerated-tokens", 3000)
+    assert done.exit_code == 0, done.output
+    assert check_drafter(tmp_path / "drafter", folder / "target") == 2
+    record = json.loads((tmp_path / "drafter" / "provenance.json").read_text())
+    # On a text of one sentence even a short training predicts most tokens.
+    assert record["valid_acceptance_length_teacher_forced"] > 1.5
+    assert record["regenerated_tokens"] > 0
+
+
+def test_an_interrupted_run_resumes_from_its_checkpoint(folder, tmp_path, monkeypatch):
+    from qm_spec.training import drafter
+
+    out = tmp_path / "drafter"
+    kept = {}
+
+    def crash_at_the_end(*args, **kwargs):
+        kept["steps"] = sorted(p.name for p in (out / "work" / "checkpoints").iterdir())
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drafter.QuickMergePrior, "save_pretrained", crash_at_the_end)
+        assert isinstance(train(folder, out, "--max-steps", 20).exception, RuntimeError)
+    assert kept["steps"] == ["checkpoint-20"]
+    done = train(folder, out, "--max-steps", 25, "--resume")
+    assert done.exit_code == 0, done.output
+    # Steps 21 to 25 only: the log of a fresh run would begin at step 10.
+    assert "step 20/25" not in done.output and "step 25/25" in done.output
+
+
+def test_missing_data_and_targets_are_named(folder, tmp_path):
+    missing = invoke("train", "--target", folder / "target", "--data", tmp_path / "no", "--out", tmp_path / "d")
+    assert isinstance(missing.exception, FileNotFoundError) and "does not exist" in str(missing.exception)
+    nowhere = invoke("train", "--target", tmp_path / "no", "--data", folder / "text", "--out", tmp_path / "d")
+    assert nowhere.exception is not None and "config.json" in str(nowhere.exception)
+
+
+def test_text_shorter_than_a_window_is_refused():
+    with pytest.raises(ValueError, match="10 tokens do not fill a window of 64"):
+        TokenWindows(np.arange(10, dtype=np.int32), 64)
+
+
+def test_jsonl_needs_a_text_field(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"txet": "two"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2 has no 'text' field"):
+        list(read_documents(find_files([tmp_path])))
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 40), (3, 40, 16)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_muon_leaves_frozen_and_unused_parameters_alone():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "frozen": torch.nn.Linear(4, 4)})
+    model["frozen"].requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = Muon(model.named_parameters())
+    model["a"](torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"a.weight", "a.bias"}
+
+
+def test_losses_have_the_right_zero_and_gradients():
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    assert distillation_loss(logits, logits).abs() < 1e-6
+    distillation_loss(logits, torch.randn(2, 3, 7)).backward()
+    assert logits.grad.abs().sum() > 0
+
+    config = MergeConfig(window=12, group_size=4, schedule=(2, 1))
+    keys = torch.randn(1, 2, 16, 8)
+    constant = torch.ones(1, 2, 16, 8)
+    assert fidelity_loss(constant, merge_levels(keys, constant, config)) < 1e-6, "equal tokens lose nothing"
+    values = torch.randn(1, 2, 16, 8, requires_grad=True)
+    loss = fidelity_loss(values, merge_levels(keys, values, config))
+    assert loss > 0.01
+    loss.backward()
+    assert values.grad.abs().sum() > 0
+
+    heads = AlignmentHeads(8)
+    tokens = torch.randn(1, 6, 8, requires_grad=True)
+    heads(tokens).backward()
+    assert tokens.grad.abs().sum() > 0 and heads.backward_head.weight.grad.abs().sum() > 0
