@@ -153,4 +153,5 @@ class QuickMergePrior(PreTrainedModel):
             module.reset_biases(self.config.merge.window)
             # The first prior is the identity on the fused state plus what it learns.
             for projection in (module.o_proj, module.down_proj, module.in_proj):
-                nn.init.zeros_(projection.weight)
+                for weight in projection.parameters():
+                    nn.init.zeros_(weight)

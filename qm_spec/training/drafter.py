@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers.trainer_utils import EvalPrediction
 
 from qm_spec import provenance
 from qm_spec.config import MergeConfig
@@ -20,7 +21,7 @@ from qm_spec.drafter.attention import draft_attention
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.losses import AlignmentHeads, distillation_loss, fidelity_loss
 from qm_spec.drafter.memory import Memory, merge_levels
-from qm_spec.drafter.prior import NUM_AUX_STATES, QuickMergePrior
+from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.loop import LoopSettings, fit
 from qm_spec.training.regenerate import regenerate
@@ -101,8 +102,13 @@ class DraftTraining(nn.Module):
         self.alignment = AlignmentHeads(config.num_key_value_heads * config.head_dim)
         self.rows_per_window = rows_per_window
         target.requires_grad_(False).eval()
-        # Not a submodule: checkpoints hold what is trained and nothing else.
-        object.__setattr__(self, "target", target)
+        # In a tuple it is no submodule: checkpoints hold what is trained and nothing else.
+        self._target = (target,)
+
+    @property
+    def target(self) -> PreTrainedModel:
+        """The frozen target."""
+        return self._target[0]
 
     @torch.no_grad()
     def read_target(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +194,7 @@ class DraftTraining(nn.Module):
         return {"loss": loss, "accepted": accepted}
 
 
-def _acceptance(prediction) -> dict[str, float]:
+def _acceptance(prediction: EvalPrediction) -> dict[str, float]:
     return {"acceptance_length": 1 + float(np.mean(prediction.predictions))}
 
 
@@ -283,6 +289,3 @@ def train_drafter(
     (out / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(work / "checkpoints")
     return record
-
-
-__all__ = ["NUM_AUX_STATES", "DraftTraining", "default_aux_layers", "drafter_config", "train_drafter"]

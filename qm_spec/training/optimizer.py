@@ -54,7 +54,8 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in named_parameters:
             if parameter.requires_grad:
                 is_table = "embed" in name or "lm_head" in name
@@ -89,11 +90,12 @@ class Muon(torch.optim.Optimizer):
         for shape, parameters in by_shape.items():
             updates = []
             for parameter in parameters:
-                state = self.state[parameter]
+                gradient, state = parameter.grad, self.state[parameter]
+                assert gradient is not None
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
+                state["momentum"].lerp_(gradient, 1 - group["momentum"])
+                updates.append(gradient.lerp(state["momentum"], group["momentum"]))
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             for parameter, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])

@@ -21,7 +21,7 @@ def regenerate(
     num_tokens: int,
     work_dir: Path,
     seed: int,
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> np.ndarray:
     """Let the target continue passages of the data, greedily and by sampling in turn.
 

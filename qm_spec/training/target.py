@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     set_seed,
 )
@@ -111,7 +112,7 @@ def train_target(
     set_seed(loop.seed)
     files, valid_files = find_files(data), find_files(valid)
     record: dict = {"stages": []}
-    model: torch.nn.Module
+    model: PreTrainedModel
     if init_from is not None:
         tokenizer = AutoTokenizer.from_pretrained(init_from)
         model = AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
