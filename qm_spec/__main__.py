@@ -6,12 +6,15 @@ from importlib.util import find_spec
 
 
 def main() -> None:
-    """Run the command line; without the packages it is made of, exit with a sentence that names them."""
+    """Run the command line; wrong input and missing packages end it with a sentence, not a traceback."""
     if find_spec("typer") is None:
         raise SystemExit("qm-spec: the command line needs typer; install it with: pip install 'qm_spec[train]'")
     from qm_spec.cli import app
 
-    app(prog_name="qm-spec")
+    try:
+        app(prog_name="qm-spec")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

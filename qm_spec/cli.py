@@ -1,4 +1,4 @@
-"""`qm-spec`: train a reference target, train a drafter for a target, show what is installed."""
+"""`qm-spec`: train a drafter for a target, or a small target to try things on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help=__doc__,
+    # __main__ turns what the user can mend into a sentence; the rest keeps its plain traceback.
+    pretty_exceptions_enable=False,
+)
 
 
 @app.callback()

@@ -14,7 +14,8 @@ pytest.importorskip("transformers", reason="transformers is not installed: run .
 from tiny_pair import NUM_WEIGHTS, edit_json, write_drafter, write_target
 
 import qm_spec
-from qm_spec.discovery import ARCHITECTURE, check_drafter, find_drafter, search, target_fingerprint
+from qm_spec.config import ARCHITECTURE
+from qm_spec.discovery import check_drafter, find_drafter, search, target_fingerprint
 
 # window 32 - group 8 - 1
 DEEPEST = 23

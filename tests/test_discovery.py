@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: run .
 from tiny_pair import edit_json, write_drafter, write_target
 
 import qm_spec
-from qm_spec.discovery import ARCHITECTURE, find_drafter, search, target_fingerprint
+from qm_spec.discovery import find_drafter, search, target_fingerprint
 
 
 @pytest.fixture
@@ -245,12 +245,6 @@ def test_a_moved_pair_still_belongs_together(target: Path, tmp_path: Path) -> No
     write_drafter(target / "qm_spec", target)
     shutil.copytree(target, tmp_path / "copy")
     assert qm_spec.speculative_config(tmp_path / "copy")["model"] == str(tmp_path / "copy" / "qm_spec")
-
-
-def test_the_architecture_is_the_checkpoint_formats() -> None:
-    from qm_spec.drafter.config import ARCHITECTURE as SAVED
-
-    assert ARCHITECTURE == SAVED
 
 
 def test_importing_the_package_and_discovery_loads_nothing_heavy() -> None:

@@ -21,7 +21,7 @@ from tiny_pair import run_in_vllm, write_drafter, write_target
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
-from qm_spec.discovery import ARCHITECTURE
+from qm_spec.config import ARCHITECTURE
 from qm_spec.integrations.vllm_plugin import aux_states, compat, register
 
 pytestmark = pytest.mark.vllm

@@ -1,6 +1,9 @@
 """The trainers learn, resume where they stopped, and refuse what they cannot train on."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -86,6 +89,29 @@ def test_missing_data_and_targets_are_named(folder, tmp_path):
     assert isinstance(missing.exception, FileNotFoundError) and "does not exist" in str(missing.exception)
     nowhere = invoke("train", "--target", tmp_path / "no", "--data", folder / "text", "--out", tmp_path / "d")
     assert nowhere.exception is not None and "config.json" in str(nowhere.exception)
+
+
+def test_the_program_ends_with_a_sentence_on_wrong_input(folder, tmp_path):
+    command = [sys.executable, "-m", "qm_spec", "train", "--target", folder / "target", "--data", tmp_path / "no"]
+    done = subprocess.run([*command, "--out", tmp_path / "d"], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("error: data:") and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(folder, tmp_path):
+    out = tmp_path / "drafter"
+    command = [sys.executable, "-u", "-m", "qm_spec", "train", "--target", folder / "target"]
+    command += ["--data", folder / "text", "--out", out, "--max-steps", "100000", "--batch-size", "1"]
+    command += ["--sequence-length", "64", "--rows-per-window", "4", "--window", "24", "--group-size", "8"]
+    command += ["--schedule", "4,1", "--num-speculative-tokens", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "--resume" in errors
+    assert len(list((out / "work" / "checkpoints").glob("checkpoint-*/trainer_state.json"))) == 1
 
 
 def test_text_shorter_than_a_window_is_refused():

@@ -26,7 +26,7 @@ def register() -> None:
 def _register() -> None:
     from vllm import ModelRegistry
 
-    from qm_spec.discovery import ARCHITECTURE
+    from qm_spec.config import ARCHITECTURE
     from qm_spec.integrations.vllm_plugin import compat
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():

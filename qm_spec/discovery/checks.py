@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qm_spec.config import MergeConfig
+from qm_spec.config import ARCHITECTURE, MergeConfig
 from qm_spec.discovery.files import read_json
 from qm_spec.discovery.fingerprint import target_fingerprint
-
-ARCHITECTURE = "Eagle3QuickMergeForCausalLM"
 
 
 def is_drafter(folder: str | Path) -> bool:

@@ -168,5 +168,6 @@ def fit(
     checkpoint = get_last_checkpoint(str(work_dir)) if resume and work_dir.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.interrupted:
-        raise KeyboardInterrupt(f"stopped; the same command with --resume goes on from {work_dir}")
+        Console(stderr=True).print(f"stopped; the same command with --resume goes on from {work_dir}")
+        raise KeyboardInterrupt
     return trainer.evaluate()
