@@ -30,6 +30,8 @@ from qm_spec.training.regenerate import regenerate
 STEP_DISCOUNT = 0.8
 ALIGNMENT_WEIGHT = 0.1
 FIDELITY_WEIGHT = 0.1
+# Tokens of one passage that the target writes, its prompt included.
+PASSAGE_LENGTH = 512
 
 
 def default_aux_layers(num_layers: int) -> list[int]:
@@ -252,7 +254,10 @@ def train_drafter(
     valid_set = TokenWindows(valid_ids, sequence_length)
     valid_set.token_ids = valid_set.token_ids[:16]
     if regenerated_tokens:
-        written = regenerate(target, train_ids, sequence_length, regenerated_tokens, work, loop.seed)
+        passage = min(PASSAGE_LENGTH, sequence_length)
+        written = regenerate(target, train_ids, passage, regenerated_tokens, work, loop.seed).reshape(-1)
+        # Passages are packed: the time to write one grows with the square of its length.
+        written = TokenWindows(written, sequence_length).token_ids
         # Half of the validation is what drafters meet in service: the target's own text.
         held_out = min(8, max(1, len(written) // 10))
         valid_set.token_ids = np.concatenate([valid_set.token_ids[:8], written[:held_out]])
