@@ -255,9 +255,9 @@ def train_drafter(
     valid_set.token_ids = valid_set.token_ids[:16]
     if regenerated_tokens:
         passage = min(PASSAGE_LENGTH, sequence_length)
-        written = regenerate(target, train_ids, passage, regenerated_tokens, work, loop.seed).reshape(-1)
+        passages = regenerate(target, train_ids, passage, regenerated_tokens, work, loop.seed)
         # Passages are packed: the time to write one grows with the square of its length.
-        written = TokenWindows(written, sequence_length).token_ids
+        written = TokenWindows(passages.reshape(-1), sequence_length).token_ids
         # Half of the validation is what drafters meet in service: the target's own text.
         held_out = min(8, max(1, len(written) // 10))
         valid_set.token_ids = np.concatenate([valid_set.token_ids[:8], written[:held_out]])
