@@ -64,6 +64,16 @@ def test_the_drafter_learns_and_fits_its_target(folder, tmp_path):
     assert record["regenerated_tokens"] > 0
 
 
+def test_training_goes_on_from_a_drafter_of_the_same_target_only(folder, tmp_path):
+    first = tmp_path / "first"
+    assert train(folder, first, "--max-steps", 2).exit_code == 0
+    assert train(folder, tmp_path / "second", "--max-steps", 2, "--init-from", first).exit_code == 0
+    edited = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps({**edited, "target_fingerprint": "f" * 16}))
+    refused = train(folder, tmp_path / "third", "--max-steps", 2, "--init-from", first)
+    assert isinstance(refused.exception, ValueError) and "leave --init-from out" in str(refused.exception)
+
+
 def test_an_interrupted_run_resumes_from_its_checkpoint(folder, tmp_path, monkeypatch):
     from qm_spec.training import drafter
 

@@ -32,6 +32,7 @@ ALIGNMENT_WEIGHT = 0.1
 FIDELITY_WEIGHT = 0.1
 # Tokens of one passage that the target writes, its prompt included.
 PASSAGE_LENGTH = 512
+VALID_WINDOWS = 16
 
 
 def default_aux_layers(num_layers: int) -> list[int]:
@@ -200,6 +201,15 @@ def _acceptance(prediction: EvalPrediction) -> dict[str, float]:
     return {"acceptance_length": 1 + float(np.mean(prediction.predictions))}
 
 
+def _mix(text: np.ndarray, written: np.ndarray, needed: int, seed: int) -> np.ndarray:
+    """Join up to 8 copies of the written windows, for three quarters of a run, with windows of the text."""
+    rng = np.random.default_rng(seed)
+    repeats = min(8, -(-3 * needed // (4 * len(written)))) if len(written) else 0
+    copies = [written[rng.permutation(len(written))] for _ in range(repeats)]
+    num_text = max(1, needed - repeats * len(written))
+    return np.concatenate([*copies, text[rng.permutation(len(text))[:num_text]]])
+
+
 def train_drafter(
     target_dir: Path,
     data: Sequence[Path],
@@ -229,7 +239,7 @@ def train_drafter(
         rows_per_window: positions per window that the loss is taken at.
         regenerated_tokens: tokens that the target itself writes, added to the data. Acceptance is
             measured on what the target writes, not on what people wrote.
-        init_from: a trained drafter of the same sizes to go on from.
+        init_from: a trained drafter of this target to go on from; its sizes and settings are kept.
         resume: go on from the last checkpoint under `out`.
 
     Raises:
@@ -244,34 +254,35 @@ def train_drafter(
     if torch.cuda.is_available():
         target.cuda()
     config = drafter_config(target, fingerprint, merge, num_speculative_tokens, intermediate_size)
-    prior = QuickMergePrior(config) if init_from is None else QuickMergePrior.from_pretrained(init_from)
+    prior = (
+        QuickMergePrior(config)
+        if init_from is None
+        else QuickMergePrior.from_pretrained(init_from, dtype=torch.float32)
+    )
+    if prior.config.target_fingerprint != fingerprint:
+        raise ValueError(
+            f"train: {init_from} was trained for the target {prior.config.target_fingerprint}, "
+            f"and {target_dir} is {fingerprint}; leave --init-from out"
+        )
     files = find_files(data)
     token_ids = tokenize(tokenizer, read_documents(files))
-    num_valid = max(sequence_length, len(token_ids) // 50)
-    train_ids, valid_ids = token_ids[:-num_valid], token_ids[-num_valid:]
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    valid_set = TokenWindows(valid_ids, sequence_length)
-    valid_set.token_ids = valid_set.token_ids[:16]
+    num_valid = max(sequence_length, len(token_ids) // 50)
+    text, valid_text = token_ids[:-num_valid], token_ids[-num_valid:]
+    written = np.empty((0, sequence_length), np.int32)
     if regenerated_tokens:
         passage = min(PASSAGE_LENGTH, sequence_length)
-        passages = regenerate(target, train_ids, passage, regenerated_tokens, work, loop.seed)
+        passages = regenerate(target, text, passage, regenerated_tokens, work, loop.seed)
         # Passages are packed: the time to write one grows with the square of its length.
         written = TokenWindows(passages.reshape(-1), sequence_length).token_ids
-        # Half of the validation is what drafters meet in service: the target's own text.
-        held_out = min(8, max(1, len(written) // 10))
-        valid_set.token_ids = np.concatenate([valid_set.token_ids[:8], written[:held_out]])
-        written = written[held_out:]
-    else:
-        written = np.empty((0, sequence_length), np.int32)
-    train_set = TokenWindows(train_ids, sequence_length)
+    # Half of the validation is what drafters meet in service: the target's own text.
+    held_out = min(VALID_WINDOWS // 2, len(written) // 10)
+    valid_set = TokenWindows(valid_text, sequence_length)
+    valid_set.token_ids = np.concatenate([valid_set.token_ids[: VALID_WINDOWS - held_out], written[:held_out]])
+    train_set = TokenWindows(text, sequence_length)
     needed = loop.max_steps * loop.batch_size
-    rng = np.random.default_rng(loop.seed)
-    # Regenerated windows are repeated to fill three quarters of the run; the rest is the text itself.
-    repeats = 0.75 * needed / len(written) if len(written) else 0.0
-    copies = [written[rng.permutation(len(written))] for _ in range(min(8, int(np.ceil(repeats))))]
-    original = train_set.token_ids[rng.permutation(len(train_set))[: max(1, needed - sum(map(len, copies)))]]
-    train_set.token_ids = np.concatenate([*copies, original])
+    train_set.token_ids = _mix(train_set.token_ids, written[held_out:], needed, loop.seed)
     model = DraftTraining(prior, target, rows_per_window)
     metrics = fit(model, train_set, valid_set, loop, work / "checkpoints", "drafter", resume, _acceptance)
     prior.to(torch.bfloat16).save_pretrained(out)

@@ -130,8 +130,8 @@ def fit(
     Raises:
         KeyboardInterrupt: Ctrl-C; a checkpoint was written first.
     """
-    stable_or_decay = max(0, settings.max_steps - settings.warmup_steps)
-    decay_steps = min(stable_or_decay, int(settings.max_steps * settings.decay_share))
+    warmup_steps = min(settings.warmup_steps, settings.max_steps // 2)
+    decay_steps = min(settings.max_steps - warmup_steps, int(settings.max_steps * settings.decay_share))
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         max_steps=settings.max_steps,
@@ -139,7 +139,7 @@ def fit(
         per_device_eval_batch_size=settings.batch_size,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": decay_steps, "decay_type": "linear"},
-        warmup_steps=settings.warmup_steps,
+        warmup_steps=warmup_steps,
         max_grad_norm=1.0,
         logging_steps=10,
         eval_strategy="steps",
