@@ -299,7 +299,8 @@ def train_drafter(
         "rows_per_window": rows_per_window,
         "valid_loss": metrics["eval_loss"],
         "valid_acceptance_length_teacher_forced": metrics["eval_acceptance_length"],
-        "wall_hours": round((time.time() - started) / 3600, 2),
+        # Of one run from its beginning to its end; a resumed one has no single time.
+        "wall_hours": None if resume else round((time.time() - started) / 3600, 2),
         "versions": provenance.versions(),
     }
     (out / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -142,7 +142,8 @@ def train_target(
             "tokens": loop.max_steps * loop.batch_size * sequence_length,
             "sequence_length": sequence_length,
             "valid_loss_nats_per_token": metrics["eval_loss"],
-            "wall_hours": round((time.time() - started) / 3600, 2),
+            # Of one run from its beginning to its end; a resumed one has no single time.
+            "wall_hours": None if resume else round((time.time() - started) / 3600, 2),
             "versions": provenance.versions(),
         }
     )
