@@ -46,8 +46,9 @@ class QuickMergeMetadata:
 class QuickMergeMetadataBuilder(AttentionMetadataBuilder[QuickMergeMetadata]):
     """Hands the common metadata through."""
 
-    # Less than ALWAYS would lower the CUDA-graph mode of the target, not only ours.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    # The reference operators read values on the host, which a captured graph cannot. vLLM then lowers the
+    # target's graphs to piecewise ones too; kernels without host reads will say ALWAYS here.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
     supports_draft_decode_metadata_update: ClassVar[bool] = True
 
     def __init__(
