@@ -11,6 +11,7 @@ OFFLINE = """
 import json, sys
 job = json.load(open(sys.argv[1]))
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 llm = LLM(dtype="float32", enforce_eager=True, disable_log_stats=False, **job["engine"])
 answers, errors, counters = [], [], []
 for request in job["requests"]:
@@ -19,7 +20,7 @@ for request in job["requests"]:
         outputs = llm.generate(request["prompts"], sampling, use_tqdm=False)
         answers.append([list(output.outputs[0].token_ids) for output in outputs])
         errors.append(None)
-    except ValueError as error:
+    except VLLMValidationError as error:
         answers.append(None)
         errors.append(str(error))
     counters.append({m.name: getattr(m, "value", None) for m in llm.get_metrics() if "spec_decode" in m.name})

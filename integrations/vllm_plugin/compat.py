@@ -24,10 +24,10 @@ NEWEST = (0, 33)
 
 @dataclass(frozen=True)
 class Patch:
-    """One replaced method of vLLM.
+    """One replaced method or function of vLLM.
 
     Attributes:
-        target: `module:Class.method`.
+        target: `module:Class.method` or `module:function`.
         parameters: the method's parameter names; with others it is not touched.
         replacement: `module:function`, called with the original, returns what takes its place.
         why: what it gives a user.
@@ -88,6 +88,17 @@ DRAFT_LOOP = Patch(
     delete_when="vLLM lets a draft model bring its own loop",
 )
 
+CPU_EXPANSION = Patch(
+    target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+    parameters=("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+    replacement="qm_spec.integrations.vllm_plugin.verification:with_expansion",
+    why="sampling (temperature above 0) keeps the target's distribution on a CPU",
+    how="expands temperature, top-k and top-p in torch on the CPU, where vLLM's kernel drops its result; "
+    "applied when our model is built",
+    upstream="vllm-project/vllm issue 55005",
+    delete_when="the oldest supported vLLM has that issue fixed",
+)
+
 
 def vllm_version() -> str:
     """Return the running vLLM's version text."""
@@ -126,8 +137,10 @@ def apply(patch: Patch) -> bool:
     alone with a warning: this may be a vLLM whose user never asks for qm_spec.
     """
     module_name, _, path = patch.target.partition(":")
-    class_name, _, name = path.partition(".")
-    owner = getattr(_import(module_name), class_name, None)
+    class_name, _, name = path.rpartition(".")
+    owner = _import(module_name)
+    if class_name:
+        owner = getattr(owner, class_name, None)
     declared = inspect.getattr_static(owner, name, None)
     if declared is None:
         return _skip(patch, "there is no such method")

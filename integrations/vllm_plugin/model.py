@@ -96,6 +96,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         self.draft_id_to_target_id = None
         self.use_parallel_drafting = False
         compat.apply(compat.DRAFT_LOOP)
+        compat.apply(compat.CPU_EXPANSION)
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
         """Fuse the target's auxiliary states: `[T, 3 D]` to `[T, D]`."""

@@ -1,0 +1,31 @@
+"""The repair of vLLM's verification on the CPU."""
+
+import pytest
+import torch
+
+from qm_spec.integrations.vllm_plugin.verification import with_expansion
+
+
+def unused(*args):
+    raise AssertionError("vLLM's own function was called on the CPU")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
+def test_each_value_is_repeated_for_its_tokens(dtype):
+    values = torch.tensor([3, 0, 5, 7], dtype=dtype)
+    ends = torch.tensor([2, 3, 3, 6], dtype=torch.int32)
+    expanded = with_expansion(unused)(values, ends, 6)
+    assert expanded.dtype == dtype and expanded.tolist() == [3, 3, 0, 7, 7, 7]
+
+
+def test_a_temperature_keeps_its_fraction_and_greedy_requests_get_the_stand_in():
+    temperature = torch.tensor([0.7, 0.0, 1.3])
+    expanded = with_expansion(unused)(temperature, torch.tensor([1, 3, 4]), 4, replace_from=0, replace_to=1)
+    torch.testing.assert_close(expanded, torch.tensor([0.7, 1.0, 1.0, 1.3]))
+
+
+def test_other_devices_keep_vllms_function():
+    calls = []
+    x = torch.empty(2, device="meta")
+    with_expansion(lambda *args: calls.append(args) or x)(x, torch.empty(2, device="meta"), 4)
+    assert len(calls) == 1
