@@ -91,9 +91,6 @@ def train_command(
     decay_share: Annotated[
         float, typer.Option(min=0, max=1, help="Last part of the steps, where lr falls to 0.")
     ] = 0.5,
-    decay_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Last part of the steps, where lr falls to 0.")
-    ] = 0.5,
     save_steps: Annotated[int, typer.Option(min=1)] = 100,
     seed: int = 0,
     init_from: Annotated[Path | None, typer.Option(help="Go on from this trained drafter.")] = None,
