@@ -3,7 +3,9 @@
 import math
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from itertools import product
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ from qm_spec.quickmerge import (
     normalised_entropy_drop,
     ratio_budget,
 )
+from qm_spec.quickmerge import prior as prior_module
 
 VARIANTS = list(product(("cosine", "kmeans"), (False, True)))
 SALIENCIES = ("entropy", "inverse_entropy", "learned", "norm")
@@ -412,7 +415,6 @@ def test_inference_is_deterministic_and_needs_no_seed(variant):
     # compress is inference in training mode too.
     first, second = module.compress(x), module.compress(x)
     assert torch.equal(first[0], second[0]) and torch.equal(first[1]["assignments"], second[1]["assignments"])
-    assert module.merging.training
     module.eval()
     assert torch.equal(module(x)[0], module(x)[0])
     assert torch.equal(module(x)[0], first[0])
@@ -471,6 +473,17 @@ def test_any_embedding_size_is_served(dim):
     module = QuickMergePP(dim=dim, k_max=4, num_layers=2, prior_layers=1)
     merged, _ = module.compress(torch.randn(3, 2, 9, dim))
     assert module.ar_predict(merged).shape == (2, 4, dim)
+
+
+def test_autocast_and_integer_masks_change_nothing():
+    module = small(k_max=12)
+    h, mask = torch.randn(2, 3, 12, 16), torch.ones(3, 12, dtype=torch.bool)
+    mask[1, 9:] = False
+    merged, info = module.compress(h, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, cast_info = module.compress(h, mask.long())
+    assert torch.equal(cast, merged) and torch.equal(cast_info["saliency"], info["saliency"])
+    assert torch.equal(merged[0], h[-1, 0])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -541,6 +554,48 @@ def test_the_prior_is_causal_and_knows_positions():
     assert (prior(x)[:, 6:] - prior(changed)[:, 6:]).abs().max() > 1e-3
     same = prior(torch.ones(1, 4, 16))
     assert (same[:, 0] - same[:, 3]).abs().max() > 1e-3
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    """A double of xformers with the documented layout `[B, T, H, d]` and the bottom-right causal mask."""
+    package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
+    package.__spec__ = ModuleSpec("xformers", None)
+
+    def attention(query, key, value, attn_bias):
+        assert attn_bias == "bottom right"
+        heads_first = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+        seen = torch.ones(query.shape[1], key.shape[1]).tril(key.shape[1] - query.shape[1]).bool()
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=seen).transpose(1, 2)
+
+    ops.memory_efficient_attention = attention
+    mask = SimpleNamespace(LowerTriangularFromBottomRightMask=lambda: "bottom right")
+    ops.fmha = SimpleNamespace(attn_bias=mask)
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    prior_module._memory_efficient_attention.cache_clear()
+    yield
+    prior_module._memory_efficient_attention.cache_clear()
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 7])
+def test_the_call_to_xformers_equals_sdpa(xformers, num_queries):
+    query, (key, value) = torch.randn(2, 4, num_queries, 8), torch.randn(2, 2, 4, 7, 8)
+    fast = prior_module._memory_efficient_attention()(query, key, value)
+    torch.testing.assert_close(fast, prior_module.causal_attention(query, key, value))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compression_and_prior_on_cuda_equal_the_cpu():
+    module = small(k_max=5)
+    h = torch.randn(2, 3, 20, 16)
+    merged, info = module.compress(h)
+    predicted = module.ar_predict(merged)
+    module.cuda()
+    merged_cuda, info_cuda = module.compress(h.cuda())
+    assert torch.equal(info_cuda["assignments"].cpu(), info["assignments"])
+    torch.testing.assert_close(merged_cuda.cpu(), merged)
+    torch.testing.assert_close(module.ar_predict(merged_cuda).cpu(), predicted, atol=1e-3, rtol=1e-3)
 
 
 def test_alignment_is_the_error_in_both_directions():

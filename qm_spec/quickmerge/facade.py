@@ -127,12 +127,7 @@ class QuickMergePP(nn.Module):
             TypeError: the input is not of floats.
             ValueError: there is no `k_max`, or shapes do not fit.
         """
-        was_training = self.merging.training
-        self.merging.eval()
-        try:
-            merged, saliency = self._merge(h, None, token_mask)
-        finally:
-            self.merging.train(was_training)
+        merged, saliency = self._merge(h, None, token_mask, sample=False)
         info = {
             "saliency": saliency,
             "assignments": merged.cluster,
@@ -151,7 +146,9 @@ class QuickMergePP(nn.Module):
         """
         return self.alignment.prior(merged)
 
-    def _merge(self, layers: Tensor, keep: int | None, token_mask: Tensor | None) -> tuple[MergedTokens, Tensor]:
+    def _merge(
+        self, layers: Tensor, keep: int | None, token_mask: Tensor | None, sample: bool | None = None
+    ) -> tuple[MergedTokens, Tensor]:
         keep = self.k_max if keep is None else keep
         if keep is None:
             raise ValueError("QuickMergePP: K is missing; pass it to the call, or k_max to the constructor")
@@ -163,7 +160,7 @@ class QuickMergePP(nn.Module):
             budget = count_by_entropy(tokens, keep, saliency.detach(), mask)
         else:
             budget = fixed_budget(keep, mask)
-        return self.merging.merge(tokens, saliency, budget, mask, num_slots=keep), saliency
+        return self.merging.merge(tokens, saliency, budget, mask, keep, sample), saliency
 
 
 @torch.no_grad()

@@ -120,11 +120,15 @@ def group_by_kmeans(
         distance = torch.cdist(points, centres, compute_mode="use_mm_for_euclid_dist").square()
         nearest = distance.masked_fill(~live.unsqueeze(1), float("inf")).min(-1)
         cluster = _repair(nearest.indices, nearest.values, mass, mask, live)
-        # Padding counts for an extra slot that is dropped.
-        member = F.one_hot(cluster, num_slots + 1)[..., :num_slots].to(points.dtype)
-        weight = member * mass.unsqueeze(-1)
+        weight = one_hot(cluster, num_slots) * mass.unsqueeze(-1)
         centres = weight.mT @ points / weight.sum(1).unsqueeze(-1).clamp_min(1e-30)
     return _in_order(cluster, mass, mask, live, causal)
+
+
+def one_hot(cluster: Tensor, num_slots: int) -> Tensor:
+    """Return `[B, N, K]` float32, 1 at each token's slot; slot K, which padding has, is dropped."""
+    member = torch.zeros(*cluster.shape, num_slots + 1, device=cluster.device)
+    return member.scatter_(-1, cluster.unsqueeze(-1), 1.0)[..., :num_slots]
 
 
 def _clean(tokens: Tensor, mask: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qm_spec.quickmerge.budget import fixed_budget
-from qm_spec.quickmerge.grouping import GROUPINGS, Grouping, group_by_cosine, group_by_kmeans
+from qm_spec.quickmerge.grouping import GROUPINGS, Grouping, group_by_cosine, group_by_kmeans, one_hot
 from qm_spec.quickmerge.inputs import check_choice, check_tokens, full_mask
 from qm_spec.quickmerge.selection import TokenSelection
 
@@ -82,7 +81,7 @@ def merge_groups(tokens: Tensor, mass: Tensor, grouping: Grouping) -> tuple[Tens
     num_slots = grouping.live.shape[1]
     padding = grouping.cluster < 0
     label = grouping.cluster.masked_fill(padding, num_slots)
-    member = F.one_hot(label, num_slots + 1)[..., :num_slots].float()
+    member = one_hot(label, num_slots)
     # Padding may hold NaN, and a weight of 0 would not silence that.
     values = tokens.float().masked_fill(padding.unsqueeze(-1), 0.0)
     weight = member * mass.unsqueeze(-1)
@@ -160,6 +159,7 @@ class DifferentiableTokenMerging(nn.Module):
         budget: Tensor,
         token_mask: Tensor | None = None,
         num_slots: int | None = None,
+        sample: bool | None = None,
     ) -> MergedTokens:
         """Merge each sequence to its own budget, and return all there is to know about it.
 
@@ -169,6 +169,7 @@ class DifferentiableTokenMerging(nn.Module):
             budget: `[B]` int64, see `qm_spec.quickmerge.budget`; above a sequence's tokens all stay.
             token_mask: `[B, N]` bool, True = token.
             num_slots: K of the result, at most N of them are made; None takes the largest budget.
+            sample: draw with noise; None does so in training mode only.
 
         Raises:
             TypeError: tokens are not floats.
@@ -181,8 +182,10 @@ class DifferentiableTokenMerging(nn.Module):
             )
         mask = full_mask("DifferentiableTokenMerging", tokens, token_mask)
         budget = torch.minimum(budget, mask.sum(-1))
-        selection = self.selection(saliency, budget, mask, num_slots)
         group = group_by_kmeans if self.grouping == "kmeans" else group_by_cosine
-        grouping = group(tokens, selection, mask, self.causal)
-        merged, size, mass = merge_groups(tokens, selection.mass, grouping)
+        # Autocast would round the products to half precision, and a token of its own would not stay as it is.
+        with torch.autocast(tokens.device.type, enabled=False):
+            selection = self.selection(saliency, budget, mask, num_slots, sample)
+            grouping = group(tokens, selection, mask, self.causal)
+            merged, size, mass = merge_groups(tokens, selection.mass, grouping)
         return MergedTokens(merged, grouping.live, size, mass, grouping.place, grouping.cluster, selection.mask)

@@ -100,7 +100,9 @@ class EntropyAwareSaliency(nn.Module):
         mask = full_mask("EntropyAwareSaliency", first, token_mask)
         allowed = self._allowed(mask) if self.causal or token_mask is not None else None
         layers = tokens if tokens.ndim == 4 else self._layers(tokens, mask, allowed)
-        saliencies = [self._layer_saliency(layer, mask, allowed) for layer in layers]
+        # Autocast would compute the scores in half precision, and ties would decide what is salient.
+        with torch.autocast(first.device.type, enabled=False):
+            saliencies = [self._layer_saliency(layer, mask, allowed) for layer in layers]
         saliency = torch.stack(saliencies).mean(0)
         if self.direction == "inverse_entropy":
             saliency = 1 - saliency

@@ -91,7 +91,12 @@ class TokenSelection(nn.Module):
         self.keep_last = keep_last
 
     def forward(
-        self, saliency: Tensor, budget: Tensor, token_mask: Tensor | None = None, num_slots: int | None = None
+        self,
+        saliency: Tensor,
+        budget: Tensor,
+        token_mask: Tensor | None = None,
+        num_slots: int | None = None,
+        sample: bool | None = None,
     ) -> Selection:
         """Select `budget[b]` tokens of each sequence.
 
@@ -100,6 +105,7 @@ class TokenSelection(nn.Module):
             budget: `[B]` int64, 0..N, no more than the sequence has tokens.
             token_mask: `[B, N]` bool, True = token.
             num_slots: K, at least the largest budget; None takes that, which waits for the device.
+            sample: draw with noise; None does so in training mode only.
 
         Returns:
             See `Selection`.
@@ -116,7 +122,7 @@ class TokenSelection(nn.Module):
         num_tokens = saliency.shape[1]
         saliency = saliency.float().masked_fill(~mask, 0.0)
         perturbed = saliency
-        if self.training and self.noise > 0:
+        if self.noise > 0 and (self.training if sample is None else sample):
             uniform = torch.rand_like(saliency).clamp_(1e-7, 1 - 1e-7)
             perturbed = saliency - self.noise * (-uniform.log()).log()
         logits = (perturbed / self.temperature).masked_fill(~mask, torch.finfo(torch.float32).min)
