@@ -234,9 +234,9 @@ def test_temperature_falls_geometrically_and_sharpens_the_mask_gradient():
 # Grouping and merging
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(deadline=None, max_examples=50)
 @given(
-    variant=st.sampled_from(VARIANTS),
     num_tokens=st.integers(1, 24),
     keep=st.integers(1, 30),
     dim=st.integers(1, 13),
@@ -439,6 +439,17 @@ def test_gradients_reach_the_input_and_every_parameter(saliency):
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert (parameter.grad != 0).any(), name
+
+
+@pytest.mark.parametrize("saliency", SALIENCIES)
+def test_padding_gets_no_gradient_and_spoils_none(saliency):
+    module = small(saliency=saliency, budget="entropy", k_max=5)
+    mask = torch.rand(2, 20) > 0.3
+    x = torch.randn(2, 20, 16).masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
+    module(x, token_mask=mask)[1]["total"].backward()
+    assert x.grad.isfinite().all()
+    assert torch.equal((x.grad != 0).any(-1), mask)
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
 def test_saliency_learns_to_lower_the_loss():

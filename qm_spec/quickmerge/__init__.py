@@ -11,7 +11,7 @@ from qm_spec.quickmerge.budget import effective_tokens, entropy_budget, fixed_bu
 from qm_spec.quickmerge.facade import QuickMergePP, quickmerge_inference
 from qm_spec.quickmerge.fidelity import NormBasedFidelityConstraint, norm_mass_retained, normalised_entropy_drop
 from qm_spec.quickmerge.grouping import Grouping, group_by_cosine, group_by_kmeans
-from qm_spec.quickmerge.merging import DifferentiableTokenMerging, MergedTokens
+from qm_spec.quickmerge.merging import DifferentiableTokenMerging, MergedTokens, merge_groups, unmerge
 from qm_spec.quickmerge.prior import AutoregressivePrior, PriorCache
 from qm_spec.quickmerge.saliency import EntropyAwareSaliency, LearnedSaliency, NormSaliency
 from qm_spec.quickmerge.selection import Selection, TemperatureSchedule, TokenSelection
@@ -36,8 +36,10 @@ __all__ = [
     "fixed_budget",
     "group_by_cosine",
     "group_by_kmeans",
+    "merge_groups",
     "norm_mass_retained",
     "normalised_entropy_drop",
     "quickmerge_inference",
     "ratio_budget",
+    "unmerge",
 ]

@@ -156,7 +156,8 @@ class NormSaliency(nn.Module):
         layers = tokens if tokens.ndim == 4 else tokens.unsqueeze(0)
         check_tokens("NormSaliency", layers[0], self.embedding_dim)
         mask = full_mask("NormSaliency", layers[0], token_mask)
-        return torch.stack([minmax(layer.float().norm(dim=-1), mask) for layer in layers]).mean(0)
+        layers = layers.float().masked_fill(~mask.unsqueeze(-1), 0.0)
+        return torch.stack([minmax(layer.norm(dim=-1), mask) for layer in layers]).mean(0)
 
 
 class LearnedSaliency(nn.Module):
