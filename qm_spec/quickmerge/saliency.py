@@ -58,7 +58,8 @@ class EntropyAwareSaliency(nn.Module):
     Raises:
         ValueError: a setting is out of range.
 
-    Source: QuickMerge++, arXiv 2508.13204, `s_i = 1/L sum_l Normalize(H_i^(l))`.
+    Source: QuickMerge++, arXiv 2508.13204, `s_i = 1/L sum_l Normalize(H_i^(l))`. The layers made from
+    `[B, N, D]`, for which neither README has a rule, and `fraction` are ours.
     """
 
     def __init__(
