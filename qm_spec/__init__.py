@@ -2,8 +2,40 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qm_spec.quickmerge import (
+        BidirectionalARAlignment,
+        DifferentiableTokenMerging,
+        EntropyAwareSaliency,
+        NormBasedFidelityConstraint,
+        QuickMergePP,
+        quickmerge_inference,
+    )
+
+__all__ = [
+    "BidirectionalARAlignment",
+    "DifferentiableTokenMerging",
+    "EntropyAwareSaliency",
+    "NormBasedFidelityConstraint",
+    "QuickMergePP",
+    "quickmerge_inference",
+    "speculative_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # vLLM imports the package in every process, most of which need no compressor.
+    if name in __all__:
+        return getattr(import_module("qm_spec.quickmerge"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def speculative_config(target: str | PathLike[str], num_speculative_tokens: int | None = None) -> dict[str, Any]:

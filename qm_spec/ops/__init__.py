@@ -7,7 +7,8 @@ M tokens per merge group, R entries kept per group, E entries attended, L levels
 
 from qm_spec.ops.append_kv import append_kv_
 from qm_spec.ops.attention_entropy import attention_entropy
+from qm_spec.ops.masked_attention_entropy import masked_attention_entropy
 from qm_spec.ops.merge_groups import merge_groups_
 from qm_spec.ops.merged_attention import merged_attention
 
-__all__ = ["append_kv_", "attention_entropy", "merge_groups_", "merged_attention"]
+__all__ = ["append_kv_", "attention_entropy", "masked_attention_entropy", "merge_groups_", "merged_attention"]

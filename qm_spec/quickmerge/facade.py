@@ -1,0 +1,198 @@
+"""QuickMerge++ as its two READMEs call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qm_spec.quickmerge.alignment import BidirectionalARAlignment
+from qm_spec.quickmerge.budget import entropy_budget as count_by_entropy
+from qm_spec.quickmerge.budget import fixed_budget, ratio_budget
+from qm_spec.quickmerge.fidelity import NormBasedFidelityConstraint
+from qm_spec.quickmerge.inputs import check_choice, check_tokens, full_mask
+from qm_spec.quickmerge.merging import DifferentiableTokenMerging, MergedTokens
+from qm_spec.quickmerge.saliency import make_saliency
+
+BUDGETS = ("entropy", "fixed")
+
+
+class QuickMergePP(nn.Module):
+    """The whole compressor: saliency, selection, merging, prior and losses.
+
+    One class for both READMEs, by keyword: `QuickMergePP(embedding_dim=512)` with a K per call
+    (`quickmerge`), and `QuickMergePP(dim=64, k_max=54)` with `compress` and `ar_predict`
+    (`quickmergepp`). Only `embedding_dim` may be given by position, since the READMEs disagree
+    about what comes second.
+
+    Args:
+        embedding_dim: D.
+        num_layers: layers of attention entropy for inputs without a layer dimension.
+        temperature: tau of the selection (default of `quickmerge`; `quickmergepp` has 0.5).
+        gamma: share of the norm mass to keep, 0..1; see `NormBasedFidelityConstraint`.
+        epsilon: mass of a token that is not selected at all.
+        dim: alias of `embedding_dim`.
+        k_max: K of `compress`, and of calls that give none; None demands it per call.
+        saliency: `entropy`, `inverse_entropy`, `norm` or `learned`.
+        grouping: `cosine` or `kmeans`; the READMEs disagree, see `DifferentiableTokenMerging`.
+        budget: `fixed` keeps K tokens; `entropy` keeps as many as are effectively different, at
+            most K, per sequence; the slots left over are empty.
+        causal: no merged token holds a token later than its place; entropy then comes from
+            attention to earlier tokens.
+        prior_layers: layers of the prior.
+        prior_heads: heads of the prior.
+
+    Raises:
+        TypeError: D is given twice or not at all.
+        ValueError: a setting is out of range.
+
+    Source: QuickMerge++, arXiv 2508.13204.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int | None = None,
+        *,
+        num_layers: int = 12,
+        temperature: float = 0.1,
+        gamma: float = 0.8,
+        epsilon: float = 0.01,
+        dim: int | None = None,
+        k_max: int | None = None,
+        saliency: str = "entropy",
+        grouping: str = "cosine",
+        budget: str = "fixed",
+        causal: bool = False,
+        prior_layers: int = 6,
+        prior_heads: int = 8,
+    ) -> None:
+        super().__init__()
+        size = embedding_dim if dim is None else dim
+        if size is None or None not in (embedding_dim, dim):
+            raise TypeError(f"QuickMergePP: give embedding_dim or its alias dim, got {embedding_dim} and {dim}")
+        if k_max is not None and k_max < 1:
+            raise ValueError(f"QuickMergePP: k_max must be at least 1, got {k_max}")
+        check_choice("QuickMergePP", "budget", budget, BUDGETS)
+        self.embedding_dim = size
+        self.k_max = k_max
+        self.budget = budget
+        self.saliency = make_saliency(saliency, size, num_layers, causal)
+        self.merging = DifferentiableTokenMerging(temperature, epsilon, grouping=grouping, causal=causal)
+        self.alignment = BidirectionalARAlignment(size, prior_layers, prior_heads)
+        self.fidelity = NormBasedFidelityConstraint(gamma)
+
+    def forward(
+        self, X: Tensor, K: int | None = None, alpha: float = 0.1, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Merge, and say what the merge costs.
+
+        In training mode salient tokens are drawn with Gumbel noise; in eval mode nothing is random.
+
+        Args:
+            X: `[B, N, D]`, or `[L, B, N, D]` of which the last layer is merged.
+            K: tokens kept per sequence; above N all stay as they are. None takes `k_max`.
+            alpha: weight of the alignment loss.
+            token_mask: `[B, N]` bool, True = token.
+
+        Returns:
+            merged `[B, min(K, N), D]` in X's dtype, and float32 scalars with gradients, lower =
+            better: `alignment`, `fidelity` and `total = alpha * alignment + fidelity`.
+
+        Raises:
+            TypeError: K is not an integer, or X is not of floats.
+            ValueError: K is missing or below 1, or shapes do not fit.
+        """
+        merged, _ = self._merge(X, K, token_mask)
+        tokens = X[-1] if X.ndim == 4 else X
+        alignment = self.alignment.compute_alignment_loss(merged.tokens, merged.live)
+        fidelity = self.fidelity.compute_fidelity_loss(tokens, merged.tokens, merged.cluster)
+        losses = {"alignment": alignment, "fidelity": fidelity, "total": alpha * alignment + fidelity}
+        return merged.tokens, losses
+
+    def compress(self, h: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Merge to `k_max` tokens without noise, whatever the mode; differentiable all the same.
+
+        Args:
+            h: `[L, B, T, D]`, a model's layers, of which the last is merged; or `[B, T, D]`.
+            token_mask: `[B, T]` bool, True = token.
+
+        Returns:
+            merged `[B, min(k_max, T), D]` in the input's dtype, and info:
+            `saliency` `[B, T]` float32 0..1, higher = keep; `assignments` `[B, T]` int64, the
+            merged token of each token, -1 at padding; `sizes` `[B, K]` float32, tokens in each;
+            `places` `[B, K]` int64, rising; `mask` `[B, K]` bool, False at empty slots.
+
+        Raises:
+            TypeError: the input is not of floats.
+            ValueError: there is no `k_max`, or shapes do not fit.
+        """
+        merged, saliency = self._merge(h, None, token_mask, sample=False)
+        info = {
+            "saliency": saliency,
+            "assignments": merged.cluster,
+            "sizes": merged.size,
+            "places": merged.place,
+            "mask": merged.live,
+        }
+        return merged.tokens, info
+
+    def ar_predict(self, merged: Tensor) -> Tensor:
+        """Return the prior's predictions `[B, K, D]` of `[B, K, D]`: row i is of merged token i + 1.
+
+        Raises:
+            TypeError: tokens are not floats.
+            ValueError: tokens are not `[B, K, D]`.
+        """
+        return self.alignment.prior(merged)
+
+    def _merge(
+        self, layers: Tensor, keep: int | None, token_mask: Tensor | None, sample: bool | None = None
+    ) -> tuple[MergedTokens, Tensor]:
+        keep = self.k_max if keep is None else keep
+        if keep is None:
+            raise ValueError("QuickMergePP: K is missing; pass it to the call, or k_max to the constructor")
+        tokens = layers[-1] if layers.ndim == 4 and len(layers) else layers
+        check_tokens("QuickMergePP", tokens, self.embedding_dim)
+        mask = full_mask("QuickMergePP", tokens, token_mask)
+        saliency = self.saliency(layers, token_mask)
+        if self.budget == "entropy":
+            budget = count_by_entropy(tokens, keep, saliency.detach(), mask)
+        else:
+            budget = fixed_budget(keep, mask)
+        return self.merging.merge(tokens, saliency, budget, mask, keep, sample), saliency
+
+
+@torch.no_grad()
+def quickmerge_inference(
+    X: Tensor, ar_model: Callable[[Tensor], Tensor], entropy_budget: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """Compress tokens and decode them from left to right with a given model.
+
+    Nothing is random. Grouping is causal, because the model reads merged tokens in order.
+
+    Args:
+        X: `[N, D]` of one sequence, or `[B, N, D]`.
+        ar_model: called with `[B, K, D]`, B = 1 for one sequence; returns `[B, ...]`.
+        entropy_budget: share of the tokens kept, above 0 and at most 1: `K = max(1, int(N * share))`
+            (the `quickmerge` README, "Compress to 20% of original tokens"). For a budget by entropy
+            see `qm_spec.quickmerge.entropy_budget`.
+
+    Returns:
+        merged `[K, D]` or `[B, K, D]`, and the model's predictions, without B for one sequence.
+
+    Raises:
+        TypeError: X is not of floats.
+        ValueError: X's shape or the budget is out of range.
+
+    Source: the `quickmerge` README, inference pipeline.
+    """
+    single = X.ndim == 2
+    tokens = X.unsqueeze(0) if single else X
+    check_tokens("quickmerge_inference", tokens)
+    mask = full_mask("quickmerge_inference", tokens, None)
+    saliency = make_saliency("entropy", tokens.shape[-1], num_layers=12, causal=True)(tokens)
+    merging = DifferentiableTokenMerging(causal=True).eval()
+    merged = merging.merge(tokens, saliency, ratio_budget(entropy_budget, mask)).tokens
+    predictions = ar_model(merged)
+    return (merged[0], predictions[0]) if single else (merged, predictions)

@@ -1,0 +1,134 @@
+"""The snippets of both seed READMEs, as written there but for the import line."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+QUICKMERGE = [
+    """
+import torch
+from quickmerge import QuickMergePP
+
+# Initialize QuickMerge++
+embedding_dim = 512
+quickmerge = QuickMergePP(embedding_dim=embedding_dim)
+
+# Input embeddings [batch_size, num_tokens, embedding_dim]
+X = torch.randn(2, 100, 512)
+target_tokens = 20
+
+# Compress tokens
+merged_tokens, losses = quickmerge(X, target_tokens)
+print(f"Compressed from {X.shape[1]} to {merged_tokens.shape[1]} tokens")
+""",
+    """
+from quickmerge import EntropyAwareSaliency
+
+saliency_estimator = EntropyAwareSaliency(embedding_dim=512, num_layers=12)
+saliency_scores = saliency_estimator(X)  # [B, N]
+""",
+    """
+from quickmerge import DifferentiableTokenMerging
+
+token_merger = DifferentiableTokenMerging(temperature=0.1, epsilon=0.01)
+merged_tokens, mask = token_merger(X, saliency_scores, K=20)
+""",
+    """
+from quickmerge import BidirectionalARAlignment
+
+ar_alignment = BidirectionalARAlignment(embedding_dim=512)
+alignment_loss = ar_alignment.compute_alignment_loss(merged_tokens)
+""",
+    """
+from quickmerge import NormBasedFidelityConstraint
+
+fidelity_constraint = NormBasedFidelityConstraint(gamma=0.8)
+fidelity_loss = fidelity_constraint.compute_fidelity_loss(X, merged_tokens)
+""",
+    """
+from quickmerge import quickmerge_inference
+
+# Single sequence inference
+X_single = torch.randn(100, 512)  # [N, D]
+ar_model = YourARModel()  # Your autoregressive model
+
+merged_tokens, predictions = quickmerge_inference(
+    X_single, 
+    ar_model, 
+    entropy_budget=0.2  # Compress to 20% of original tokens
+)
+""",
+]
+
+QUICKMERGEPP = """
+import torch
+from quickmergepp import QuickMergePP
+
+num_layers, batch, seq_len, dim = 4, 2, 128, 64
+h = torch.randn(num_layers, batch, seq_len, dim)
+
+qm = QuickMergePP(dim=dim, k_max=54, temperature=0.5)
+merged, info = qm.compress(h)
+preds = qm.ar_predict(merged)
+
+print(merged.shape, preds.shape)
+"""
+
+
+class YourARModel(nn.Module):
+    """What a reader of the README puts in its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(512, 32)
+
+    def forward(self, tokens):
+        return self.head(tokens)
+
+
+def run(snippet, names):
+    exec(re.sub(r"from quickmerge(pp)? import", "from qm_spec import", snippet), names)
+
+
+@pytest.fixture(scope="module")
+def quickmerge():
+    """The names that the snippets of the `quickmerge` README leave behind, one dict after each."""
+    torch.manual_seed(0)
+    names = {"YourARModel": YourARModel}
+    after = []
+    for snippet in QUICKMERGE:
+        run(snippet, names)
+        after.append(dict(names))
+    return after
+
+
+def test_quickmerge_quick_start(quickmerge):
+    names = quickmerge[0]
+    assert names["merged_tokens"].shape == (2, 20, 512)
+    assert names["losses"]["total"].requires_grad
+
+
+def test_quickmerge_components(quickmerge):
+    saliency = quickmerge[1]["saliency_scores"]
+    assert saliency.shape == (2, 100) and saliency.min() >= 0 and saliency.max() <= 1
+    assert quickmerge[2]["merged_tokens"].shape == (2, 20, 512)
+    assert quickmerge[2]["mask"].sum(1).tolist() == [20, 20]
+    assert quickmerge[3]["alignment_loss"] > 0
+    assert 0 < quickmerge[4]["fidelity_loss"] < 0.96
+
+
+def test_quickmerge_inference_pipeline(quickmerge):
+    assert quickmerge[5]["merged_tokens"].shape == (20, 512)
+    assert quickmerge[5]["predictions"].shape == (20, 32)
+
+
+def test_quickmergepp_usage(capsys):
+    names = {}
+    run(QUICKMERGEPP, names)
+    assert capsys.readouterr().out == "torch.Size([2, 54, 64]) torch.Size([2, 54, 64])\n"
+    assert names["info"]["saliency"].shape == (2, 128)
+    assignments = names["info"]["assignments"]
+    assert assignments.shape == (2, 128)
+    assert all(set(row.tolist()) == set(range(54)) for row in assignments)
