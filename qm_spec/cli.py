@@ -53,7 +53,7 @@ def train_target_command(
     from qm_spec.training.target import train_target
 
     loop = LoopSettings(max_steps, batch_size, lr, adam_lr, decay_share=decay_share, save_steps=save_steps, seed=seed)
-    record = train_target(
+    stage = train_target(
         data,
         valid,
         out,
@@ -67,7 +67,7 @@ def train_target_command(
         init_from=init_from,
         resume=resume,
     )
-    typer.echo(f"saved {out}: {record['stages'][-1]['valid_loss_nats_per_token']:.3f} nats per token")
+    typer.echo(f"saved {out}: {stage['valid_loss_nats_per_token']:.3f} nats per token")
 
 
 @app.command("train")
@@ -104,7 +104,7 @@ def train_command(
     from qm_spec.training.drafter import train_drafter
     from qm_spec.training.loop import LoopSettings
 
-    record = train_drafter(
+    stage = train_drafter(
         target,
         data,
         out,
@@ -120,7 +120,7 @@ def train_command(
         init_from=init_from,
         resume=resume,
     )
-    length = record["valid_acceptance_length_teacher_forced"]
+    length = stage["valid_acceptance_length_teacher_forced"]
     typer.echo(f"saved {out}: acceptance length {length:.2f} on validation text")
 
 

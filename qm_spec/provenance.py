@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+FILE = "provenance.json"
 _PACKAGES = ("qm_spec", "torch", "transformers", "vllm")
 
 
@@ -44,3 +47,11 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """Return the command line as it was typed, the program by its base name."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def write_stage(folder: Path, stage: dict[str, Any], init_from: Path | None = None) -> None:
+    """Write `folder/provenance.json`: the stages of the model that this one went on from, then `stage`."""
+    stages: list[dict[str, Any]] = []
+    if init_from is not None and (init_from / FILE).is_file():
+        stages = json.loads((init_from / FILE).read_text())["stages"]
+    (folder / FILE).write_text(json.dumps({"stages": [*stages, stage]}, indent=1) + "\n")

@@ -58,7 +58,7 @@ def test_the_drafter_learns_and_fits_its_target(folder, tmp_path):
     done = train(folder, tmp_path / "drafter", "--max-steps", 40, "--regenerated-tokens", 3000)
     assert done.exit_code == 0, done.output
     assert check_drafter(tmp_path / "drafter", folder / "target") == 2
-    record = json.loads((tmp_path / "drafter" / "provenance.json").read_text())
+    record = json.loads((tmp_path / "drafter" / "provenance.json").read_text())["stages"][0]
     # On a text of one sentence even a short training predicts most tokens.
     assert record["valid_acceptance_length_teacher_forced"] > 1.5
     assert record["regenerated_tokens"] > 0
@@ -68,6 +68,8 @@ def test_training_goes_on_from_a_drafter_of_the_same_target_only(folder, tmp_pat
     first = tmp_path / "first"
     assert train(folder, first, "--max-steps", 2).exit_code == 0
     assert train(folder, tmp_path / "second", "--max-steps", 2, "--init-from", first).exit_code == 0
+    stages = json.loads((tmp_path / "second" / "provenance.json").read_text())["stages"]
+    assert len(stages) == 2 and stages[0]["commit"] == stages[1]["commit"]
     edited = json.loads((first / "config.json").read_text())
     (first / "config.json").write_text(json.dumps({**edited, "target_fingerprint": "f" * 16}))
     refused = train(folder, tmp_path / "third", "--max-steps", 2, "--init-from", first)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -225,7 +224,7 @@ def train_drafter(
     init_from: Path | None = None,
     resume: bool = False,
 ) -> dict:
-    """Train a drafter for the target in `target_dir`, save it under `out`, return its provenance.
+    """Train a drafter for the target in `target_dir`, save it under `out`, return this stage's provenance.
 
     Args:
         target_dir: folder of a transformers causal LM; frozen.
@@ -286,7 +285,7 @@ def train_drafter(
     model = DraftTraining(prior, target, rows_per_window)
     metrics = fit(model, train_set, valid_set, loop, work / "checkpoints", "drafter", resume, _acceptance)
     prior.to(torch.bfloat16).save_pretrained(out)
-    record = {
+    stage = {
         "command": provenance.command(),
         "commit": commit,
         "target_fingerprint": fingerprint,
@@ -303,6 +302,6 @@ def train_drafter(
         "wall_hours": None if resume else round((time.time() - started) / 3600, 2),
         "versions": provenance.versions(),
     }
-    (out / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
+    provenance.write_stage(out, stage, init_from)
     shutil.rmtree(work / "checkpoints")
-    return record
+    return stage

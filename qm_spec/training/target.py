@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +85,7 @@ def train_target(
     init_from: Path | None = None,
     resume: bool = False,
 ) -> dict:
-    """Train a causal LM on `data` and save it in bf16 under `out`; return its provenance record.
+    """Train a causal LM on `data` and save it in bf16 under `out`; return this stage's provenance.
 
     Args:
         data: text files or folders to train on.
@@ -111,13 +110,10 @@ def train_target(
     started, commit = time.time(), provenance.git_commit()
     set_seed(loop.seed)
     files, valid_files = find_files(data), find_files(valid)
-    record: dict = {"stages": []}
     model: PreTrainedModel
     if init_from is not None:
         tokenizer = AutoTokenizer.from_pretrained(init_from)
         model = AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
-        if (init_from / "provenance.json").is_file():
-            record = json.loads((init_from / "provenance.json").read_text())
     else:
         tokenizer = train_tokenizer(files, vocab_size)
         model = LlamaForCausalLM(target_config(len(tokenizer), hidden_size, num_layers, intermediate_size, context))
@@ -131,21 +127,19 @@ def train_target(
     valid_set.token_ids = valid_set.token_ids[:: max(1, len(valid_set) // num_valid)][:num_valid]
     metrics = fit(model, train_set, valid_set, loop, out / "checkpoints", "target", resume)
     model.to(torch.bfloat16).save_pretrained(out)
-    record["stages"].append(
-        {
-            "command": provenance.command(),
-            "commit": commit,
-            "data_sha256": sha256_of(files),
-            "valid_sha256": sha256_of(valid_files),
-            "seed": loop.seed,
-            "steps": loop.max_steps,
-            "tokens": loop.max_steps * loop.batch_size * sequence_length,
-            "sequence_length": sequence_length,
-            "valid_loss_nats_per_token": metrics["eval_loss"],
-            # Of one run from its beginning to its end; a resumed one has no single time.
-            "wall_hours": None if resume else round((time.time() - started) / 3600, 2),
-            "versions": provenance.versions(),
-        }
-    )
-    (out / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
-    return record
+    stage = {
+        "command": provenance.command(),
+        "commit": commit,
+        "data_sha256": sha256_of(files),
+        "valid_sha256": sha256_of(valid_files),
+        "seed": loop.seed,
+        "steps": loop.max_steps,
+        "tokens": loop.max_steps * loop.batch_size * sequence_length,
+        "sequence_length": sequence_length,
+        "valid_loss_nats_per_token": metrics["eval_loss"],
+        # Of one run from its beginning to its end; a resumed one has no single time.
+        "wall_hours": None if resume else round((time.time() - started) / 3600, 2),
+        "versions": provenance.versions(),
+    }
+    provenance.write_stage(out, stage, init_from)
+    return stage
