@@ -51,7 +51,8 @@ def write_drafter(folder: Path, target: Path, **config: Any) -> Path:
     """Write a drafter's config.json and a model.safetensors that is sound and means nothing."""
     from safetensors.torch import save_file
 
-    from qm_spec.discovery import ARCHITECTURE, target_fingerprint
+    from qm_spec.config import ARCHITECTURE
+    from qm_spec.discovery import target_fingerprint
 
     folder.mkdir(parents=True)
     settings = {
