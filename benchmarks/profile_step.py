@@ -57,7 +57,7 @@ def main(
 
     # The engine's libraries are loaded with the process, so it starts once more with their environment.
     if os.environ.get("QM_SPEC_PROFILE") != "1":
-        environment = {**engine_environment("cpu"), "QM_SPEC_PROFILE": "1"}
+        environment = {"VLLM_LOGGING_LEVEL": "ERROR", **engine_environment("cpu"), "QM_SPEC_PROFILE": "1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
     from importlib import import_module
