@@ -7,6 +7,12 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qm_spec.pipelines import (
+        create_diffusion_pipeline,
+        create_llm_pipeline,
+        create_multimodal_pipeline,
+        create_speculative_decoder,
+    )
     from qm_spec.quickmerge import (
         BidirectionalARAlignment,
         DifferentiableTokenMerging,
@@ -22,6 +28,10 @@ __all__ = [
     "EntropyAwareSaliency",
     "NormBasedFidelityConstraint",
     "QuickMergePP",
+    "create_diffusion_pipeline",
+    "create_llm_pipeline",
+    "create_multimodal_pipeline",
+    "create_speculative_decoder",
     "quickmerge_inference",
     "speculative_config",
 ]
@@ -30,7 +40,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # vLLM imports the package in every process, most of which need no compressor.
     if name in __all__:
-        return getattr(import_module("qm_spec.quickmerge"), name)
+        module = "qm_spec.pipelines" if name.startswith("create_") else "qm_spec.quickmerge"
+        return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
