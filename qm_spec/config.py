@@ -19,7 +19,10 @@ class MergeConfig:
 
     A group is `group_size` consecutive tokens. While fewer than `window` tokens follow it, it is
     raw. At `window` tokens it is merged to `schedule[0]` entries, and each time its distance
-    doubles to the next number of `schedule`. The last number stays.
+    doubles to the next number of `schedule`. A schedule that ends in 1 goes on in the same rhythm:
+    two neighbouring entries become one, which then spans 2 groups, then 4, 8... So every doubling
+    of the context adds the same number of entries, and what is attended grows with log(N). A
+    schedule that ends in another number stays there.
 
     Attributes:
         window: tokens kept raw behind the newest one.
@@ -30,6 +33,9 @@ class MergeConfig:
             those of low entropy. The two reference implementations of the paper disagree.
         temperature: of the softmax over the saliencies of a group (paper: tau).
         epsilon: mass of a token that is not selected at all (paper: eps).
+        doublings: how often an entry's span doubles after the schedule has come to 1; from then on
+            what is attended grows with N again. With the other defaults, 8 doublings end at 4096
+            tokens an entry, a quarter of a million tokens behind the newest one.
 
     Source: QuickMerge++, arXiv 2508.13204; the schedule is ours.
     """
@@ -40,6 +46,7 @@ class MergeConfig:
     saliency: str = "entropy"
     temperature: float = 0.5
     epsilon: float = 0.01
+    doublings: int = 8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", tuple(self.schedule))
@@ -57,6 +64,8 @@ class MergeConfig:
                 f"MergeConfig: schedule must fall strictly from below group_size = {self.group_size} to 1 or more, "
                 f"or be (0,) for no far memory, got {self.schedule}"
             )
+        if not 0 <= self.doublings <= 16:
+            raise ValueError(f"MergeConfig: doublings must be in 0..16, got {self.doublings}")
         if self.saliency not in SALIENCIES:
             raise ValueError(f"MergeConfig: saliency must be one of {SALIENCIES}, got {self.saliency!r}")
         if not self.temperature > 0:
@@ -87,15 +96,26 @@ class MergeConfig:
         return self.window - self.group_size - 1
 
     @property
+    def spans(self) -> tuple[int, ...]:
+        """Groups that an entry spans at each level 1, 2...: 1 within the schedule, then 2, 4, 8..."""
+        doublings = self.doublings if self.schedule[-1] == 1 else 0
+        return (1,) * len(self.schedule) + tuple(2 << number for number in range(doublings))
+
+    @property
     def level_distances(self) -> tuple[int, ...]:
-        """Tokens that must follow a group before each level: window, 2 window, 4 window..."""
-        return tuple(self.window << level for level in range(len(self.schedule)))
+        """Tokens that must follow a group, or a span, before each level: window, 2 window, 4 window..."""
+        return tuple(self.window << level for level in range(len(self.spans)))
 
     def entries_attended(self, num_tokens: int) -> int:
         """Count the entries one KV head attends to after `num_tokens` verified tokens."""
-        total = 0
+        total, group = 0, 0
         counts = (self.group_size, *self.schedule)
-        for group in range(num_tokens // self.group_size):
-            distance = num_tokens - (group + 1) * self.group_size
-            total += counts[sum(distance >= limit for limit in self.level_distances)]
+        while group < num_tokens // self.group_size:
+            level, span = 0, 1
+            for limit, groups in zip(self.level_distances, self.spans, strict=True):
+                if num_tokens - (group // groups + 1) * groups * self.group_size < limit:
+                    break
+                level, span = level + 1, groups
+            total += counts[level] if level < len(counts) else 1
+            group += span
         return total + num_tokens % self.group_size

@@ -11,7 +11,7 @@ from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.ops.page import slot_elements
 from qm_spec.training.drafter import DraftTraining
 
-VOCAB, HIDDEN, STEPS, LENGTH = 64, 32, 3, 150
+VOCAB, HIDDEN, STEPS, LENGTH = 64, 32, 3, 460
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def test_training_mask_equals_step_by_step_cache(target, schedule):
     prior = make_prior(schedule)
     training = DraftTraining(prior, target, rows_per_window=8)
     ids = torch.randint(0, VOCAB, (1, LENGTH))
-    rows = torch.tensor([[0, 1, 23, 24, 31, 32, 40, 77, 100, 131, LENGTH - STEPS - 1]])
+    # Spans of two groups stand from 192 tokens on, of four from 384.
+    rows = torch.tensor([[0, 1, 23, 24, 31, 32, 40, 77, 100, 131, 200, 215, 300, 431, LENGTH - STEPS - 1]])
     aux, _ = training.read_target(ids)
     expected, _ = training.unroll(aux, ids, rows)
 

@@ -14,7 +14,8 @@ from qm_spec.ops.merge_entries import merge_entries, saliency_mass
 from qm_spec.ops.page import COUNT, LEVEL, slot_elements, split_page
 
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8
-CONFIG = MergeConfig(window=12, group_size=4, schedule=(2, 1))
+# Spans of 2 groups from a distance of 48 tokens, of 4 from 96, of 8 from 192.
+CONFIG = MergeConfig(window=12, group_size=4, schedule=(2, 1), doublings=3)
 
 
 def make_cache(num_tokens, page_size, dtype=torch.float32, seed=0):
@@ -51,6 +52,7 @@ def naive_attention(query, key, value, row_position, slopes, far_bias, config):
     for head in range(num_heads):
         kv_head = head // (num_heads // key.shape[1])
         entries = []  # (key, value, count or None, position)
+        singles = {}  # one entry of a whole group: first group, groups -> (key, value, count, mass)
         for start in range(0, num_tokens, config.group_size):
             k = key[start : start + config.group_size, kv_head].double()
             v = value[start : start + config.group_size, kv_head].double()
@@ -77,7 +79,23 @@ def naive_attention(query, key, value, row_position, slopes, far_bias, config):
                 count = [sum(count[i] for i in m) for m in members.values()]
                 mass = [sum(mass[i] for i in m) for m in members.values()]
                 k, v = new_k, new_v
-            entries += list(zip(k, v, count, [None] * len(k), strict=True))
+            if level == len(config.schedule) and len(k) == 1:
+                singles[start // config.group_size, 1] = (k[0], v[0], count[0], sum(mass))
+            else:
+                entries += list(zip(k, v, count, [None] * len(k), strict=True))
+        for number in range(config.doublings):
+            span = 2**number
+            for first, groups in sorted(singles):
+                neighbour = (first + span, span)
+                end = (first + 2 * span) * config.group_size
+                due = num_tokens - end >= config.window << (len(config.schedule) + number)
+                if groups != span or first % (2 * span) or neighbour not in singles or not due:
+                    continue
+                (k1, v1, n1, m1), (k2, v2, n2, m2) = singles.pop((first, span)), singles.pop(neighbour)
+                whole = m1 + m2
+                merged = ((m1 * k1 + m2 * k2) / whole, (m1 * v1 + m2 * v2) / whole, n1 + n2, whole)
+                singles[first, 2 * span] = merged
+        entries += [(k, v, n, None) for k, v, n, _ in singles.values()]
         for row in range(num_rows):
             scores, values = [], []
             for k, v, n, position in entries:
@@ -97,7 +115,7 @@ def naive_attention(query, key, value, row_position, slopes, far_bias, config):
 
 
 @settings(max_examples=20, deadline=None)
-@given(num_tokens=st.integers(1, 90), page_size=st.sampled_from([4, 16, 32]), seed=st.integers(0, 5))
+@given(num_tokens=st.integers(1, 260), page_size=st.sampled_from([4, 16, 32]), seed=st.integers(0, 5))
 def test_append_merge_attend_equals_naive_code(num_tokens, page_size, seed):
     cache, table, key, value = make_cache(num_tokens, page_size, seed=seed)
     merge_groups_(cache, table, lens(num_tokens), HEAD_DIM, CONFIG)
@@ -113,7 +131,7 @@ def test_append_merge_attend_equals_naive_code(num_tokens, page_size, seed):
 
 
 @settings(max_examples=30, deadline=None)
-@given(num_tokens=st.integers(1, 200), page_size=st.sampled_from([4, 16]))
+@given(num_tokens=st.integers(1, 300), page_size=st.sampled_from([4, 16]))
 def test_counts_sum_to_the_tokens_seen(num_tokens, page_size):
     cache, table, _, _ = make_cache(num_tokens, page_size)
     merge_groups_(cache, table, lens(num_tokens), HEAD_DIM, CONFIG)
@@ -124,7 +142,7 @@ def test_counts_sum_to_the_tokens_seen(num_tokens, page_size):
 
 
 @settings(max_examples=20, deadline=None)
-@given(steps=st.lists(st.integers(1, 40), min_size=1, max_size=6))
+@given(steps=st.lists(st.integers(1, 90), min_size=1, max_size=6))
 def test_merging_does_not_depend_on_when_it_happens(steps):
     total = sum(steps)
     at_once, table, _, _ = make_cache(total, 16)
@@ -297,11 +315,43 @@ def test_entropy_is_log_n_for_equal_tokens_and_0_for_far_ones():
 
 
 def test_entries_attended_is_what_is_gathered():
-    for num_tokens in (3, 16, 33, 200):
+    for num_tokens in (3, 16, 33, 200, 301):
         cache, table, _, _ = make_cache(num_tokens, 16)
         merge_groups_(cache, table, lens(num_tokens), HEAD_DIM, CONFIG)
         entries = gather_entries(cache, table, lens(num_tokens), HEAD_DIM, CONFIG)
         assert entries.keys.shape[2] == CONFIG.entries_attended(num_tokens)
+
+
+def test_entries_attended_grow_with_the_logarithm_of_the_context():
+    attended = [MergeConfig().entries_attended(2**power) for power in range(10, 18)]
+    assert attended == [320 + 64 * number for number in range(8)]
+    # Without doublings every 16 tokens add one entry.
+    assert MergeConfig(doublings=0).entries_attended(2**17) == 8448
+
+
+def test_counts_of_spans_reach_the_scores():
+    cache, table, _, _ = make_cache(300, 16)
+    merge_groups_(cache, table, lens(300), HEAD_DIM, CONFIG)
+    entries = gather_entries(cache, table, lens(300), HEAD_DIM, CONFIG)
+    assert entries.log_count.exp().sum(-1).round().tolist() == [[300.0] * GROUPS]
+    assert entries.log_count.max().exp().round() == 8 * CONFIG.group_size
+
+
+def test_a_span_cut_by_page_sharing_loses_nothing_of_the_second_request():
+    """The first request merges spans across the page where the second one parts from it."""
+    cache, table, _, _ = make_cache(300, 4)
+    other, other_table, _, _ = make_cache(300, 4, seed=1)
+    both = torch.cat([cache, other[1:]])
+    second = table.clone()
+    # They share 5 pages of one group each: spans of 2, 4 and 8 groups are cut.
+    second[0, 5:75] = torch.randperm(75)[:70].int() + len(cache)
+    source = other_table[0, 5:75].long()
+    both[second[0, 5:75].long()] = other[source]
+    merge_groups_(both, table, lens(300), HEAD_DIM, CONFIG)
+    merge_groups_(both, second, lens(300), HEAD_DIM, CONFIG)
+    entries = gather_entries(both, second, lens(300), HEAD_DIM, CONFIG)
+    # Its own 280 tokens are all there; the shared span's entry may hold up to 12 tokens of the other's.
+    assert 280 <= entries.log_count.exp().sum(-1).round().min() <= 312
 
 
 @pytest.mark.parametrize("op", ["append_kv_", "merge_groups_", "merged_attention"])
@@ -311,7 +361,7 @@ def test_operators_pass_opcheck(op):
     merge = (CONFIG.window, CONFIG.group_size, list(CONFIG.schedule))
     args = {
         "append_kv_": (cache, key, value, torch.arange(16, 56)),
-        "merge_groups_": (cache, table[:, :3], lens(40), HEAD_DIM, *merge, "entropy", 0.5, 0.01),
+        "merge_groups_": (cache, table[:, :3], lens(40), HEAD_DIM, *merge, "entropy", 0.5, 0.01, CONFIG.doublings),
         "merged_attention": (
             torch.randn(2, HEADS, HEAD_DIM),
             cache,
@@ -322,6 +372,7 @@ def test_operators_pass_opcheck(op):
             torch.rand(HEADS),
             5,
             *merge,
+            CONFIG.doublings,
         ),
     }[op]
     torch.library.opcheck(getattr(torch.ops.qm_spec, op).default, args)
@@ -356,6 +407,7 @@ class TestBadInput:
             {"schedule": (4, 4)},
             {"schedule": ()},
             {"schedule": (4, 0)},
+            {"doublings": -1},
             {"saliency": "loud"},
             {"temperature": 0.0},
             {"epsilon": 1.0},

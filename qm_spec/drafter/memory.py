@@ -22,8 +22,8 @@ def merge_levels(keys: Tensor, values: Tensor, config: MergeConfig) -> list[Merg
         config: the merging schedule.
 
     Returns:
-        One `Merged` of `[B, G, n, R, d]` per number of the schedule, n groups of R entries; the same
-        arithmetic as `merge_groups_`.
+        One `Merged` of `[B, G, n, R, d]` per level, n groups, or spans of groups, of R entries; the
+        same arithmetic as `merge_groups_`. Levels that no span of the sequence fills are left out.
     """
     size = config.group_size
     full = keys.shape[2] // size * size
@@ -32,7 +32,14 @@ def merge_levels(keys: Tensor, values: Tensor, config: MergeConfig) -> list[Merg
     mass = saliency_mass(k, config)
     count = torch.ones_like(mass)
     levels = []
-    for keep in config.schedule:
+    for number, span in enumerate(config.spans):
+        if span > 1:
+            whole = k.shape[2] // 2 * 2
+            k, v = (x[:, :, :whole].unflatten(2, (-1, 2)).flatten(3, 4) for x in (k, v))
+            mass, count = (x[:, :, :whole].unflatten(2, (-1, 2)).flatten(3, 4) for x in (mass, count))
+            if whole == 0:
+                break
+        keep = config.schedule[number] if span == 1 else 1
         level = merge_entries(k, v, mass, count, keep)
         levels.append(level)
         k, v, mass, count = level.keys, level.values, level.mass, level.count
@@ -45,7 +52,7 @@ class Memory:
 
     Attributes:
         entries: keys, values, positions and counts of all of them.
-        group: `[E]` int64, the group of each entry.
+        group: `[E]` int64, the group of each entry, the first one of its span.
         level: `[E]` int64, the level at which each entry exists; 0 = raw.
         config: the merging schedule.
     """
@@ -66,7 +73,8 @@ class Memory:
         parts_n = [keys.new_ones(batch, heads, num_tokens, dtype=torch.float32)]
         for number, level in enumerate(levels, 1):
             num_groups, kept = level.mass.shape[2:]
-            group = torch.arange(num_groups, device=device).repeat_interleave(kept)
+            first = torch.arange(num_groups, device=device) * config.spans[number - 1]
+            group = first.repeat_interleave(kept)
             groups.append(group)
             ranks.append(torch.full_like(group, number))
             parts_k.append(level.keys.flatten(2, 3))

@@ -40,7 +40,7 @@ def gather_entries(
         block_table: `[B, columns]` int32.
         num_tokens: `[B]` int, tokens of each request in the cache.
         head_dim: d.
-        config: group size and schedule.
+        config: group size, schedule and doublings.
 
     Returns:
         See `Entries`; the copy costs time by the entries attended, not by the tokens seen.
@@ -49,8 +49,12 @@ def gather_entries(
     page_size, group_size = cache.shape[2], config.group_size
     longest = int(num_tokens.max()) if num_tokens.numel() else 0
     pages = block_table[:, : -(-longest // page_size)].long()
-    level = group_levels(state, pages, group_size, len(config.schedule))
-    held = torch.tensor([group_size, *config.schedule], device=cache.device)[level]
+    level = group_levels(state, pages, group_size, len(config.spans))
+    num_doublings = len(config.spans) - len(config.schedule)
+    held = torch.tensor([group_size, *config.schedule, *[1] * num_doublings], device=cache.device)[level]
+    # Of a span only the first group holds an entry.
+    first_count = state[:, 0, ::group_size, COUNT][pages].flatten(1)
+    held = torch.where((level > len(config.schedule)) & ~(first_count > 0), 0, held)
     offset = torch.arange(group_size, device=cache.device)
     position = torch.arange(level.shape[1] * group_size, device=cache.device).view(-1, group_size)
     raw = (level == 0).unsqueeze(-1)
@@ -67,7 +71,7 @@ def gather_entries(
         return out
 
     page, slot = pages[batch, where // page_size], where % page_size
-    count = state[page, :, slot, COUNT].nan_to_num(0.0, 0.0, 0.0).clamp(0, group_size)
+    count = state[page, :, slot, COUNT].nan_to_num(0.0, 0.0, 0.0).clamp(0, config.spans[-1] * group_size)
     count = torch.where(raw[batch, where].unsqueeze(-1), 1.0, count)
     return Entries(
         keys=padded(keys[page, :, slot], 0.0).transpose(1, 2),

@@ -12,7 +12,7 @@ from qm_spec.ops.page import COUNT, LEVEL, MASS, group_levels, split_page
 torch.library.define(
     "qm_spec::merge_groups_",
     "(Tensor(a!) cache, Tensor block_table, Tensor frontier, int head_dim, int window, int group_size, "
-    "int[] schedule, str saliency, float temperature, float epsilon) -> ()",
+    "int[] schedule, str saliency, float temperature, float epsilon, int doublings) -> ()",
 )
 
 
@@ -22,12 +22,14 @@ def due_levels(frontier: Tensor, num_groups: int, config: MergeConfig) -> Tensor
     Args:
         frontier: `[B]` verified tokens of each request.
         num_groups: groups counted from position 0.
-        config: window, group size and schedule.
+        config: window, group size, schedule and doublings.
     """
-    ends = torch.arange(1, num_groups + 1, device=frontier.device) * config.group_size
-    distance = frontier.long().unsqueeze(-1) - ends
+    group = torch.arange(num_groups, device=frontier.device).unsqueeze(-1)
+    spans = torch.tensor(config.spans, device=frontier.device)
+    # A span is as old as its newest token.
+    ends = (group // spans + 1) * spans * config.group_size
     limits = torch.tensor(config.level_distances, device=frontier.device)
-    return (distance.unsqueeze(-1) >= limits).sum(-1)
+    return (frontier.long().view(-1, 1, 1) - ends >= limits).sum(-1)
 
 
 @torch.library.impl("qm_spec::merge_groups_", "default")
@@ -42,8 +44,9 @@ def _merge_groups_reference(
     saliency: str,
     temperature: float,
     epsilon: float,
+    doublings: int,
 ) -> None:
-    config = MergeConfig(window, group_size, tuple(schedule), saliency, temperature, epsilon)
+    config = MergeConfig(window, group_size, tuple(schedule), saliency, temperature, epsilon, doublings)
     keys, values, state = split_page(cache, head_dim)
     groups_per_page = cache.shape[2] // group_size
     # Table columns beyond a request's pages hold other requests' ids; no due group lies there.
@@ -52,41 +55,83 @@ def _merge_groups_reference(
     if num_pages <= 0:
         return
     pages = block_table[:, :num_pages].long()
-    wanted = due_levels(frontier, num_pages * groups_per_page, config)
-    level = group_levels(state, pages, group_size, len(schedule))
-    group_ids = pages.repeat_interleave(groups_per_page, 1) * groups_per_page
-    group_ids = group_ids + torch.arange(num_pages * groups_per_page, device=cache.device) % groups_per_page
-    due = (wanted > level) & (pages.repeat_interleave(groups_per_page, 1) != 0)
-    if not bool(due.any()):
-        return
-    # Two requests of a batch may share a page: each group is merged once, as far as either wants.
-    ids, inverse = torch.unique(group_ids[due], return_inverse=True)
-    wanted = torch.zeros_like(ids).scatter_reduce_(0, inverse, wanted[due], "amax")
-    level = torch.zeros_like(ids).scatter_reduce_(0, inverse, level[due], "amax")
+    first_group = pages * groups_per_page
+    groups = (first_group.unsqueeze(-1) + torch.arange(groups_per_page, device=cache.device)).flatten(1)
+    wanted = due_levels(frontier, groups.shape[1], config)
+    # The null page is nobody's.
+    wanted = wanted.masked_fill(groups < groups_per_page, 0)
     counts = (group_size, *schedule)
-    for new_level in range(1, len(counts)):
-        # Level by level, so that the result does not depend on when the group was visited.
-        now = ids[(level < new_level) & (wanted >= new_level)]
-        if now.numel() == 0:
+    if not bool((wanted > group_levels(state, pages, group_size, len(config.spans))).any()):
+        return
+    # Level by level, so that the result does not depend on when a group was visited.
+    for new_level, span in enumerate(config.spans[: int(wanted.max())], 1):
+        level = group_levels(state, pages, group_size, len(config.spans))
+        due = (wanted >= new_level) & (level == new_level - 1)
+        if span == 1:
+            # Two requests of a batch may share a page: each group is merged once.
+            now = torch.unique(groups[due]).unsqueeze(-1)
+            if now.numel():
+                _merge(keys, values, state, now, counts[new_level - 1], counts[new_level], new_level, config)
             continue
-        old, keep = counts[new_level - 1], counts[new_level]
-        page = (now // groups_per_page).unsqueeze(-1)
-        first = (now % groups_per_page).unsqueeze(-1) * group_size
-        source = first + torch.arange(old, device=cache.device)
-        # Advanced indices around the head slice put heads last: [n, old, G, ...] -> [n, G, old, ...].
-        k = keys[page, :, source].transpose(1, 2)
-        v = values[page, :, source].transpose(1, 2)
-        s = state[page, :, source].transpose(1, 2)
-        mass = saliency_mass(k, config) if new_level == 1 else s[..., MASS]
-        merged = merge_entries(k, v, mass, s[..., COUNT], keep)
-        target = first + torch.arange(keep, device=cache.device)
-        keys[page, :, target] = merged.keys.transpose(1, 2)
-        values[page, :, target] = merged.values.transpose(1, 2)
-        new_state = state.new_zeros(len(now), cache.shape[1], group_size, 4)
-        new_state[:, :, :keep, MASS] = merged.mass
-        new_state[:, :, :keep, COUNT] = merged.count
-        new_state[:, :, 0, LEVEL] = new_level
-        state[page, :, first + torch.arange(group_size, device=cache.device)] = new_state.transpose(1, 2)
+        half = span // 2
+        heads, tails = slice(None, -half, span), slice(half, None, span)
+        pair = due[:, heads][:, : due[:, tails].shape[1]] & due[:, tails]
+        now = torch.stack([groups[:, heads][:, : pair.shape[1]][pair], groups[:, tails][pair]], -1)
+        if now.numel():
+            _merge(keys, values, state, _first_of_each(now), 1, 1, new_level, config)
+
+
+def _first_of_each(pairs: Tensor) -> Tensor:
+    """Drop the pairs `[n, 2]` whose first group another pair before them has: requests may share pages."""
+    _, inverse = torch.unique(pairs[:, 0], return_inverse=True)
+    number = torch.arange(len(pairs), device=pairs.device)
+    first = torch.full_like(number, len(pairs)).scatter_reduce_(0, inverse, number, "amin")
+    return pairs[first[first < len(pairs)]]
+
+
+def _merge(
+    keys: Tensor,
+    values: Tensor,
+    state: Tensor,
+    groups: Tensor,
+    old: int,
+    keep: int,
+    new_level: int,
+    config: MergeConfig,
+) -> None:
+    """Merge the first `old` entries of each row's groups into the first `keep` slots of its first group.
+
+    Args:
+        keys: `[pages, G, P, d]`, changed in place.
+        values: `[pages, G, P, d]`, changed in place.
+        state: `[pages, G, P, 4]` float32, changed in place.
+        groups: `[n, groups per row]` int64, page * groups per page + group within it.
+        old: entries that each group has.
+        keep: entries that each row will have.
+        new_level: level of every group of a row afterwards.
+        config: of the merge.
+    """
+    size = config.group_size
+    groups_per_page = keys.shape[2] // size
+    offset = torch.arange(size, device=keys.device)
+    page = (groups // groups_per_page).unsqueeze(-1)
+    slot = (groups % groups_per_page).unsqueeze(-1) * size + offset
+
+    def read(words: Tensor) -> Tensor:
+        # Advanced indices around the head slice put heads last: [n, m, old, G, ...] -> [n, G, m old, ...].
+        return words[page, :, slot[..., :old]].flatten(1, 2).transpose(1, 2)
+
+    k, v, s = read(keys), read(values), read(state)
+    mass = saliency_mass(k, config) if new_level == 1 else s[..., MASS]
+    merged = merge_entries(k, v, mass, s[..., COUNT], keep)
+    target = page[:, 0], slice(None), slot[:, 0, :keep]
+    keys[target] = merged.keys.transpose(1, 2)
+    values[target] = merged.values.transpose(1, 2)
+    new_state = state.new_zeros(*groups.shape, size, state.shape[1], 4)
+    new_state[:, 0, :keep, :, MASS] = merged.mass.transpose(1, 2)
+    new_state[:, 0, :keep, :, COUNT] = merged.count.transpose(1, 2)
+    new_state[:, :, 0, :, LEVEL] = new_level
+    state[page, :, slot] = new_state
 
 
 @torch.library.register_fake("qm_spec::merge_groups_")
@@ -98,14 +143,16 @@ def merge_groups_(cache: Tensor, block_table: Tensor, frontier: Tensor, head_dim
     """Merge in place every group whose distance to the frontier calls for a higher level.
 
     Idempotent, and a function of each group's content alone: a group shared by two requests ends
-    the same whoever comes first, and in however many steps. Levels never fall.
+    the same whoever comes first, and in however many steps. Levels never fall. A span of several
+    groups may cross pages; where two requests share its first pages but not all, the first request
+    that comes gives it its content, and the other keeps its own groups beside it.
 
     Args:
         cache: `[pages, G, P, C]`, changed in place; page 0 is never touched.
         block_table: `[B, columns]` int32, the page of each P tokens.
         frontier: `[B]` int32, verified tokens; nothing within `window` of it is touched.
         head_dim: d.
-        config: window, group size, schedule and saliency.
+        config: of the merge.
 
     Raises:
         ValueError: the group size does not divide the page size.
@@ -126,4 +173,5 @@ def merge_groups_(cache: Tensor, block_table: Tensor, frontier: Tensor, head_dim
         config.saliency,
         config.temperature,
         config.epsilon,
+        config.doublings,
     )

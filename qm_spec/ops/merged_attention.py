@@ -11,7 +11,8 @@ from qm_spec.ops.entries import entry_bias, gather_entries
 torch.library.define(
     "qm_spec::merged_attention",
     "(Tensor query, Tensor cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor slopes, "
-    "Tensor far_bias, int max_rows, int window, int group_size, int[] schedule) -> (Tensor, Tensor, Tensor)",
+    "Tensor far_bias, int max_rows, int window, int group_size, int[] schedule, int doublings) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -28,8 +29,9 @@ def _merged_attention_reference(
     window: int,
     group_size: int,
     schedule: list[int],
+    doublings: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    config = MergeConfig(window, group_size, tuple(schedule))
+    config = MergeConfig(window, group_size, tuple(schedule), doublings=doublings)
     num_rows, num_heads, head_dim = query.shape
     out = torch.zeros_like(query)
     lse = query.new_full((num_rows, num_heads), float("-inf"), dtype=torch.float32)
@@ -95,7 +97,7 @@ def merged_attention(
         slopes: `[H]` float32, per token of distance.
         far_bias: `[H]` float32.
         max_rows: rows computed per request, the newest ones; only those are sampled from.
-        config: group size and schedule.
+        config: group size, schedule and doublings.
 
     Returns:
         output `[T, H, d]` in the query's dtype, log-sum-exp `[T, H]` float32 and attention entropy
@@ -129,4 +131,5 @@ def merged_attention(
         config.window,
         config.group_size,
         list(config.schedule),
+        config.doublings,
     )
