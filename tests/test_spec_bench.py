@@ -153,6 +153,14 @@ def test_results_hold_every_method_and_setting(settings, engine_command):
     assert ("ngram", "decoding at 16 tokens of context", 5, 8) in states
 
 
+def test_sampled_ngram_on_a_cpu_is_said_to_be_wrong(settings):
+    def warned(**changes):
+        return any("55005" in note for note in Benchmark(settings(**changes)).notes)
+
+    assert warned(temperature=1.0)
+    assert not warned() and not warned(temperature=1.0, methods=("none",))
+
+
 def test_whole_prompts_report_their_median_length(settings, engine_command):
     run = Benchmark(settings(methods=("none",))).run(quiet, engine_command)["runs"][0]
     assert (run["context_tokens"], run["context_cut"]) == (20, False)

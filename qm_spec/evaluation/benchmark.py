@@ -54,6 +54,11 @@ class Benchmark:
         self.notes: list[str] = []
         if settings.adds_reference:
             self.notes.append(f"{REFERENCE_METHOD} runs as well: speedup and lossless are relative to it")
+        if self.device == "cpu" and settings.temperature > 0 and "ngram" in settings.methods:
+            self.notes.append(
+                "vLLM 0.32 verifies ngram's drafts on the CPU with uninitialised temperatures (vllm issue 55005): "
+                "at a temperature above 0 its output is not the target's, nor is its acceptance"
+            )
         self.drafter: Path | None = None
         self.num_speculative_tokens = settings.num_speculative_tokens or DEFAULT_SPECULATIVE_TOKENS
         if set(settings.methods) & set(DRAFTER_METHODS):
