@@ -181,8 +181,8 @@ cd "$root"
 stamp=$venv/qm_spec-install
 log=$venv/install.log
 
-# The editable install points at this folder, so a moved tree installs again.
-installed="$kind $(cat install.sh pyproject.toml setup.py - <<<"$root" | sha256sum | cut -d' ' -f1)"
+# The editable install points at this folder, so a moved tree installs again, and kernels that changed are built again.
+installed="$kind $(cat install.sh pyproject.toml setup.py csrc/*/* - <<<"$root" | sha256sum | cut -d' ' -f1)"
 if [[ -f $stamp && -x $venv/bin/python ]]; then
   if [[ $(<"$stamp") == "$installed" ]]; then
     echo "$venv is up to date"

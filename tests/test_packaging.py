@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "qm_spec", "integrations"]
+SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "qm_spec", "integrations", "csrc"]
 ZOO_SAMPLES = [
     "config.json",
     "model.safetensors",
@@ -41,24 +41,41 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this tree with one file of each kind added to the zoo, built without a network."""
+def tree(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a wheel of this tree is made of, with one file of each kind added to the zoo."""
     # A copy, because a build leaves folders in its tree, and reads those that an older one left.
     tree = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
         source = root / name
         if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         elif source.exists():
             shutil.copy(source, tree / name)
     samples = tree / "qm_spec/zoo/sample/target"
     samples.mkdir(parents=True)
     for name in ZOO_SAMPLES:
         (samples / name).write_text("sample")
+    return tree
+
+
+def pip_wheel(tree: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build the tree's wheel into `out`, without a network."""
+    options = ["--verbose", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out)]
+    return subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, str(tree)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel as it comes out where there is no compiler."""
     out = tmp_path_factory.mktemp("wheel")
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out)]
-    built = subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(tree)], capture_output=True, text=True)
+    built = pip_wheel(tree, out, CXX="/nowhere/c++")
     assert built.returncode == 0, built.stdout + built.stderr
+    assert "there is no /nowhere/c++; install a C++ compiler" in built.stdout + built.stderr
     [path] = out.glob("*.whl")
     return path
 
@@ -88,6 +105,25 @@ def test_the_wheel_imports_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> 
     code = f"import sys; sys.path.insert(0, {site!r}); import qm_spec.integrations.vllm_plugin as m"
     ran = run_python(f"{code}; print(m.__file__)", tmp_path)
     assert ran.stdout.startswith(site), ran.stderr
+
+
+def test_kernels_asked_for_and_impossible_are_an_error(tree: Path, tmp_path: Path) -> None:
+    built = pip_wheel(tree, tmp_path, CXX="/nowhere/c++", QM_SPEC_BUILD="required")
+    assert built.returncode != 0
+    assert "there is no /nowhere/c++; install a C++ compiler" in built.stdout + built.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+def test_the_wheel_with_kernels_fits_every_python_and_runs_them(tree: Path, tmp_path: Path) -> None:
+    built = pip_wheel(tree, tmp_path / "out", QM_SPEC_BUILD="required")
+    assert built.returncode == 0, built.stdout + built.stderr
+    [path] = (tmp_path / "out").glob("qm_spec-*-cp310-abi3-linux_*.whl")
+    site = str(tmp_path / "site")
+    zipfile.ZipFile(path).extractall(site)
+    code = f"import sys; sys.path.insert(0, {site!r}); from qm_spec.ops import backend as m"
+    ran = run_python(f"{code}; print(m.backend(), m.__file__)", tmp_path)
+    assert ran.stdout.startswith(f"compiled {site}"), ran.stderr
 
 
 def test_the_editable_install_finds_integrations_outside_the_package(root: Path, tmp_path: Path) -> None:

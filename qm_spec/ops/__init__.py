@@ -1,14 +1,27 @@
-"""Operators of the merged cache: one file each, with checks, schema, fake, reference and dispatch.
+"""Operators of QuickMerge++ and of the merged cache: one file each, with checks, schema, fake and reference.
+
+Compiled kernels, where they were built, take the references' place: see `qm_spec.ops.backend`.
 
 Letters used in every shape: B requests, N tokens, T rows of a flattened batch, K drafted tokens,
 D hidden, V vocabulary, H query heads, G key/value heads, d head size, P tokens per page,
 M tokens per merge group, R entries kept per group, E entries attended, L levels.
 """
 
+from qm_spec.ops import backend
 from qm_spec.ops.append_kv import append_kv_
 from qm_spec.ops.attention_entropy import attention_entropy
 from qm_spec.ops.masked_attention_entropy import masked_attention_entropy
 from qm_spec.ops.merge_groups import merge_groups_
 from qm_spec.ops.merged_attention import merged_attention
+from qm_spec.ops.saliency_merge import saliency_merge
 
-__all__ = ["append_kv_", "attention_entropy", "masked_attention_entropy", "merge_groups_", "merged_attention"]
+__all__ = [
+    "append_kv_",
+    "attention_entropy",
+    "masked_attention_entropy",
+    "merge_groups_",
+    "merged_attention",
+    "saliency_merge",
+]
+
+backend.load()

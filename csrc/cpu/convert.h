@@ -1,0 +1,33 @@
+// Rows of float32, float16 and bfloat16 as float32, and back.
+#pragma once
+
+#include "csrc/cpu/kernel.h"
+
+namespace qm_spec {
+
+// A read-only float tensor of any of the three types, contiguous.
+class FloatRows {
+ public:
+  // `op` is named in the error for any other type. The tensor must outlive this.
+  FloatRows(const Tensor& tensor, const char* op);
+
+  // `count` elements from `offset` on: where they stand if they are float32, else converted into `scratch`.
+  const float* read(int64_t offset, int64_t count, float* scratch) const;
+
+ private:
+  const void* data_;
+  ScalarType type_;
+};
+
+// The same for writing, rounded to nearest, ties to even.
+class FloatRowsOut {
+ public:
+  FloatRowsOut(Tensor& tensor, const char* op);
+  void write(int64_t offset, int64_t count, const float* values) const;
+
+ private:
+  void* data_;
+  ScalarType type_;
+};
+
+}  // namespace qm_spec

@@ -1,0 +1,70 @@
+"""The backend: compiled kernels where they were built, the PyTorch references elsewhere.
+
+Schema, fake and reference of every operator stand in Python. The modules `qm_spec._C` (CPU) and
+`qm_spec._C_cuda`, where they were built, add kernels for a device to those operators, and the
+dispatcher prefers them. `QM_SPEC_BACKEND` chooses:
+
+    auto        (default) compiled kernels where they were built
+    compiled    compiled kernels, and an error without them
+    reference   the references; nothing compiled is loaded
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+CHOICES = ("auto", "compiled", "reference")
+MODULES = {"cpu": "qm_spec._C", "cuda": "qm_spec._C_cuda"}
+BUILD = "build them: pip install --no-build-isolation -e . (see csrc/README.md)"
+
+
+@functools.cache
+def load() -> frozenset[str]:
+    """Load the compiled kernels that `QM_SPEC_BACKEND` asks for, once, and log which path is taken.
+
+    Returns:
+        The device types that have compiled kernels now.
+
+    Raises:
+        ValueError: `QM_SPEC_BACKEND` is none of the choices.
+        RuntimeError: `compiled` was asked for and the kernels were not built, or they do not load.
+    """
+    choice = os.environ.get("QM_SPEC_BACKEND", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"QM_SPEC_BACKEND must be one of {', '.join(CHOICES)}, got {choice!r}")
+    # A CUDA library does not load under a torch without CUDA, and nothing there would call it.
+    devices = ["cpu", "cuda"] if torch.version.cuda else ["cpu"]
+    compiled = frozenset(device for device in devices if choice != "reference" and _load_module(device, choice))
+    paths = (f"{device} {'compiled' if device in compiled else 'reference'}" for device in devices)
+    logger.info("qm_spec operators: %s (QM_SPEC_BACKEND=%s)", ", ".join(paths), choice)
+    return compiled
+
+
+def backend(device_type: str = "cpu") -> str:
+    """Return the path that operators take on a device: `compiled` or `reference`."""
+    return "compiled" if device_type in load() else "reference"
+
+
+def _load_module(device: str, choice: str) -> bool:
+    name = MODULES[device]
+    # Beside this package only: an editable install would offer its own to a copy from elsewhere.
+    spec = PathFinder.find_spec(name, [str(Path(__file__).parents[1])])
+    if spec is None or spec.origin is None:
+        if choice == "compiled":
+            raise RuntimeError(f"QM_SPEC_BACKEND=compiled: {name} was not built; {BUILD}")
+        return False
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        raise RuntimeError(
+            f"qm_spec: the kernels in {spec.origin} do not load: {error}; {BUILD}, or set QM_SPEC_BACKEND=reference"
+        ) from error
+    return True

@@ -1,0 +1,108 @@
+"""`saliency_merge`: the mean of each group of tokens, weighted by saliency mass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+torch.library.define(
+    "qm_spec::saliency_merge",
+    "(Tensor tokens, Tensor mass, Tensor cluster, SymInt num_slots) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def saliency_merge_reference(
+    tokens: Tensor, mass: Tensor, cluster: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `saliency_merge` in plain PyTorch."""
+    padding = cluster < 0
+    # Padding goes to an extra column, which is dropped.
+    label = cluster.masked_fill(padding, num_slots).unsqueeze(-1)
+    member = mass.new_zeros(*cluster.shape, num_slots + 1).scatter_(-1, label, 1.0)[..., :num_slots]
+    # Padding may hold NaN, and a weight of 0 would not silence that.
+    values = tokens.float().masked_fill(padding.unsqueeze(-1), 0.0)
+    weight = member * mass.masked_fill(padding, 0.0).unsqueeze(-1)
+    total = weight.sum(1)
+    # Divided first, so that a group of one is copied bit by bit.
+    share = weight / total.masked_fill(total == 0, 1.0).unsqueeze(1)
+    return (share.mT @ values).to(tokens.dtype), member.sum(1), total
+
+
+torch.library.impl("qm_spec::saliency_merge", "default", saliency_merge_reference)
+
+
+@torch.library.register_fake("qm_spec::saliency_merge")
+def _saliency_merge_fake(
+    tokens: Tensor, mass: Tensor, cluster: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    per_slot = mass.new_empty(tokens.shape[0], num_slots)
+    return tokens.new_empty(tokens.shape[0], num_slots, tokens.shape[2]), per_slot, torch.empty_like(per_slot)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tokens, mass, cluster, _ = inputs
+    merged, _, total = output
+    ctx.save_for_backward(tokens, mass, cluster, merged, total)
+
+
+def _backward(
+    ctx: Any, grad_merged: Tensor, grad_size: Tensor, grad_total: Tensor
+) -> tuple[Tensor, Tensor, None, None]:
+    tokens, mass, cluster, merged, total = ctx.saved_tensors
+    padding = cluster < 0
+    slot = cluster.clamp_min(0)
+    rows = slot.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    total = total.gather(1, slot)
+    empty = padding | (total == 0)
+    total = total.masked_fill(empty, 1.0)
+    grad = grad_merged.float().gather(1, rows)
+    away = tokens.float() - merged.float().gather(1, rows)
+    grad_tokens = grad * (mass / total).unsqueeze(-1)
+    grad_mass = (grad * away).sum(-1) / total + grad_total.gather(1, slot)
+    return (
+        grad_tokens.masked_fill(empty.unsqueeze(-1), 0.0).to(tokens.dtype),
+        grad_mass.masked_fill(padding, 0.0),
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("qm_spec::saliency_merge", _backward, setup_context=_setup_context)
+
+
+def saliency_merge(tokens: Tensor, mass: Tensor, cluster: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Average each group weighted by mass: `x_k = sum_{j in G_k} m_j x_j / sum_{j in G_k} m_j`.
+
+    Every output is written: slots without members, or with a mass of 0, hold 0.
+
+    Args:
+        tokens: `[B, N, D]`, any float dtype; padding may hold anything.
+        mass: `[B, N]` float32, not negative.
+        cluster: `[B, N]` int64, slot of each token, 0..K-1; -1 at padding.
+        num_slots: K.
+
+    Returns:
+        merged tokens `[B, K, D]` in the tokens' dtype (summed in float32), sizes `[B, K]` (tokens of
+        each slot) and summed masses `[B, K]`, float32. Differentiable in tokens and mass.
+
+    Raises:
+        TypeError: tokens or mass are not floats of those types, or `cluster` is not int64.
+        ValueError: shapes that do not fit each other, or `num_slots` is negative.
+
+    Source: QuickMerge++, arXiv 2508.13204.
+    """
+    if tokens.ndim != 3 or mass.shape != tokens.shape[:2] or cluster.shape != tokens.shape[:2]:
+        raise ValueError(
+            "saliency_merge: tokens must be [B, N, D], mass and cluster [B, N], "
+            f"got {list(tokens.shape)}, {list(mass.shape)} and {list(cluster.shape)}"
+        )
+    if not tokens.is_floating_point() or mass.dtype != torch.float32 or cluster.dtype != torch.int64:
+        raise TypeError(
+            "saliency_merge: tokens must be floats, mass float32 and cluster int64, "
+            f"got {tokens.dtype}, {mass.dtype} and {cluster.dtype}"
+        )
+    if num_slots < 0:
+        raise ValueError(f"saliency_merge: num_slots must be at least 0, got {num_slots}")
+    return torch.ops.qm_spec.saliency_merge(tokens, mass, cluster, num_slots)
