@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qm_spec.ops.blocks import over_rows
 from qm_spec.quickmerge.inputs import check_tokens, full_mask
 
 
@@ -85,11 +86,14 @@ def effective_tokens(tokens: Tensor, saliency: Tensor | None = None, token_mask:
     weight = (weight + 1e-6).masked_fill(~mask, 0.0)
     share = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)
     unit = F.normalize(tokens.float().masked_fill(~mask.unsqueeze(-1), 0.0), dim=-1)
-    similarity = (unit @ unit.mT).clamp_(0, 1)
+    likeness = over_rows(_likeness, unit, share.unsqueeze(-1), num_columns=unit.shape[1]).squeeze(-1)
     # A token is like itself, also one of zeros.
-    similarity.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    likeness = (similarity @ share.unsqueeze(-1)).squeeze(-1)
+    likeness = likeness + share * (1 - unit.square().sum(-1)).clamp_min(0.0)
     return torch.exp(-(share * likeness.clamp_min(1e-12).log()).sum(-1))
+
+
+def _likeness(rows: slice, unit: Tensor, share: Tensor) -> Tensor:
+    return (unit[:, rows] @ unit.mT).clamp_(0, 1) @ share
 
 
 def entropy_budget(

@@ -133,6 +133,5 @@ def normalised_entropy_drop(
 def _mean_entropy(tokens: Tensor, token_mask: Tensor | None) -> Tensor:
     check_tokens("normalised_entropy_drop", tokens)
     mask = full_mask("normalised_entropy_drop", tokens, token_mask)
-    allowed = mask.unsqueeze(1) | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    entropy = masked_attention_entropy(tokens.masked_fill(~mask.unsqueeze(-1), 0.0), allowed)
+    entropy = masked_attention_entropy(tokens.masked_fill(~mask.unsqueeze(-1), 0.0), mask.unsqueeze(1))
     return (entropy * mask).sum(-1) / mask.sum(-1).clamp_min(1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qm_spec.ops.blocks import over_rows
 from qm_spec.quickmerge.inputs import check_tokens, full_mask
 from qm_spec.quickmerge.selection import Selection
 
@@ -60,18 +61,17 @@ def group_by_cosine(
     check_tokens("group_by_cosine", tokens)
     mask = full_mask("group_by_cosine", tokens, token_mask)
     num_tokens, num_slots = tokens.shape[1], selection.index.shape[1]
-    unit = F.normalize(_clean(tokens, mask), dim=-1)
-    similarity = unit @ _rows(unit, selection.index).mT
-    closed = ~selection.live.unsqueeze(1)
     if causal:
         position = torch.arange(num_tokens, device=tokens.device)
-        closed = closed | (selection.index.unsqueeze(1) < position.unsqueeze(-1))
-        if bool((closed.all(-1) & mask).any()):
+        last = torch.where(mask, position, -1).amax(-1)
+        if bool((selection.index.masked_fill(~selection.live, -1).amax(-1) < last).any()):
             raise ValueError(
                 "group_by_cosine: with causal=True the last token of each sequence must be selected; "
                 "select with TokenSelection(keep_last=True)"
             )
-    cluster = similarity.masked_fill(closed, float("-inf")).argmax(-1)
+    unit = F.normalize(_clean(tokens, mask), dim=-1)
+    offset = torch.zeros_like(selection.index, dtype=torch.float32).masked_fill(~selection.live, float("-inf"))
+    cluster = nearest_slot(unit, _rows(unit, selection.index), offset, selection.index if causal else None)
     # Empty slots write to an extra column.
     cluster = F.pad(cluster, (0, 1))
     slot = torch.arange(num_slots, device=tokens.device).expand_as(selection.index)
@@ -98,7 +98,7 @@ def group_by_kmeans(
         selection: of at least one token in each sequence that has any.
         token_mask: `[B, N]` bool, True = token.
         causal: see above.
-        num_iterations: at least 1.
+        num_iterations: at most, at least 1; it ends when no token changes its cluster.
 
     Returns:
         See `Grouping`; no gradient.
@@ -114,21 +114,60 @@ def group_by_kmeans(
         raise ValueError(f"group_by_kmeans: num_iterations must be at least 1, got {num_iterations}")
     mask = full_mask("group_by_kmeans", tokens, token_mask)
     points, mass, live = _clean(tokens, mask), selection.mass.detach(), selection.live
-    centres = _rows(points, selection.index)
-    num_slots = live.shape[1]
+    # Distances do not change, and products of centred points lose fewer digits.
+    points = (points - points.sum(1, keepdim=True) / mask.sum(-1).clamp_min(1)[:, None, None]) * mask.unsqueeze(-1)
+    centres, cluster = _rows(points, selection.index), None
     for _ in range(num_iterations):
-        distance = torch.cdist(points, centres, compute_mode="use_mm_for_euclid_dist").square()
-        nearest = distance.masked_fill(~live.unsqueeze(1), float("inf")).min(-1)
-        cluster = _repair(nearest.indices, nearest.values, mass, mask, live)
-        weight = one_hot(cluster, num_slots) * mass.unsqueeze(-1)
-        centres = weight.mT @ points / weight.sum(1).unsqueeze(-1).clamp_min(1e-30)
+        previous = cluster
+        # The smallest |x - c|^2 has the largest x c - |c|^2 / 2.
+        offset = (centres.square().sum(-1) / -2).masked_fill(~live, float("-inf"))
+        cluster = nearest_slot(points, centres, offset).masked_fill(~mask, live.shape[1])
+        cluster = _repair(cluster, points, centres, mass, mask, live)
+        if previous is not None and torch.equal(cluster, previous):
+            break
+        total = sum_by_cluster(mass.unsqueeze(-1), cluster, live.shape[1])
+        centres = sum_by_cluster(points * mass.unsqueeze(-1), cluster, live.shape[1]) / total.clamp_min(1e-30)
+    assert cluster is not None
     return _in_order(cluster, mass, mask, live, causal)
 
 
-def one_hot(cluster: Tensor, num_slots: int) -> Tensor:
-    """Return `[B, N, K]` float32, 1 at each token's slot; slot K, which padding has, is dropped."""
-    member = torch.zeros(*cluster.shape, num_slots + 1, device=cluster.device)
-    return member.scatter_(-1, cluster.unsqueeze(-1), 1.0)[..., :num_slots]
+def nearest_slot(points: Tensor, centres: Tensor, offset: Tensor, place: Tensor | None = None) -> Tensor:
+    """Return the slot of the largest `x c + offset` for each point, in blocks of points (ties: the earlier slot).
+
+    Args:
+        points: `[B, N, D]` float32.
+        centres: `[B, K, D]` float32.
+        offset: `[B, K]` float32, -inf at slots that are not open.
+        place: `[B, K]` int64; if given, a slot is open to the points at positions up to its place only.
+
+    Returns:
+        `[B, N]` int64.
+    """
+
+    def block(rows: slice, points: Tensor, centres: Tensor, offset: Tensor, place: Tensor | None) -> Tensor:
+        score = torch.baddbmm(offset.unsqueeze(1), points[:, rows], centres.mT)
+        if place is not None:
+            position = torch.arange(rows.start, rows.stop, device=points.device)
+            score.masked_fill_(place.unsqueeze(1) < position.unsqueeze(-1), float("-inf"))
+        return score.argmax(-1, keepdim=True)
+
+    return over_rows(block, points, centres, offset, place, num_columns=centres.shape[1]).squeeze(-1)
+
+
+def sum_by_cluster(values: Tensor, cluster: Tensor, num_slots: int) -> Tensor:
+    """Sum the rows of each cluster: `[B, N, X]` to `[B, K, X]`; slot K, which padding has, is dropped.
+
+    Differentiable, and the same at every call on every device.
+    """
+    batch, _, width = values.shape
+    row = cluster + (num_slots + 1) * torch.arange(batch, device=cluster.device).unsqueeze(-1)
+    total = values.new_zeros(batch * (num_slots + 1), width)
+    if values.is_cuda:
+        # There index_add adds in whatever order its threads come; this one sorts first.
+        total = total.index_put((row.flatten(),), values.reshape(-1, width), accumulate=True)
+    else:
+        total = total.index_add(0, row.flatten(), values.reshape(-1, width))
+    return total.view(batch, num_slots + 1, width)[:, :num_slots]
 
 
 def _clean(tokens: Tensor, mask: Tensor) -> Tensor:
@@ -142,10 +181,15 @@ def _rows(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def _repair(cluster: Tensor, distance: Tensor, mass: Tensor, mask: Tensor, live: Tensor) -> Tensor:
-    """Give every live slot without members a token that its own cluster can spare; padding gets slot K."""
+def _repair(cluster: Tensor, points: Tensor, centres: Tensor, mass: Tensor, mask: Tensor, live: Tensor) -> Tensor:
+    """Give every live slot without members a token that its own cluster can spare; padding stays in slot K."""
     num_slots = live.shape[1]
-    cluster = cluster.masked_fill(~mask, num_slots)
+    members = torch.zeros(len(cluster), num_slots + 1, dtype=torch.int64, device=cluster.device)
+    members.scatter_add_(1, cluster, torch.ones_like(cluster))
+    empty = live & (members[:, :num_slots] == 0)
+    if not bool(empty.any()):
+        return cluster
+    distance = (points - _rows(centres, cluster)).square().sum(-1)
     # Sorted by cluster and distance within it, the first of each cluster is its nearest member.
     by_distance = distance.argsort(dim=-1, stable=True)
     order = by_distance.gather(1, cluster.gather(1, by_distance).argsort(dim=-1, stable=True))
@@ -154,9 +198,6 @@ def _repair(cluster: Tensor, distance: Tensor, mass: Tensor, mask: Tensor, live:
     first[:, 1:] = label[:, 1:] != label[:, :-1]
     needed = torch.zeros_like(mask).scatter(1, order, first)
     spare = (mass * distance).masked_fill(needed | ~mask, -1.0).argsort(dim=-1, descending=True, stable=True)
-    members = torch.zeros(len(cluster), num_slots + 1, dtype=torch.int64, device=cluster.device)
-    members.scatter_add_(1, cluster, torch.ones_like(cluster))
-    empty = live & (members[:, :num_slots] == 0)
     # The e-th empty slot takes the e-th spare token; other slots write to an extra column.
     taken = spare.gather(1, (empty.cumsum(-1) - 1).clamp_min(0))
     taken = taken.masked_fill(~empty, cluster.shape[1])

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from qm_spec.config import SALIENCIES as ENTROPY_SALIENCIES
 from qm_spec.ops.attention_entropy import attention_entropy
+from qm_spec.ops.blocks import over_rows
 from qm_spec.ops.masked_attention_entropy import masked_attention_entropy
 from qm_spec.quickmerge.inputs import check_choice, check_tokens, full_mask
 
@@ -35,6 +36,37 @@ def minmax(scores: Tensor, token_mask: Tensor) -> Tensor:
     return torch.where(alike, 0.5, scaled).masked_fill(~token_mask, 0.0)
 
 
+def attend(states: Tensor, token_mask: Tensor | None, causal: bool) -> Tensor:
+    """Return `softmax(H H^T / sqrt(D)) H`: each token's mean of what it attends to.
+
+    Args:
+        states: `[B, N, D]` float32, finite also at padding.
+        token_mask: `[B, N]` bool, True = token; padding attends to itself as well. None = no padding.
+        causal: a token attends to itself and earlier ones only.
+
+    Returns:
+        `[B, N, D]`.
+    """
+    # As one head, because the fused kernels want a dimension of heads.
+    if token_mask is None:
+        heads = states.unsqueeze(1)
+        return F.scaled_dot_product_attention(heads, heads, heads, is_causal=causal).squeeze(1)
+
+    def block(rows: slice, states: Tensor, token_mask: Tensor) -> Tensor:
+        own = torch.ones(rows.stop - rows.start, states.shape[1], dtype=torch.bool, device=states.device)
+        allowed = token_mask.unsqueeze(1)
+        if causal:
+            allowed = allowed & own.tril(rows.start)
+        # A row without any column would be NaN.
+        allowed = allowed | own.tril(rows.start).triu(rows.start)
+        heads = states.unsqueeze(1)
+        return F.scaled_dot_product_attention(heads[:, :, rows], heads, heads, attn_mask=allowed.unsqueeze(1)).squeeze(
+            1
+        )
+
+    return over_rows(block, states, token_mask, num_columns=states.shape[1])
+
+
 class EntropyAwareSaliency(nn.Module):
     """Saliency by attention entropy, averaged over layers.
 
@@ -53,7 +85,8 @@ class EntropyAwareSaliency(nn.Module):
         causal: tokens attend to themselves and earlier ones only.
         normalisation: `minmax` per sequence (paper), or `fraction` of the largest entropy possible
             for that token, log of the tokens it may attend to (0.5 where that is one token). Only
-            `fraction` keeps a causal saliency free of later tokens.
+            `fraction` keeps a causal saliency free of later tokens; in exchange its values lie
+            close together where all tokens attend alike.
 
     Raises:
         ValueError: a setting is out of range.
@@ -99,40 +132,34 @@ class EntropyAwareSaliency(nn.Module):
         first = tokens[0] if tokens.ndim == 4 and len(tokens) else tokens
         check_tokens("EntropyAwareSaliency", first, self.embedding_dim)
         mask = full_mask("EntropyAwareSaliency", first, token_mask)
-        allowed = self._allowed(mask) if self.causal or token_mask is not None else None
-        layers = tokens if tokens.ndim == 4 else self._layers(tokens, mask, allowed)
+        columns = None if token_mask is None else mask
+        layers = tokens if tokens.ndim == 4 else self._layers(tokens, mask, columns)
         # Autocast would compute the scores in half precision, and ties would decide what is salient.
         with torch.autocast(first.device.type, enabled=False):
-            saliencies = [self._layer_saliency(layer, mask, allowed) for layer in layers]
+            saliencies = [self._layer_saliency(layer, mask, columns) for layer in layers]
         saliency = torch.stack(saliencies).mean(0)
         if self.direction == "inverse_entropy":
             saliency = 1 - saliency
         return saliency.masked_fill(~mask, 0.0)
 
-    def _allowed(self, mask: Tensor) -> Tensor:
-        num_tokens = mask.shape[1]
-        # Padding attends to itself, so that its row is not empty; its saliency is set to 0 later.
-        allowed = mask.unsqueeze(1) | torch.eye(num_tokens, dtype=torch.bool, device=mask.device)
-        return allowed.tril() if self.causal else allowed
-
-    def _layers(self, tokens: Tensor, mask: Tensor, allowed: Tensor | None) -> Iterator[Tensor]:
+    def _layers(self, tokens: Tensor, mask: Tensor, columns: Tensor | None) -> Iterator[Tensor]:
         # Padding may hold NaN, and a weight of 0 would not silence that.
         states = tokens.float().masked_fill(~mask.unsqueeze(-1), 0.0)
         yield states
         for _ in range(self.num_layers - 1):
-            states = F.scaled_dot_product_attention(states, states, states, attn_mask=allowed)
+            states = attend(states, columns, self.causal)
             yield states
 
-    def _layer_saliency(self, states: Tensor, mask: Tensor, allowed: Tensor | None) -> Tensor:
-        if allowed is None:
+    def _layer_saliency(self, states: Tensor, mask: Tensor, columns: Tensor | None) -> Tensor:
+        if columns is None and not self.causal:
             entropy = attention_entropy(states)
-            choices = torch.full_like(entropy, states.shape[1])
         else:
-            entropy = masked_attention_entropy(states.masked_fill(~mask.unsqueeze(-1), 0.0), allowed)
-            choices = allowed.sum(-1).float()
+            clean = states.masked_fill(~mask.unsqueeze(-1), 0.0)
+            allowed = None if columns is None else columns.unsqueeze(1)
+            entropy = masked_attention_entropy(clean, allowed, self.causal)
         if self.normalisation == "minmax":
             return minmax(entropy, mask)
-        largest = choices.log()
+        largest = (mask.cumsum(-1) if self.causal else mask.sum(-1, keepdim=True)).float().log()
         return torch.where(largest > 0, entropy / largest.clamp_min(0.5), 0.5)
 
 
@@ -186,15 +213,18 @@ class LearnedSaliency(nn.Module):
         return torch.sigmoid(score).masked_fill(~mask, 0.0)
 
 
-def make_saliency(name: str, embedding_dim: int, num_layers: int, causal: bool) -> nn.Module:
-    """Make the saliency of that name, one of `SALIENCIES`.
+def make_saliency(
+    name: str, embedding_dim: int, num_layers: int, causal: bool, normalisation: str = "minmax"
+) -> nn.Module:
+    """Make the saliency of that name, one of `SALIENCIES`; the last three are for those by entropy.
 
     Raises:
         ValueError: the name is unknown.
     """
     check_choice("make_saliency", "saliency", name, SALIENCIES)
+    check_choice("make_saliency", "normalisation", normalisation, NORMALISATIONS)
     if name == "norm":
         return NormSaliency(embedding_dim)
     if name == "learned":
         return LearnedSaliency(embedding_dim)
-    return EntropyAwareSaliency(embedding_dim, num_layers, direction=name, causal=causal)
+    return EntropyAwareSaliency(embedding_dim, num_layers, direction=name, causal=causal, normalisation=normalisation)
