@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -212,13 +212,20 @@ class Run:
         from qm_spec.evaluation.language import ReducedLanguageModel, score_window
         from qm_spec.evaluation.reduction import find_methods
 
-        identity = json.dumps({"settings": self.settings, "data": self.data}, sort_keys=True)
+        # A row belongs to one depth, so others may be asked for later.
+        same = {name: value for name, value in self.settings.items() if name != "depths"}
+        identity = json.dumps({"settings": same, "data": self.data}, sort_keys=True)
         done = dict(read_rows(self.rows_file, identity))
         methods = find_methods(self.settings["methods"])
         scores: dict[int, list[dict[str, Score]]] = {}
-        with self.rows_file.open("a" if done else "w", encoding="utf-8") as stream:
-            if not done:
-                print(identity, file=stream)
+        # Written anew: a line that was cut must not run into the next one.
+        partial = self.rows_file.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as stream:
+            print(identity, file=stream)
+            for (depth, index), row in done.items():
+                write_row(stream, depth, index, row)
+        partial.replace(self.rows_file)
+        with self.rows_file.open("a", encoding="utf-8") as stream:
             for depth in self.settings["depths"]:
                 model = ReducedLanguageModel(self.model, depth, self.settings["proportional"])
                 task = progress.add_task(f"windows, depth {depth}", total=len(self.windows))
@@ -230,8 +237,7 @@ class Run:
                         seed = self.settings["seed"] + index
                         context, ratios = self.settings["context"], self.settings["ratios"]
                         row = score_window(model, token_ids, context, methods, ratios, seed)
-                        plain = {name: asdict(score) for name, score in row.items()}
-                        print(json.dumps([depth, index, plain]), file=stream, flush=True)
+                        write_row(stream, depth, index, row)
                     scores[depth].append(row)
                     progress.advance(task)
         return scores
@@ -273,6 +279,13 @@ class Run:
         yield "target", self.model, self.cost["contexts"]
         if self.cost["wide"] and self.cost["contexts"]:
             yield "wide (random weights)", wide_model(self.model.config.vocab_size), [2048]
+
+
+def write_row(stream: TextIO, depth: int, index: int, scores: dict[str, Score]) -> None:
+    """Write the scores of one window at one depth as a line."""
+    plain = {name: asdict(score) for name, score in scores.items()}
+    print(json.dumps([depth, index, plain]), file=stream)
+    stream.flush()
 
 
 def read_rows(file: Path, identity: str) -> Iterator[tuple[tuple[int, int], dict[str, Score]]]:

@@ -222,6 +222,7 @@ def _panel(axes: Axes, ratios: Sequence[float]) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.set_xticks(ratios, [f"{ratio:g}x" for ratio in ratios])
+    axes.set_xlim(ratios[0] - 0.2, ratios[-1] + 0.4)
     axes.set_xlabel("reduction of the context")
 
 
@@ -253,7 +254,7 @@ def _quality_panel(axes: Axes, rows: Sequence[Row], depth: int) -> None:
             label=_label(method),
         )
     axes.axhline(none["nats_more"], color="black", linestyle=":", linewidth=1)
-    axes.text(1, none["nats_more"], "no context", fontsize=8, va="bottom")
+    axes.text(0.02, none["nats_more"], "no context", fontsize=8, va="bottom", transform=axes.get_yaxis_transform())
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylabel("nats per token above the whole context")
     axes.set_title(f"reduced after {depth} layers" if depth else "embeddings reduced", fontsize=9)
