@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from qm_spec.config import MergeConfig
-from qm_spec.drafter.attention import draft_attention
 from qm_spec.drafter.prior import PriorLayer
 from qm_spec.ops import append_kv_, merge_groups_
-from qm_spec.ops.entries import entry_bias, gather_entries
+from qm_spec.ops.draft_tokens import draft_steps
+from qm_spec.ops.entries import gather_entries
 
 
 class DraftLoop:
@@ -74,33 +73,8 @@ class DraftLoop:
         Returns:
             `[B, K]` token ids.
         """
-        layer = self.layer
-        merge_groups_(cache, block_table, num_tokens, layer.head_dim, self.config)
-        entries = gather_entries(cache, block_table, num_tokens, layer.head_dim, self.config)
-        row = (num_tokens.long() - 1).unsqueeze(1)
-        bias = entry_bias(entries, row, layer.slopes.float(), layer.far_bias.float())
-        raw_slopes = layer.slopes.float().view(-1, 1, 1) * entries.raw[:, None, None]
-        keys, values = entries.keys.to(state.dtype), entries.values.to(state.dtype)
-
-        shape = (len(state), 1, num_drafts - 1, layer.num_kv_heads, layer.head_dim)
-        draft_keys, draft_values = state.new_empty(shape), state.new_empty(shape)
-        token_ids, drafted = next_ids, []
-        for step in range(num_drafts):
-            if step > 0:
-                own_key, own_value = layer.keys_values(state)
-                draft_keys[:, 0, step - 1], draft_values[:, 0, step - 1] = own_key, own_value
-                bias = bias - raw_slopes
-            query, residual = layer.query(self.embed(token_ids), state)
-            attended = draft_attention(
-                query.unsqueeze(1),
-                keys,
-                values,
-                bias.to(state.dtype),
-                draft_keys[:, :, :step],
-                draft_values[:, :, :step],
-                layer.slopes,
-            )
-            output, state = layer.finish(attended.squeeze(1), residual)
-            token_ids = sample(self.compute_logits(output))
-            drafted.append(token_ids)
-        return torch.stack(drafted, dim=1)
+        merge_groups_(cache, block_table, num_tokens, self.layer.head_dim, self.config)
+        entries = gather_entries(cache, block_table, num_tokens, self.layer.head_dim, self.config)
+        return draft_steps(
+            self.layer, self.embed, self.compute_logits, sample, entries, num_tokens, state, next_ids, num_drafts
+        )

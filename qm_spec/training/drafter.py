@@ -16,11 +16,11 @@ from transformers.trainer_utils import EvalPrediction
 from qm_spec import provenance
 from qm_spec.config import MergeConfig
 from qm_spec.discovery import target_fingerprint
-from qm_spec.drafter.attention import draft_attention
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.losses import AlignmentHeads, distillation_loss, fidelity_loss
 from qm_spec.drafter.memory import Memory, merge_levels
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.ops.draft_attention import draft_attention
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.loop import LoopSettings, fit
 from qm_spec.training.regenerate import regenerate

@@ -1,4 +1,4 @@
-"""Attention of draft rows to a memory and to the provisional tokens drafted before them."""
+"""`draft_attention`: draft rows attend to a memory and to the provisional tokens drafted before them."""
 
 from __future__ import annotations
 

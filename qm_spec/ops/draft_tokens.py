@@ -1,0 +1,378 @@
+"""`draft_tokens`: all K draft steps of the prior over the merged cache, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qm_spec.config import MergeConfig
+from qm_spec.ops.draft_attention import draft_attention
+from qm_spec.ops.entries import Entries, entry_bias, gather_entries
+
+# Below it a request drafts greedily; vLLM's own limit.
+LEAST_TEMPERATURE = 1e-5
+
+torch.library.define(
+    "qm_spec::draft_tokens",
+    "(Tensor cache, Tensor block_table, Tensor num_tokens, Tensor state, Tensor next_ids, Tensor[] weights, "
+    "int num_drafts, float eps, int window, int group_size, int[] schedule, int doublings, "
+    "Tensor? temperature, Tensor? uniform) -> (Tensor, Tensor)",
+)
+
+
+class DraftWeights(NamedTuple):
+    """The prior's weights with its target's embedding and vocabulary head, in the order of the operator.
+
+    Attributes:
+        embedding: `[X, D]`, X at least V: of each token id.
+        head: `[V, D]`.
+        embed_norm: `[D]`.
+        state_norm: `[D]`.
+        in_proj: `[D, 2 D]`.
+        q_proj: `[H d, 2 D]`.
+        k_proj: `[G d, D]`.
+        v_proj: `[G d, D]`.
+        o_proj: `[D, H d]`.
+        mlp_norm: `[D]`.
+        gate_proj: `[I, D]`.
+        up_proj: `[I, D]`.
+        down_proj: `[D, I]`.
+        norm: `[D]`.
+        slopes: `[H]`.
+        far_bias: `[H]`.
+    """
+
+    embedding: Tensor
+    head: Tensor
+    embed_norm: Tensor
+    state_norm: Tensor
+    in_proj: Tensor
+    q_proj: Tensor
+    k_proj: Tensor
+    v_proj: Tensor
+    o_proj: Tensor
+    mlp_norm: Tensor
+    gate_proj: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+    norm: Tensor
+    slopes: Tensor
+    far_bias: Tensor
+
+
+class DraftLayer(Protocol):
+    """What a draft step asks of the prior; `PriorLayer` has it."""
+
+    num_kv_heads: int
+    head_dim: int
+    slopes: Tensor
+    far_bias: Tensor
+
+    def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values `[B, G, d]` of states `[B, D]`."""
+        ...
+
+    def query(self, embedding: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Begin a step: queries `[B, H, d]` and residual stream `[B, D]`."""
+        ...
+
+    def finish(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """End a step: the head's input and the next step's state, `[B, D]` each."""
+        ...
+
+
+def draft_steps(
+    layer: DraftLayer,
+    embed: Callable[[Tensor], Tensor],
+    compute_logits: Callable[[Tensor], Tensor],
+    sample: Callable[[Tensor], Tensor],
+    entries: Entries,
+    num_tokens: Tensor,
+    state: Tensor,
+    next_ids: Tensor,
+    num_drafts: int,
+) -> Tensor:
+    """Draft K tokens step by step, over entries that were gathered once.
+
+    The keys and values of drafted tokens are provisional and stay here.
+
+    Args:
+        layer: the prior.
+        embed: token ids `[B]` to embeddings `[B, D]`.
+        compute_logits: `[B, D]` to logits `[B, V]`.
+        sample: logits `[B, V]` to token ids `[B]`.
+        entries: of the B requests.
+        num_tokens: `[B]` int, verified tokens; a request without any attends to its drafted tokens alone.
+        state: `[B, D]`, fused state of the newest verified token.
+        next_ids: `[B]`, the token that follows it.
+        num_drafts: K.
+
+    Returns:
+        `[B, K]` token ids.
+    """
+    slopes, far_bias = layer.slopes.float(), layer.far_bias.float()
+    bias = entry_bias(entries, (num_tokens.long() - 1).unsqueeze(1), slopes, far_bias)
+    raw_slopes = slopes.view(-1, 1, 1) * entries.raw[:, None, None]
+    keys, values = entries.keys.to(state.dtype), entries.values.to(state.dtype)
+    empty = (num_tokens == 0).view(-1, 1, 1)
+
+    shape = (len(state), 1, num_drafts - 1, layer.num_kv_heads, layer.head_dim)
+    draft_keys, draft_values = state.new_empty(shape), state.new_empty(shape)
+    token_ids, drafted = next_ids, []
+    for step in range(num_drafts):
+        if step > 0:
+            own_key, own_value = layer.keys_values(state)
+            draft_keys[:, 0, step - 1], draft_values[:, 0, step - 1] = own_key, own_value
+            bias = bias - raw_slopes
+        query, residual = layer.query(embed(token_ids), state)
+        attended = draft_attention(
+            query.unsqueeze(1),
+            keys,
+            values,
+            bias.to(state.dtype),
+            draft_keys[:, :, :step],
+            draft_values[:, :, :step],
+            layer.slopes,
+        ).squeeze(1)
+        if step == 0:
+            # A softmax over nothing is NaN.
+            attended = attended.masked_fill(empty, 0.0)
+        output, state = layer.finish(attended, residual)
+        token_ids = sample(compute_logits(output))
+        drafted.append(token_ids)
+    return torch.stack(drafted, dim=1)
+
+
+@dataclass(frozen=True)
+class _DenseLayer:
+    """The prior's arithmetic on plain weights; `PriorLayer` documents it."""
+
+    weights: DraftWeights
+    eps: float
+
+    @property
+    def slopes(self) -> Tensor:
+        return self.weights.slopes
+
+    @property
+    def far_bias(self) -> Tensor:
+        return self.weights.far_bias
+
+    @property
+    def head_dim(self) -> int:
+        return self.weights.q_proj.shape[0] // len(self.weights.slopes)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.weights.k_proj.shape[0] // self.head_dim
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+
+    def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        w = self.weights
+        x = self.norm(state, w.state_norm)
+        shape = (-1, self.num_kv_heads, self.head_dim)
+        return F.linear(x, w.k_proj).view(shape), F.linear(x, w.v_proj).view(shape)
+
+    def query(self, embedding: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        w = self.weights
+        x = torch.cat([self.norm(embedding, w.embed_norm), self.norm(state, w.state_norm)], dim=-1)
+        return F.linear(x, w.q_proj).view(len(x), -1, self.head_dim), state + F.linear(x, w.in_proj)
+
+    def finish(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        w = self.weights
+        state = residual + F.linear(attended.flatten(-2), w.o_proj)
+        x = self.norm(state, w.mlp_norm)
+        state = state + F.linear(F.silu(F.linear(x, w.gate_proj)) * F.linear(x, w.up_proj), w.down_proj)
+        return self.norm(state, w.norm), state
+
+
+@torch.library.impl("qm_spec::draft_tokens", "default")
+def _draft_tokens_reference(
+    cache: Tensor,
+    block_table: Tensor,
+    num_tokens: Tensor,
+    state: Tensor,
+    next_ids: Tensor,
+    weights: list[Tensor],
+    num_drafts: int,
+    eps: float,
+    window: int,
+    group_size: int,
+    schedule: list[int],
+    doublings: int,
+    temperature: Tensor | None,
+    uniform: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    config = MergeConfig(window, group_size, tuple(schedule), doublings=doublings)
+    w = DraftWeights(*weights)
+    layer = _DenseLayer(w, eps)
+    probs: list[Tensor] = []
+
+    def sample(logits: Tensor) -> Tensor:
+        if temperature is None or uniform is None:
+            return logits.argmax(-1)
+        greedy = temperature < LEAST_TEMPERATURE
+        scaled = logits.float() / torch.where(greedy, 1.0, temperature).unsqueeze(-1)
+        shares = scaled.softmax(-1).double().cumsum(-1)
+        # The first token up to which the shares add to more than the number drawn.
+        drawn = (shares <= uniform[:, len(probs), None] * shares[:, -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)
+        probs.append(scaled.softmax(-1))
+        return torch.where(greedy, logits.argmax(-1), drawn)
+
+    drafted = draft_steps(
+        layer,
+        lambda ids: F.embedding(ids, w.embedding),
+        lambda hidden: F.linear(hidden, w.head),
+        sample,
+        gather_entries(cache, block_table, num_tokens, layer.head_dim, config),
+        num_tokens,
+        state,
+        next_ids,
+        num_drafts,
+    )
+    return drafted, torch.stack(probs, 1) if probs else state.new_empty(len(state), 0, len(w.head), dtype=torch.float32)
+
+
+@torch.library.register_fake("qm_spec::draft_tokens")
+def _draft_tokens_fake(
+    cache: Tensor,
+    block_table: Tensor,
+    num_tokens: Tensor,
+    state: Tensor,
+    next_ids: Tensor,
+    weights: list[Tensor],
+    num_drafts: int,
+    eps: float,
+    window: int,
+    group_size: int,
+    schedule: list[int],
+    doublings: int,
+    temperature: Tensor | None,
+    uniform: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    num_probs = 0 if temperature is None else num_drafts
+    return (
+        state.new_empty(len(state), num_drafts, dtype=torch.int64),
+        state.new_empty(len(state), num_probs, len(weights[1]), dtype=torch.float32),
+    )
+
+
+def draft_tokens(
+    cache: Tensor,
+    block_table: Tensor,
+    num_tokens: Tensor,
+    state: Tensor,
+    next_ids: Tensor,
+    weights: DraftWeights,
+    num_drafts: int,
+    eps: float,
+    config: MergeConfig,
+    temperature: Tensor | None = None,
+    uniform: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draft K tokens for each request, greedily or by sampling.
+
+    Args:
+        cache: `[pages, G, P, C]`, holding the verified tokens, merged as they are.
+        block_table: `[B, columns]` int32.
+        num_tokens: `[B]` int32, verified tokens in the cache; 0 marks padding, whose drafts mean nothing.
+        state: `[B, D]`, fused state of the newest of them.
+        next_ids: `[B]`, the token that follows it.
+        weights: all in the state's dtype.
+        num_drafts: K, at least 1.
+        eps: of the norms.
+        config: of the merged cache.
+        temperature: `[B]` float32; None drafts greedily, and so do rows below 1e-5.
+        uniform: `[B, K]` float64 in 0..1 without 1, what to sample with; None with no temperature.
+
+    Returns:
+        Token ids `[B, K]` int64, and the distributions that they were drawn from `[B, K, V]` float32, at
+        temperature 1 in greedy rows; `[B, 0, V]` without a temperature.
+
+    Raises:
+        TypeError: weights or numbers of another dtype.
+        ValueError: shapes that do not fit each other, or `num_drafts` below 1.
+    """
+    batch, hidden = state.shape
+    if num_drafts < 1:
+        raise ValueError(f"draft_tokens: num_drafts must be at least 1, got {num_drafts}")
+    if len(block_table) != batch or num_tokens.shape != (batch,) or next_ids.shape != (batch,):
+        raise ValueError(
+            f"draft_tokens: block_table, num_tokens and next_ids must be of {batch} requests, "
+            f"got {list(block_table.shape)}, {list(num_tokens.shape)} and {list(next_ids.shape)}"
+        )
+    _check_weights(weights, state.dtype, hidden, cache.shape[1])
+    if (temperature is None) != (uniform is None):
+        raise ValueError(
+            "draft_tokens: temperature and uniform must be given together; both to sample, none for greedy"
+        )
+    if temperature is not None and uniform is not None:
+        if temperature.shape != (batch,) or uniform.shape != (batch, num_drafts):
+            raise ValueError(
+                f"draft_tokens: temperature must be [{batch}] and uniform [{batch}, {num_drafts}], "
+                f"got {list(temperature.shape)} and {list(uniform.shape)}"
+            )
+        if temperature.dtype != torch.float32 or uniform.dtype != torch.float64:
+            raise TypeError(
+                "draft_tokens: temperature must be float32 and uniform float64, "
+                f"got {temperature.dtype} and {uniform.dtype}"
+            )
+        temperature, uniform = temperature.contiguous(), uniform.contiguous()
+    return torch.ops.qm_spec.draft_tokens(
+        cache,
+        block_table,
+        num_tokens,
+        state,
+        next_ids,
+        list(weights),
+        num_drafts,
+        eps,
+        config.window,
+        config.group_size,
+        list(config.schedule),
+        config.doublings,
+        temperature,
+        uniform,
+    )
+
+
+def _check_weights(weights: DraftWeights, dtype: torch.dtype, hidden: int, num_kv_heads: int) -> None:
+    num_heads = len(weights.slopes)
+    query_size, kv_size = weights.q_proj.shape[0], weights.k_proj.shape[0]
+    middle, vocabulary = weights.gate_proj.shape[0], weights.head.shape[0]
+    vector = (hidden,)
+    expected = DraftWeights(
+        embedding=(max(vocabulary, len(weights.embedding)), hidden),
+        head=(vocabulary, hidden),
+        embed_norm=vector,
+        state_norm=vector,
+        in_proj=(hidden, 2 * hidden),
+        q_proj=(query_size, 2 * hidden),
+        k_proj=(kv_size, hidden),
+        v_proj=(kv_size, hidden),
+        o_proj=(hidden, query_size),
+        mlp_norm=vector,
+        gate_proj=(middle, hidden),
+        up_proj=(middle, hidden),
+        down_proj=(hidden, middle),
+        norm=vector,
+        slopes=(num_heads,),
+        far_bias=(num_heads,),
+    )
+    for name, weight, shape in zip(DraftWeights._fields, weights, expected, strict=True):
+        if weight.shape != shape:
+            raise ValueError(f"draft_tokens: {name} must be {list(shape)}, got {list(weight.shape)}")
+        if weight.dtype != dtype:
+            raise TypeError(f"draft_tokens: {name} must be {dtype} as the state is, got {weight.dtype}")
+    if num_heads % num_kv_heads or query_size * num_kv_heads != kv_size * num_heads:
+        raise ValueError(
+            f"draft_tokens: q_proj and k_proj must have rows for {num_heads} and {num_kv_heads} heads of one size, "
+            f"got {query_size} and {kv_size}"
+        )
