@@ -132,3 +132,62 @@ def test_quickmergepp_usage(capsys):
     assignments = names["info"]["assignments"]
     assert assignments.shape == (2, 128)
     assert all(set(row.tolist()) == set(range(54)) for row in assignments)
+
+
+SPECULATIVE = """
+import torch
+from quickmergepp import create_speculative_decoder
+
+# Create speculative decoder with QuickMerge++ compression
+spec_decoder = create_speculative_decoder(
+    target_model=your_model,
+    vocab_size=1000,
+    dim=128,
+    quickmerge_dim=64,
+    k_max=32,
+    max_draft_len=4,
+    temperature=0.8
+)
+
+# Generate with speculative decoding
+generated_ids, stats = spec_decoder.generate(
+    input_ids=input_tokens,
+    hidden_states=encoder_hidden_states,
+    max_new_tokens=50
+)
+
+print(f"Speedup: {stats['avg_speedup']:.2f}x")
+print(f"Acceptance rate: {stats['acceptance_rate']:.2%}")
+"""
+
+
+class YourModel(nn.Module):
+    """A causal model that reads token ids and encoder states."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(1000, 128)
+        self.rnn = nn.GRU(128, 128, batch_first=True)
+        self.head = nn.Linear(128, 1000)
+
+    def forward(self, input_ids, encoder_hidden_states):
+        return self.head(self.rnn(self.embed(input_ids))[0] + encoder_hidden_states.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("layers", [(), (4,)], ids=["one layer", "all layers"])
+def test_quickmergepp_speculative_decoding(capsys, layers):
+    torch.manual_seed(0)
+    names = {
+        "your_model": YourModel(),
+        "input_tokens": torch.randint(1000, (2, 10)),
+        "encoder_hidden_states": torch.randn(*layers, 2, 100, 128),
+    }
+    with pytest.warns(UserWarning, match="untrained"):
+        run(SPECULATIVE, names)
+    assert names["generated_ids"].shape == (2, 60)
+    assert torch.equal(names["generated_ids"][:, :10], names["input_tokens"])
+    speed, acceptance = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"Speedup: \d+\.\d\dx", speed)
+    # An untrained draft model guesses one of 1000 tokens; the reference printed 20 % for none accepted.
+    assert acceptance == f"Acceptance rate: {names['stats']['acceptance_rate']:.2%}"
+    assert names["stats"]["acceptance_rate"] < 0.2

@@ -9,7 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# Settings of a generation config that change logits, and those that change them for sampling only.
+_PROCESSORS = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "guidance_scale",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+    "sequence_bias",
+    "suppress_tokens",
+)
+_SAMPLING = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_k", "top_p", "typical_p")
 
 
 class CachedTarget:
@@ -145,6 +162,19 @@ def _take(states: Tensor, slots: Tensor) -> Tensor:
     return states.gather(2, slots.to(states.device).expand(-1, states.shape[1], -1, states.shape[3]))
 
 
+def unapplied_settings(model: PreTrainedModel, sampling: bool) -> dict[str, Any]:
+    """Return what the model's generation config says that a decoder from logits alone does not follow.
+
+    Args:
+        model: of transformers.
+        sampling: whether tokens are sampled.
+    """
+    names = _PROCESSORS + (_SAMPLING if sampling else ())
+    values = {name: getattr(model.generation_config, name, None) for name in names}
+    # 0 and 1 are what these settings are when they do nothing.
+    return {name: value for name, value in values.items() if value is not None and value not in (0, 1, [])}
+
+
 def check_model(model: PreTrainedModel) -> None:
     """Refuse a model of transformers that cannot be decoded speculatively.
 
@@ -163,7 +193,8 @@ def check_model(model: PreTrainedModel) -> None:
             "load it with AutoModelForCausalLM"
         )
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    fixed = sorted(kind.__name__ for kind in kinds if not issubclass(kind, DynamicLayer))
+    # Not by subclass: layers that hold a recurrent state besides are subclasses too.
+    fixed = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
     if fixed or model._is_stateful:
         raise ValueError(
             f"create_speculative_decoder: {name} keeps a state from which rejected tokens cannot be dropped "

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.pipelines.bare_target import BareTarget
-from qm_spec.pipelines.cached_target import CachedTarget, check_model
+from qm_spec.pipelines.cached_target import CachedTarget, check_model, unapplied_settings
 from qm_spec.pipelines.memory_drafter import MemoryDrafter, MemoryDraftModel
 from qm_spec.pipelines.output import Ending, Output
 from qm_spec.pipelines.prior_drafter import PriorDrafter, load_prior
@@ -117,8 +117,8 @@ class SpeculativeDecoder:
 
         At temperature 0 the tokens are those of plain greedy decoding (in float32; in half precision
         near ties may flip, as they do in a batch of another size). Above 0 they are distributed as
-        plain sampling from `softmax(logits / temperature)`. Settings of a model's generation config
-        other than its EOS and padding token (top-k, penalties...) are not applied.
+        plain sampling from `softmax(logits / temperature)`. Of a model's generation config only the
+        EOS and padding tokens are applied, not top-k, penalties and the like.
 
         Args:
             input_ids: `[B, T]` int64, T at least 1.
@@ -317,6 +317,13 @@ def create_speculative_decoder(
             raise TypeError(
                 "create_speculative_decoder: the drafter of a transformers model must be a folder or a "
                 f"QuickMergePrior, got {type(drafter).__name__}"
+            )
+        ignored = unapplied_settings(target_model, temperature > 0)
+        if ignored:
+            warnings.warn(
+                f"create_speculative_decoder: the target's generation config asks for {ignored}, which is not applied; "
+                "tokens follow the model's logits and the temperature alone",
+                stacklevel=2,
             )
         prior = load_prior(target_model, drafter, quickmerge_dim, seed)
         depth = prior.config.num_speculative_tokens if max_draft_len is None else max_draft_len

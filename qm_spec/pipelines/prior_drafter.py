@@ -27,7 +27,7 @@ class PriorDrafter:
     """Drafts by the prior, with the target's embedding and vocabulary head.
 
     Args:
-        prior: of this target.
+        prior: of this target; moved to its device and dtype.
         target: a causal LM of transformers.
 
     Raises:
@@ -129,7 +129,7 @@ def load_prior(
         warnings.warn(
             f"create_speculative_decoder: drafting with an untrained prior, which is right but slow: {error}\n"
             "Train one with `qm-spec train --target TARGET --data PATH --out DIR` and pass drafter=DIR.",
-            stacklevel=4,
+            stacklevel=3,
         )
         with seeded(seed):
             return QuickMergePrior(untrained_config(target, quickmerge_dim))
@@ -152,7 +152,7 @@ def untrained_config(target: PreTrainedModel, quickmerge_dim: int | None = None)
     groups = getattr(sizes, "num_key_value_heads", None) or heads
     head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // heads
     if quickmerge_dim is not None:
-        if quickmerge_dim % groups:
+        if quickmerge_dim < 1 or quickmerge_dim % groups:
             raise ValueError(
                 f"create_speculative_decoder: quickmerge_dim must be a multiple of the target's {groups} key/value "
                 f"heads, got {quickmerge_dim}"
