@@ -27,7 +27,14 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = Version("2.10")
 # The stable ABI of that version: what is built against a newer torch runs with it too.
 COMMON_FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-I."]
-CPU_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+CPU_FLAGS = [
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 # Code for the A100 and the H100, and PTX, which later GPUs compile for themselves.
 CUDA_ARCHITECTURES = "8.0 9.0+PTX"

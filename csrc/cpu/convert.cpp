@@ -1,24 +1,11 @@
 #include "csrc/cpu/convert.h"
 
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cstring>
+#include "csrc/cpu/math.h"
 
 namespace qm_spec {
 namespace {
-
-QM_INLINE float float_from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-QM_INLINE uint32_t bits_from_float(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 
 QM_MULTIVERSION void from_bfloat16(const uint16_t* in, int64_t count, float* out) {
 #pragma omp simd
@@ -50,10 +37,19 @@ void to_float16(const float* in, int64_t count, c10::Half* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = c10::Half(in[i]);
 }
 
+void from_float64(const double* in, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
+}
+
+void to_float64(const float* in, int64_t count, double* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = in[i];
+}
+
 void check_type(ScalarType type, const char* op) {
   STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-      op, ": the kernel takes float32, float16 or bfloat16, got scalar type ", static_cast<int>(type));
+      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
+          type == ScalarType::Double,
+      op, ": the kernel takes float16, bfloat16, float32 or float64, got scalar type ", static_cast<int>(type));
 }
 
 }  // namespace
@@ -64,6 +60,10 @@ FloatRows::FloatRows(const Tensor& tensor, const char* op) : data_(tensor.data_p
 
 const float* FloatRows::read(int64_t offset, int64_t count, float* scratch) const {
   if (type_ == ScalarType::Float) return static_cast<const float*>(data_) + offset;
+  if (type_ == ScalarType::Double) {
+    from_float64(static_cast<const double*>(data_) + offset, count, scratch);
+    return scratch;
+  }
   const uint16_t* half = static_cast<const uint16_t*>(data_) + offset;
   if (type_ == ScalarType::BFloat16) {
     from_bfloat16(half, count, scratch);
@@ -82,6 +82,8 @@ void FloatRowsOut::write(int64_t offset, int64_t count, const float* values) con
     std::memcpy(static_cast<float*>(data_) + offset, values, static_cast<size_t>(count) * sizeof(float));
   } else if (type_ == ScalarType::BFloat16) {
     to_bfloat16(values, count, static_cast<uint16_t*>(data_) + offset);
+  } else if (type_ == ScalarType::Double) {
+    to_float64(values, count, static_cast<double*>(data_) + offset);
   } else {
     to_float16(values, count, static_cast<c10::Half*>(data_) + offset);
   }

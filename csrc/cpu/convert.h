@@ -1,11 +1,11 @@
-// Rows of float32, float16 and bfloat16 as float32, and back.
+// Rows of any float type as float32, in which all kernels compute, and back.
 #pragma once
 
 #include "csrc/cpu/kernel.h"
 
 namespace qm_spec {
 
-// A read-only float tensor of any of the three types, contiguous.
+// A read-only tensor of float16, bfloat16, float32 or float64, contiguous.
 class FloatRows {
  public:
   // `op` is named in the error for any other type. The tensor must outlive this.

@@ -1,0 +1,172 @@
+// attention_entropy: H_i = -sum_j A_ij log A_ij with A = softmax(X X^T / sqrt(D)), of tokens [B, N, D], to [B, N]; if
+// causal, a token attends to itself and earlier ones only.
+// Source: QuickMerge++, arXiv 2508.13204; reference in qm_spec/ops/attention_entropy.py.
+//
+// With m the largest score of a row, S = sum_j e^(s_j - m) and W = sum_j (s_j - m) e^(s_j - m) it is log S - W / S.
+// Scores are symmetric: each tile of them is computed once, for its rows and, off the diagonal, for its columns; if
+// causal, the rows of a tile off the diagonal are earlier than its columns and take nothing from it. No more than a tile
+// is held. A row's (m, S, W) from two tiles are merged into one; who adds to which sum, and in which
+// order, is fixed, so the result does not depend on the number of threads.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
+#include "csrc/cpu/math.h"
+#include "csrc/cpu/products.h"
+
+namespace qm_spec {
+namespace {
+
+constexpr int64_t kTile = 96;
+// Sets of sums per sequence, each added to by one task: enough for many threads, and linear in N.
+constexpr int64_t kMaxGroups = 64;
+// Floats of converted and packed tokens held at a time, where there are several sequences.
+constexpr int64_t kHeld = int64_t{1} << 24;
+
+struct Sums {
+  float *largest, *total, *weighted;
+  Sums at(int64_t i) const { return {largest + i, total + i, weighted + i}; }
+};
+
+void reset(Sums sums, int64_t count) {
+  std::fill(sums.largest, sums.largest + count, -FLT_MAX);
+  std::fill(sums.total, sums.total + count, 0.0f);
+  std::fill(sums.weighted, sums.weighted + count, 0.0f);
+}
+
+// Add `part` to `sums`, as if their scores had been summed together.
+QM_MULTIVERSION void merge(Sums part, int64_t count, Sums sums) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float a = sums.largest[i], b = part.largest[i];
+    const float m = a > b ? a : b;
+    const float ea = fast_exp(a - m), eb = fast_exp(b - m);
+    const float total_a = sums.total[i], total_b = part.total[i];
+    sums.largest[i] = m;
+    sums.weighted[i] = ea * (sums.weighted[i] + (a - m) * total_a) + eb * (part.weighted[i] + (b - m) * total_b);
+    sums.total[i] = ea * total_a + eb * total_b;
+  }
+}
+
+QM_MULTIVERSION void sum_rows(
+    const float* scores, int64_t rows, int64_t all_columns, bool causal, float scale, Sums part) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* s = scores + r * kTile;
+    const int64_t columns = causal ? r + 1 : all_columns;
+    float m = -FLT_MAX;
+#pragma omp simd reduction(max : m)
+    for (int64_t c = 0; c < columns; ++c) m = s[c] > m ? s[c] : m;
+    float total = 0.0f, weighted = 0.0f;
+#pragma omp simd reduction(+ : total, weighted)
+    for (int64_t c = 0; c < columns; ++c) {
+      const float z = (s[c] - m) * scale;
+      const float e = fast_exp(z);
+      total += e;
+      weighted += z * e;
+    }
+    part.largest[r] = m * scale;
+    part.total[r] = total;
+    part.weighted[r] = weighted;
+  }
+}
+
+QM_MULTIVERSION void sum_columns(const float* scores, int64_t rows, int64_t columns, float scale, Sums part) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* s = scores + r * kTile;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) part.largest[c] = s[c] > part.largest[c] ? s[c] : part.largest[c];
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* s = scores + r * kTile;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) {
+      const float z = (s[c] - part.largest[c]) * scale;
+      const float e = fast_exp(z);
+      part.total[c] += e;
+      part.weighted[c] += z * e;
+    }
+  }
+#pragma omp simd
+  for (int64_t c = 0; c < columns; ++c) part.largest[c] *= scale;
+}
+
+Tensor attention_entropy(Tensor tokens, bool causal) {
+  tokens = torch::stable::contiguous(tokens);
+  const int64_t batch = tokens.size(0), num_tokens = tokens.size(1), dim = tokens.size(2);
+  Tensor entropy = torch::stable::new_empty(tokens, {batch, num_tokens}, ScalarType::Float);
+  if (batch == 0 || num_tokens == 0) return entropy;
+  const FloatRows x(tokens, "attention_entropy");
+  float* out = static_cast<float*>(entropy.data_ptr());
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+
+  // Small tiles where there are few, so that several threads find work.
+  const int64_t tile = num_tokens <= 512 ? kPanel : kTile;
+  const int64_t tiles = (num_tokens + tile - 1) / tile;
+  const int64_t groups = std::min((tiles + 1) / 2, kMaxGroups), strips = whole_panels(num_tokens) / kPanel;
+  const int64_t row_floats = num_tokens * dim, panel_floats = whole_panels(num_tokens) * dim, sum_floats = 3 * num_tokens;
+  const int64_t item_floats = row_floats + panel_floats + groups * sum_floats;
+  const int64_t held = std::min(batch, std::max<int64_t>(1, kHeld / item_floats));
+  const Scratch rows(held * row_floats), panels(held * panel_floats), sums(held * groups * sum_floats);
+
+  for (int64_t first = 0; first < batch; first += held) {
+    const int64_t items = std::min(held, batch - first);
+    const auto rows_of = [&](int64_t b) { return x.read((first + b) * row_floats, 0, rows.get() + b * row_floats); };
+    const auto sums_of = [&](int64_t b, int64_t g) {
+      float* at = sums.get() + (b * groups + g) * sum_floats;
+      return Sums{at, at + num_tokens, at + 2 * num_tokens};
+    };
+    torch::stable::parallel_for(0, items * strips, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / strips, row = task % strips * kPanel, count = std::min(kPanel, num_tokens - row);
+        const float* from =
+            x.read((first + b) * row_floats + row * dim, count * dim, rows.get() + b * row_floats + row * dim);
+        pack_panels(from, count, dim, panels.get() + b * panel_floats + row * dim);
+      }
+    });
+    torch::stable::parallel_for(0, items * groups, 1, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(kTile * kTile + 3 * kTile);
+      float* scores = scratch.get();
+      const Sums part{scores + kTile * kTile, scores + kTile * kTile + kTile, scores + kTile * kTile + 2 * kTile};
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / groups, g = task % groups;
+        const float* from = rows_of(b);
+        const Sums own = sums_of(b, g);
+        reset(own, num_tokens);
+        for_strips(tiles, g, groups, [&](int64_t i) {
+          const int64_t row = i * tile, num_rows = std::min(tile, num_tokens - row);
+          for (int64_t column = row; column < num_tokens; column += tile) {
+            const int64_t num_columns = std::min(tile, num_tokens - column);
+            products(
+                from + row * dim, num_rows, panels.get() + b * panel_floats + column * dim,
+                whole_panels(num_columns) / kPanel, dim, scores, kTile);
+            if (column == row || !causal) {
+              sum_rows(scores, num_rows, num_columns, causal, scale, part);
+              merge(part, num_rows, own.at(row));
+            }
+            if (column == row) continue;
+            reset(part, num_columns);
+            sum_columns(scores, num_rows, num_columns, scale, part);
+            merge(part, num_columns, own.at(column));
+          }
+        });
+      }
+    });
+    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const Sums all = sums_of(b, 0);
+        for (int64_t g = 1; g < groups; ++g) merge(sums_of(b, g), num_tokens, all);
+        for (int64_t i = 0; i < num_tokens; ++i)
+          out[(first + b) * num_tokens + i] = std::log(all.total[i]) - all.weighted[i] / all.total[i];
+      }
+    });
+  }
+  return entropy;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qm_spec, CPU, m) {
+  m.impl("attention_entropy", TORCH_BOX(&attention_entropy));
+}
+
+}  // namespace qm_spec

@@ -1,0 +1,133 @@
+#include "csrc/cpu/products.h"
+
+#include <algorithm>
+
+namespace qm_spec {
+namespace {
+
+// Vectors of 4, 8 and 16 floats, at any address.
+typedef float Vector4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Vector8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Vector16 __attribute__((vector_size(64), aligned(4), may_alias));
+
+// Terms added in a row before a partial sum is put away: rows and panels of a tile stay in the second-level
+// cache, and the error of long sums stays small.
+constexpr int64_t kDepth = 512;
+
+// kRows x (kVectors * width) sums stay in registers while the terms go by.
+template <typename Vector, int kRows, int kVectors>
+QM_INLINE void block(
+    const float* rows, int64_t row_stride, const float* panel, int64_t depth, bool add, float* out, int64_t stride) {
+  constexpr int64_t kWidth = sizeof(Vector) / sizeof(float);
+  Vector sum[kRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector column[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) column[v] = *reinterpret_cast<const Vector*>(panel + k * kPanel + v * kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const float x = rows[r * row_stride + k];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += x * column[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      Vector* place = reinterpret_cast<Vector*>(out + r * stride + v * kWidth);
+      *place = add ? *place + sum[r][v] : sum[r][v];
+    }
+  }
+}
+
+template <typename Vector, int kRows, int kVectors>
+QM_INLINE void tile(
+    const float* rows, int64_t num_rows, const float* panels, int64_t num_panels, int64_t dim, float* out,
+    int64_t stride) {
+  constexpr int64_t kWidth = kVectors * sizeof(Vector) / sizeof(float);
+  for (int64_t begin = 0; begin < dim; begin += kDepth) {
+    const int64_t depth = std::min(kDepth, dim - begin);
+    for (int64_t p = 0; p < num_panels; ++p) {
+      for (int64_t part = 0; part < kPanel; part += kWidth) {
+        const float* panel = panels + (p * dim + begin) * kPanel + part;
+        float* to = out + p * kPanel + part;
+        int64_t i = 0;
+        for (; i + kRows <= num_rows; i += kRows)
+          block<Vector, kRows, kVectors>(rows + i * dim + begin, dim, panel, depth, begin > 0, to + i * stride, stride);
+        for (; i + 4 <= num_rows; i += 4)
+          block<Vector, 4, kVectors>(rows + i * dim + begin, dim, panel, depth, begin > 0, to + i * stride, stride);
+        for (; i < num_rows; ++i)
+          block<Vector, 1, kVectors>(rows + i * dim + begin, dim, panel, depth, begin > 0, to + i * stride, stride);
+      }
+    }
+  }
+  if (dim == 0)
+    for (int64_t i = 0; i < num_rows; ++i) std::fill(out + i * stride, out + i * stride + num_panels * kPanel, 0.0f);
+}
+
+using Tile = void(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t);
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))) void tile_avx512(
+    const float* rows, int64_t num_rows, const float* panels, int64_t num_panels, int64_t dim, float* out,
+    int64_t stride) {
+  tile<Vector16, 12, 2>(rows, num_rows, panels, num_panels, dim, out, stride);
+}
+
+__attribute__((target("avx2,fma"))) void tile_avx2(
+    const float* rows, int64_t num_rows, const float* panels, int64_t num_panels, int64_t dim, float* out,
+    int64_t stride) {
+  tile<Vector8, 6, 2>(rows, num_rows, panels, num_panels, dim, out, stride);
+}
+#endif
+
+void tile_default(
+    const float* rows, int64_t num_rows, const float* panels, int64_t num_panels, int64_t dim, float* out,
+    int64_t stride) {
+  tile<Vector4, 4, 2>(rows, num_rows, panels, num_panels, dim, out, stride);
+}
+
+Tile* choose_tile() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq"))
+    return tile_avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return tile_avx2;
+#endif
+  return tile_default;
+}
+
+QM_MULTIVERSION float sum_of_products(const float* x, const float* y, int64_t count) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+}  // namespace
+
+float dot(const float* x, const float* y, int64_t count) { return sum_of_products(x, y, count); }
+
+void pack_panels(const float* rows, int64_t num_rows, int64_t dim, float* panels) {
+  for (int64_t p = 0; p < num_rows; p += kPanel) {
+    const int64_t count = std::min(kPanel, num_rows - p);
+    float* panel = panels + p * dim;
+    // Sixteen terms of every row at a time: one cache line read, and writes that stay in the first-level cache.
+    for (int64_t begin = 0; begin < dim; begin += 16) {
+      const int64_t end = std::min(begin + 16, dim);
+      for (int64_t j = 0; j < kPanel; ++j)
+        for (int64_t k = begin; k < end; ++k) panel[k * kPanel + j] = j < count ? rows[(p + j) * dim + k] : 0.0f;
+    }
+  }
+}
+
+void products(
+    const float* rows, int64_t num_rows, const float* panels, int64_t num_panels, int64_t dim, float* out,
+    int64_t stride) {
+  static Tile* const chosen = choose_tile();
+  chosen(rows, num_rows, panels, num_panels, dim, out, stride);
+}
+
+}  // namespace qm_spec
