@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from qm_spec.ops.attention_entropy import entropy_of_scores
-from qm_spec.ops.blocks import over_rows
+from qm_spec.ops.attention_entropy import RowEntropy
 
 
 def masked_attention_entropy(tokens: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -21,23 +19,12 @@ def masked_attention_entropy(tokens: Tensor, allowed: Tensor | None = None, caus
         causal: a token attends to itself and earlier ones only.
 
     Returns:
-        `[..., N]` float32, between 0 and the log of the tokens allowed; differentiable. Finite but
-        without meaning in rows that may attend to nothing.
+        `[..., N]` float32, between 0 and the log of the tokens allowed; 0 where a row may attend to
+        nothing; differentiable once.
 
     Source: QuickMerge++, arXiv 2508.13204, saliency estimation; the mask is ours.
     """
-    x = tokens.float()
-    num_tokens = x.shape[-2]
+    num_tokens = tokens.shape[-2]
     if allowed is not None:
         allowed = allowed.expand(*allowed.shape[:-2], num_tokens, num_tokens)
-
-    def block_entropy(rows: slice, x: Tensor, allowed: Tensor | None) -> Tensor:
-        seen = slice(0, rows.stop if causal else num_tokens)
-        scores = (x[..., rows, :] * x.shape[-1] ** -0.5) @ x[..., seen, :].mT
-        closed = None if allowed is None else ~allowed[..., rows, seen]
-        if causal:
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(rows.start + 1)
-            closed = later if closed is None else closed | later
-        return entropy_of_scores(scores, closed)
-
-    return over_rows(block_entropy, x, allowed, num_columns=num_tokens).squeeze(-1)
+    return RowEntropy.apply(tokens.float(), allowed, causal)
