@@ -121,7 +121,7 @@ def measure(
     documents = [
         tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in read_documents(files)
     ]
-    states = model.read(cut_windows(documents, num_tokens, batch)).states
+    states = model.read(cut_windows(documents, num_tokens, batch, seed)).states
     keep = tokens_kept(num_tokens, ratio)
 
     console = Console(stderr=True)
@@ -142,7 +142,7 @@ def measure(
                 reduce(states, keep)
                 milliseconds[method.name].append(1000 * (time.perf_counter() - begin))
             progress.advance(task)
-        windows = cut_windows(documents, num_tokens + 64, num_windows)
+        windows = cut_windows(documents, num_tokens + 64, num_windows, seed)
         task = progress.add_task("perplexity", total=len(windows))
         scores = []
         for index, token_ids in enumerate(windows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,9 @@ NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+# Long contexts cost seconds per call.
+LONG_METHODS = ("quickmerge", "quickmerge-norm", "tome", "uniform", "window")
 
 EXAMPLES = """
 Examples:
@@ -51,11 +54,11 @@ def main(
     ] = "0,5",
     context: Annotated[int, typer.Option(metavar="C", help="Tokens that are reduced.")] = 512,
     continuation: Annotated[int, typer.Option(metavar="T", help="Tokens after them, never reduced.")] = 64,
-    windows: Annotated[int, typer.Option(metavar="N", help="Windows, spread over the text.")] = 128,
-    cost_contexts: Annotated[
-        str, typer.Option(metavar="C,...", help="Contexts whose time and memory are measured; empty for none.")
-    ] = "512,4000",
-    wide: Annotated[bool, typer.Option(help="Measure time and memory of a wider model of random weights too.")] = True,
+    windows: Annotated[int, typer.Option(metavar="N", help="Windows, drawn from the text.")] = 64,
+    cost: Annotated[bool, typer.Option(help="Measure time and memory of every method at C tokens.")] = True,
+    long: Annotated[
+        bool, typer.Option(help="Measure time and memory of some methods at 4000 tokens and in a wider model too.")
+    ] = True,
     repeats: Annotated[int, typer.Option(metavar="N", help="Timed pairs per method and ratio.")] = 5,
     proportional: Annotated[
         bool, typer.Option(help="Add the log of a merged token's size to its attention scores.")
@@ -79,7 +82,7 @@ def main(
             typer.echo(f"{method.name:20}{'merges' if method.merges else 'prunes'}  {method.about}")
         return
     if quick:
-        windows, depths, ratios, cost_contexts, wide, repeats = 4, "0", "2,4", "256", False, 1
+        windows, depths, ratios, context, long, repeats = 4, "0", "2,4", 256, False, 1
     try:
         settings = {
             "methods": split_list(methods) or list(METHODS),
@@ -91,9 +94,8 @@ def main(
             "proportional": proportional,
             "seed": seed,
         }
-        cost = {"contexts": [int(entry) for entry in split_list(cost_contexts)], "wide": wide, "repeats": repeats}
         check(settings)
-        run = Run(target, text, settings, cost, out, threads)
+        run = Run(target, text, settings, out, threads, repeats, cost, long)
     except (OSError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from error
@@ -133,7 +135,15 @@ class Run:
     """
 
     def __init__(
-        self, target: Path, text: Path, settings: dict[str, Any], cost: dict[str, Any], out: Path, threads: int
+        self,
+        target: Path,
+        text: Path,
+        settings: dict[str, Any],
+        out: Path,
+        threads: int,
+        repeats: int,
+        cost: bool,
+        long: bool,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -156,10 +166,10 @@ class Run:
             for document in read_documents(files)
         ]
         length = settings["context"] + settings["continuation"]
-        self.windows = cut_windows(documents, length, settings["num_windows"])
+        self.windows = cut_windows(documents, length, settings["num_windows"], settings["seed"])
         self.longest = max(documents, key=len)
         self.settings = settings | {"num_windows": len(self.windows)}
-        self.cost = cost
+        self.repeats, self.cost, self.long = repeats, cost, long
         self.threads = threads
         self.data = {"files": [file.name for file in files], "sha256": sha256_of(files)}
         self.out = out
@@ -212,8 +222,8 @@ class Run:
         from qm_spec.evaluation.language import ReducedLanguageModel, score_window
         from qm_spec.evaluation.reduction import find_methods
 
-        # A row belongs to one depth, so others may be asked for later.
-        same = {name: value for name, value in self.settings.items() if name != "depths"}
+        # A row belongs to one depth and window, so more of both may be asked for later.
+        same = {name: value for name, value in self.settings.items() if name not in ("depths", "num_windows")}
         identity = json.dumps({"settings": same, "data": self.data}, sort_keys=True)
         done = dict(read_rows(self.rows_file, identity))
         methods = find_methods(self.settings["methods"])
@@ -231,54 +241,54 @@ class Run:
                 task = progress.add_task(f"windows, depth {depth}", total=len(self.windows))
                 scores[depth] = []
                 for index, token_ids in enumerate(self.windows):
-                    row = done.get((depth, index))
-                    if row is None:
+                    if (depth, index) not in done:
                         # Each window has draws of its own.
                         seed = self.settings["seed"] + index
                         context, ratios = self.settings["context"], self.settings["ratios"]
-                        row = score_window(model, token_ids, context, methods, ratios, seed)
-                        write_row(stream, depth, index, row)
-                    scores[depth].append(row)
+                        done[depth, index] = score_window(model, token_ids, context, methods, ratios, seed)
+                        write_row(stream, depth, index, done[depth, index])
+                    scores[depth].append(done[depth, index])
                     progress.advance(task)
         return scores
 
     def measure(self, progress: Progress) -> list[dict[str, Any]]:
-        """Return time and memory of the target, and of the wider model, at each context and depth."""
+        """Return time and memory of the target at each depth, and of long contexts at the first one."""
+        first, num_context = self.settings["depths"][0], self.settings["context"]
+        methods = self.settings["methods"]
+        parts = []
+        if self.cost:
+            for depth in self.settings["depths"]:
+                parts.append(self.measure_part(progress, "target", self.model, depth, num_context, methods))
+        if self.cost and self.long:
+            some = [method for method in methods if method in LONG_METHODS]
+            limit = min(4000, self.model.config.max_position_embeddings, len(self.longest))
+            parts.append(self.measure_part(progress, "target", self.model, first, limit, some))
+            wide = wide_model(self.model.config.vocab_size)
+            parts.append(self.measure_part(progress, "random weights, 1024 wide", wide, 0, min(2048, limit), some))
+        return parts
+
+    def measure_part(
+        self, progress: Progress, name: str, model: LlamaForCausalLM, depth: int, context: int, methods: list[str]
+    ) -> dict[str, Any]:
+        """Return time and memory of one model at one depth and context."""
         import torch
 
         from qm_spec.evaluation.cost import measure_costs
         from qm_spec.evaluation.language import ReducedLanguageModel
         from qm_spec.evaluation.reduction import find_methods
 
-        parts = []
-        for name, model, contexts in self.models():
-            for context in contexts:
-                limit = model.config.max_position_embeddings
-                if context > min(limit, len(self.longest)):
-                    typer.echo(f"note: no text of {context} tokens for {name}; time and memory left out", err=True)
-                    continue
-                token_ids = torch.tensor([self.longest[:context]])
-                for depth in self.settings["depths"]:
-                    methods, ratios = find_methods(self.settings["methods"]), self.settings["ratios"]
-                    total = 2 * len(methods) * len(ratios) * self.cost["repeats"]
-                    task = progress.add_task(f"time of {name}, {context} tokens, depth {depth}", total=total)
-                    rows = measure_costs(
-                        ReducedLanguageModel(model, depth, self.settings["proportional"]),
-                        token_ids,
-                        methods,
-                        ratios,
-                        repeats=self.cost["repeats"],
-                        seed=self.settings["seed"],
-                        on_progress=lambda task=task: progress.advance(task),  # type: ignore[misc]
-                    )
-                    parts.append({"model": name, "context": context, "depth": depth, "rows": rows})
-        return parts
-
-    def models(self) -> Iterator[tuple[str, LlamaForCausalLM, Sequence[int]]]:
-        """Yield the models whose time and memory are measured, with their contexts."""
-        yield "target", self.model, self.cost["contexts"]
-        if self.cost["wide"] and self.cost["contexts"]:
-            yield "wide (random weights)", wide_model(self.model.config.vocab_size), [2048]
+        total = 2 * len(methods) * len(self.settings["ratios"]) * self.repeats
+        task = progress.add_task(f"time of {name}, {context} tokens, depth {depth}", total=total)
+        rows = measure_costs(
+            ReducedLanguageModel(model, depth, self.settings["proportional"]),
+            torch.tensor([self.longest[:context]]),
+            find_methods(methods),
+            self.settings["ratios"],
+            repeats=self.repeats,
+            seed=self.settings["seed"],
+            on_progress=lambda: progress.advance(task),
+        )
+        return {"model": name, "context": context, "depth": depth, "rows": rows}
 
 
 def write_row(stream: TextIO, depth: int, index: int, scores: dict[str, Score]) -> None:
@@ -303,7 +313,7 @@ def read_rows(file: Path, identity: str) -> Iterator[tuple[tuple[int, int], dict
 
 
 def wide_model(vocab_size: int) -> LlamaForCausalLM:
-    """Return a Llama of 8 layers and width 1024 with random weights, for time and memory only."""
+    """Return a Llama of 4 layers and width 1024 with random weights, for time and memory only."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -312,7 +322,7 @@ def wide_model(vocab_size: int) -> LlamaForCausalLM:
         vocab_size=vocab_size,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=8,
+        num_hidden_layers=4,
         num_attention_heads=16,
         num_key_value_heads=4,
         head_dim=64,

@@ -365,12 +365,12 @@ def test_no_more_tokens_are_kept_than_the_ratio_allows(num_tokens: int, ratio: f
     assert tokens_kept(num_tokens, ratio) == kept
 
 
-def test_windows_stay_within_documents_and_spread_over_them() -> None:
+def test_windows_stay_within_documents_and_more_of_them_begin_alike() -> None:
     documents = [list(range(10)), list(range(100, 125)), [7]]
     windows = cut_windows(documents, 5, 100)
-    assert windows[:, 0].tolist() == [0, 5, 100, 105, 110, 115, 120]
+    assert sorted(windows[:, 0].tolist()) == [0, 5, 100, 105, 110, 115, 120]
     assert (windows.diff(dim=-1) == 1).all()
-    assert cut_windows(documents, 5, 2)[:, 0].tolist() == [5, 115]
+    assert torch.equal(cut_windows(documents, 5, 3), windows[:3])
     with pytest.raises(ValueError, match="the longest has 25"):
         cut_windows(documents, 26, 1)
 
@@ -463,7 +463,7 @@ def invoke(root: Path) -> Callable[..., Result]:
 
 def test_language_benchmark_writes_its_files_and_goes_on_where_it_stopped(invoke, tmp_path) -> None:
     arguments = ["--methods", "quickmerge,window", "--ratios", "2", "--depths", "0,3", "--context", "32"]
-    arguments += ["--continuation", "8", "--windows", "3", "--cost-contexts", "", "--out", str(tmp_path)]
+    arguments += ["--continuation", "8", "--windows", "3", "--no-cost", "--out", str(tmp_path)]
     assert invoke("language", *arguments).exit_code == 0
     results = json.loads((tmp_path / "quickmerge.json").read_text())
     assert [part["depth"] for part in results["quality"]] == [0, 3]

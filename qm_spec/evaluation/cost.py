@@ -107,7 +107,7 @@ def measure_costs(
     ratios: Iterable[float],
     *,
     repeats: int = 5,
-    decode_steps: int = 16,
+    decode_steps: int = 8,
     seed: int = 0,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[Row]:

@@ -257,8 +257,10 @@ def run_name(method: str, ratio: float) -> str:
     return f"{method}@{ratio:g}x"
 
 
-def cut_windows(documents: Sequence[Sequence[int]], length: int, count: int) -> Tensor:
-    """Cut `count` windows of `length` tokens, none over two documents, spread evenly over all there are.
+def cut_windows(documents: Sequence[Sequence[int]], length: int, count: int, seed: int = 0) -> Tensor:
+    """Draw `count` windows of `length` tokens that do not overlap, none over two documents.
+
+    The first windows of a larger draw are those of a smaller one.
 
     Returns:
         `[count, length]` int64; fewer where the documents hold fewer.
@@ -273,6 +275,5 @@ def cut_windows(documents: Sequence[Sequence[int]], length: int, count: int) -> 
             f"text: windows of {length} tokens need a document as long, the longest has {longest}; "
             "pass --text FOLDER or a shorter --context"
         )
-    count = min(count, len(starts))
-    chosen = [starts[(2 * i + 1) * len(starts) // (2 * count)] for i in range(count)]
-    return torch.tensor([documents[d][i : i + length] for d, i in chosen])
+    order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.tensor([documents[d][i : i + length] for d, i in (starts[j] for j in order.tolist())])
