@@ -23,6 +23,7 @@ from qm_spec import (
     QuickMergePP,
     quickmerge_inference,
 )
+from qm_spec.ops import attention_entropy, blocks, masked_attention_entropy
 from qm_spec.quickmerge import (
     AutoregressivePrior,
     LearnedSaliency,
@@ -33,11 +34,13 @@ from qm_spec.quickmerge import (
     entropy_budget,
     fixed_budget,
     group_by_cosine,
+    group_by_kmeans,
     norm_mass_retained,
     normalised_entropy_drop,
     ratio_budget,
 )
 from qm_spec.quickmerge import prior as prior_module
+from qm_spec.quickmerge.saliency import attend
 
 VARIANTS = list(product(("cosine", "kmeans"), (False, True)))
 SALIENCIES = ("entropy", "inverse_entropy", "learned", "norm")
@@ -62,6 +65,119 @@ def ranks(values):
 
 def spearman(a, b):
     return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 4 rows, so that a few tokens fill several and leave a tail."""
+    monkeypatch.setattr(blocks, "_CPU_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "_MIN_ROWS", 4)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements of any tensor that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
+        # A view counts as what it holds, however often it repeats it.
+        self.elements = max([self.elements, *(x.untyped_storage().nbytes() // x.element_size() for x in made)])
+        return out
+
+
+# Attention entropy
+
+
+def plain_entropy(x, allowed):
+    scores = (x @ x.mT * x.shape[-1] ** -0.5).masked_fill(~allowed, float("-inf"))
+    log_attention = torch.log_softmax(scores, dim=-1)
+    return -(log_attention.exp() * log_attention.masked_fill(~allowed, 0.0)).sum(-1)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "both", "any"])
+@pytest.mark.parametrize("scale", [0.3, 1, 30])
+def test_attention_entropy_and_its_gradient_err_at_most_twice_as_much_as_plain_pytorch(mask, scale, small_blocks):
+    x = scale * torch.randn(2, 3, 21, 8)
+    columns = torch.rand(2, 3, 1, 21) > 0.3
+    columns[..., 0] = True
+    allowed = {
+        "padding": columns,
+        "both": columns,
+        "any": (torch.rand(2, 3, 21, 21) > 0.5) | torch.eye(21, dtype=torch.bool),
+    }.get(mask)
+    causal = mask in ("causal", "both")
+    full = (torch.ones(1, dtype=torch.bool) if allowed is None else allowed).expand(2, 3, 21, 21)
+    full = full.tril() if causal else full
+    weight = torch.randn(2, 3, 21)
+
+    def run(function, x):
+        x = x.clone().requires_grad_()
+        entropy = function(x)
+        (entropy * weight.to(x.dtype)).sum().backward()
+        return entropy.detach().double(), x.grad.double()
+
+    def blockwise(x):
+        return attention_entropy(x) if mask == "none" else masked_attention_entropy(x, allowed, causal)
+
+    exact = run(lambda x: plain_entropy(x, full), x.double())
+    plain = run(lambda x: plain_entropy(x, full), x)
+    for fast, slow, truth in zip(run(blockwise, x), plain, exact, strict=True):
+        error, plain_error = ((y - truth).abs().max().item() for y in (fast, slow))
+        assert fast.isfinite().all()
+        assert error <= 2 * plain_error + 1e-6, f"{error:.1e} against {plain_error:.1e}"
+
+
+def test_a_row_that_may_attend_to_nothing_has_no_entropy_and_no_gradient():
+    x = torch.randn(1, 3, 4, requires_grad=True)
+    allowed = torch.tensor([[False, False, False], [True, True, False], [True, True, True]])
+    entropy = masked_attention_entropy(x, allowed.unsqueeze(0))
+    assert entropy[0, 0] == 0 and entropy[0, 1] > 0
+    [grad] = torch.autograd.grad(entropy[0, 1], x)
+    assert grad.isfinite().all() and (grad[0, 2] == 0).all() and (grad[0, 0] != 0).any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attending_in_blocks_equals_attending_at_once(causal, small_blocks):
+    x = torch.randn(2, 21, 8)
+    whole = attend(x, None, causal)
+    attention = x @ x.mT / math.sqrt(8)
+    attention = attention.masked_fill(~torch.ones(21, 21).tril().bool(), -math.inf) if causal else attention
+    torch.testing.assert_close(whole, attention.softmax(-1) @ x)
+    torch.testing.assert_close(attend(x, torch.ones(2, 21, dtype=torch.bool), causal), whole)
+    # Padding in front leaves rows that see no token: they stay finite.
+    mask = torch.arange(21) >= torch.tensor([[0], [6]])
+    padded = attend(x, mask, causal)
+    assert padded.isfinite().all()
+    torch.testing.assert_close(padded[1:, 6:], attend(x[1:, 6:], None, causal))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_blocks_change_no_result(variant, monkeypatch):
+    module = small(grouping=variant[0], causal=variant[1], k_max=7, budget="entropy")
+    x, mask = torch.randn(2, 30, 16), torch.rand(2, 30) > 0.2
+    merged, info = module.compress(x, mask)
+    monkeypatch.setattr(blocks, "_CPU_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "_MIN_ROWS", 4)
+    again, again_info = module.compress(x, mask)
+    torch.testing.assert_close(again, merged)
+    assert torch.equal(again_info["assignments"], info["assignments"])
+
+
+@pytest.mark.parametrize("grouping", ["cosine", "kmeans"])
+def test_no_tensor_holds_every_pair_of_tokens(grouping, monkeypatch):
+    # At 32k tokens such a tensor takes 4 GiB.
+    monkeypatch.setattr(blocks, "_CPU_ELEMENTS", 1 << 15)
+    num_tokens = 1024
+    mask = torch.ones(1, num_tokens, dtype=torch.bool)
+    mask[0, -3:] = False
+    for causal, token_mask in ((False, None), (True, None), (True, mask)):
+        module = small(dim=8, grouping=grouping, causal=causal, k_max=64, budget="entropy")
+        x = torch.randn(1, num_tokens, 8, requires_grad=True)
+        with Largest() as largest:
+            module.compress(x, token_mask)[0].sum().backward()
+        assert largest.elements <= 64 * num_tokens < num_tokens**2 / 8, (causal, largest.elements)
 
 
 # Saliency
@@ -231,6 +347,14 @@ def test_temperature_falls_geometrically_and_sharpens_the_mask_gradient():
     assert selection(saliency, torch.tensor([4])).mass.max() > before
 
 
+def test_selection_probabilities_are_a_softmax():
+    # A reference's Gumbel kernel never divides by the sum.
+    saliency = torch.rand(2, 30)
+    mass = TokenSelection(0.5, 0.01).eval()(saliency, torch.tensor([3, 3])).mass
+    pi = (mass - 0.01) / (saliency - 0.01)
+    torch.testing.assert_close(pi.sum(-1), torch.ones(2), atol=1e-4, rtol=0)
+
+
 # Grouping and merging
 
 
@@ -270,11 +394,14 @@ def test_properties_of_merging(variant, num_tokens, keep, dim, kind, padded, see
     assert torch.equal(merged.size > 0, merged.live)
     assert torch.equal(merged.cluster >= 0, mask)
     for b in range(3):
+        # A reference's clusters come in no order.
         places = merged.place[b][merged.live[b]].tolist()
         assert places == sorted(set(places))
         for slot, place in enumerate(places):
             members = (merged.cluster[b] == slot).nonzero().flatten()
             assert place in members
+            # A reference's duplicates give rows of zeros.
+            assert kind == "zero" or (merged.tokens[b, slot] != 0).any()
             if variant[1]:
                 assert members.max() <= place
             low, high = x[b, members].amin(0), x[b, members].amax(0)
@@ -322,6 +449,21 @@ def test_well_separated_clusters_are_found(grouping):
     saliency[0, 8:12] = 0.9
     merged = merger(grouping).merge(x, saliency, torch.tensor([4]))
     assert merged.size.tolist() == [[10, 10, 10, 10]]
+
+
+def test_kmeans_is_lloyds_algorithm_and_ends_where_nothing_changes():
+    x, mass = torch.randn(1, 60, 5, dtype=torch.float64), torch.rand(1, 60)
+    selection = TokenSelection().eval()(mass, torch.tensor([6]))
+    centres = x[0, selection.index[0]]
+    for _ in range(50):
+        cluster = torch.cdist(x[0], centres).argmin(-1)
+        weight = F.one_hot(cluster, 6).double() * selection.mass[0].double().unsqueeze(-1)
+        centres = weight.T @ x[0] / weight.sum(0).unsqueeze(-1)
+    # Also far from the origin, where squared distances would lose most of their digits.
+    grouping = group_by_kmeans((x + 300).float(), selection, num_iterations=50)
+    same = grouping.cluster[0].unsqueeze(0) == grouping.cluster[0].unsqueeze(1)
+    assert torch.equal(same, cluster.unsqueeze(0) == cluster.unsqueeze(1))
+    assert torch.equal(group_by_kmeans((x + 300).float(), selection, num_iterations=10**9).cluster, grouping.cluster)
 
 
 def test_kmeans_improves_on_its_seeds():
@@ -523,6 +665,112 @@ def test_the_number_of_operations_does_not_depend_on_tokens_or_clusters(grouping
     assert count(40, 5) == count(200, 50)
 
 
+@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize(("num_tokens", "keep", "batch"), [(1, 1, 1), (1, 5, 2), (2, 1, 3), (9, 4, 9), (9, 12, 1)])
+def test_every_shape_is_served_by_every_setting(num_tokens, keep, batch, saliency):
+    for grouping, causal in VARIANTS:
+        module = small(dim=13, grouping=grouping, causal=causal, saliency=saliency)
+        for x in (torch.randn(batch, num_tokens, 13), torch.ones(batch, num_tokens, 13)):
+            merged, losses = module(x, keep)
+            assert merged.shape == (batch, min(keep, num_tokens), 13)
+            assert merged.isfinite().all() and (merged != 0).any(-1).all()
+            assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_compress_is_differentiable():
+    # A reference's compress is not.
+    x = torch.randn(3, 2, 20, 16, requires_grad=True)
+    merged, _ = small(k_max=5).compress(x)
+    merged.square().sum().backward()
+    assert (x.grad[-1] != 0).any(-1).all() and (x.grad[0] != 0).any()
+
+
+# Causality: three guarantees, each with its own setting
+
+
+def test_causal_with_fraction_decides_each_saliency_by_earlier_tokens():
+    x = torch.randn(2, 30, 16)
+    changed = x.clone()
+    changed[:, 20:] = torch.randn(2, 10, 16)
+    for normalisation, same in (("fraction", True), ("minmax", False)):
+        module = small(k_max=5, causal=True, normalisation=normalisation)
+        before, after = (module.compress(y)[1]["saliency"][:, :20] for y in (x, changed))
+        assert torch.allclose(before, after, atol=1e-6) == same
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("saliency", SALIENCIES)
+def test_chunks_do_not_depend_on_later_ones_so_a_sequence_compresses_as_it_grows(variant, saliency):
+    module = small(grouping=variant[0], causal=variant[1], saliency=saliency, k_max=3, chunk_size=8)
+    layers = torch.randn(2, 2, 29, 16)
+    merged, info = module.compress(layers)
+    assert merged.shape == (2, 12, 16) and info["mask"].all()
+    assert torch.equal(info["sizes"].sum(1), torch.tensor([29.0, 29.0]))
+    for end in (8, 16, 24):
+        start, start_info = module.compress(layers[:, :, :end])
+        torch.testing.assert_close(start, merged[:, : 3 * end // 8])
+        assert torch.equal(start_info["assignments"], info["assignments"][:, :end])
+        assert torch.equal(start_info["places"], info["places"][:, : 3 * end // 8])
+    for b, slot in product(range(2), range(12)):
+        members = (info["assignments"][b] == slot).nonzero().flatten()
+        assert len(members.div(8, rounding_mode="floor").unique()) == 1 and info["places"][b, slot] in members
+        assert not variant[1] or members.max() <= info["places"][b, slot]
+
+
+@pytest.mark.parametrize("grouping", ["cosine", "kmeans"])
+def test_a_chunk_is_compressed_like_a_sequence_of_its_own(grouping):
+    chunked, whole = (small(grouping=grouping, k_max=3, chunk_size=size) for size in (8, None))
+    x = torch.randn(2, 19, 16)
+    mask = torch.ones(2, 19, dtype=torch.bool)
+    # Padding in front and within: the tokens move up before they are cut.
+    mask[1, [0, 1, 5, 9]] = False
+    x[1, ~mask[1]] = float("nan")
+    merged, info = chunked.compress(x, mask)
+    for b, count in ((0, 19), (1, 15)):
+        tokens = x[b, mask[b]].unsqueeze(0)
+        parts = [whole.compress(tokens[:, start : start + 8]) for start in range(0, count, 8)]
+        torch.testing.assert_close(merged[b, info["mask"][b]], torch.cat([part for part, _ in parts], 1)[0])
+        torch.testing.assert_close(info["saliency"][b, mask[b]], torch.cat([i["saliency"] for _, i in parts], 1)[0])
+    assert (info["assignments"][~mask] == -1).all() and (info["places"][~info["mask"]] == 19).all()
+    assert info["mask"].sum(1).tolist() == [9, 6] and (info["places"][1, :6].diff() > 0).all()
+
+
+def test_chunks_have_losses_and_keep_all_where_k_is_their_size():
+    module = small(chunk_size=8, gamma=1.0)
+    x = torch.randn(2, 19, 16, requires_grad=True)
+    _, losses = module(x, 2)
+    losses["total"].backward()
+    assert x.grad.isfinite().all() and (x.grad != 0).any(-1).all()
+    merged, losses = module(x, 8)
+    assert torch.equal(merged, x) and losses["fidelity"] == 0
+    assert small(chunk_size=100, k_max=4).compress(x)[0].shape == (2, 4, 16)
+
+
+# Checkpoints
+
+
+def test_a_saved_compressor_does_the_same(tmp_path):
+    module = small(k_max=3, saliency="learned", chunk_size=8, grouping="kmeans", normalisation="fraction", gamma=0.6)
+    module.merging.selection.temperature = 0.3
+    module.save_pretrained(tmp_path / "new" / "folder")
+    loaded = QuickMergePP.from_pretrained(tmp_path / "new" / "folder")
+    x = torch.randn(2, 20, 16)
+    assert not loaded.training and loaded.merging.selection.temperature == 0.3
+    for (merged, losses), (other, other_losses) in [(loaded(x), module.eval()(x))]:
+        assert torch.equal(merged, other) and losses == other_losses
+
+
+def test_a_folder_that_is_no_compressor_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; pass a folder of save_pretrained"):
+        QuickMergePP.from_pretrained(tmp_path)
+    small(k_max=3).save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    for damage, message in ((("k_max", "kmax"), "kmax"), (('"prior_layers": 1', '"prior_layers": 2'), "layers.1")):
+        (tmp_path / "config.json").write_text(config.replace(*damage))
+        with pytest.raises(ValueError, match=f"(?s)another model's config.*{message}"):
+            QuickMergePP.from_pretrained(tmp_path)
+
+
 def test_quickmerge_inference_compresses_to_the_share_and_calls_the_model():
     seen = []
 
@@ -567,17 +815,62 @@ def test_the_prior_is_causal_and_knows_positions():
     assert (same[:, 0] - same[:, 3]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("num_queries", [1, 2, 4])
+def test_a_merged_key_of_size_n_weighs_like_n_copies(num_queries):
+    query, (key, value) = torch.randn(2, 3, num_queries, 8), torch.randn(2, 2, 3, 4, 8)
+    sizes = torch.tensor([[1, 3, 2, 1], [2, 1, 1, 4]])
+    merged = prior_module.causal_attention(query, key, value, sizes.float().log())
+    for b in range(2):
+        # The newest query sees every key; each one before it, one key less.
+        for i in range(num_queries):
+            seen = 4 - (num_queries - 1 - i)
+            copies = [x[b, :, :seen].repeat_interleave(sizes[b, :seen], dim=1) for x in (key, value)]
+            expected = F.scaled_dot_product_attention(query[b, :, i : i + 1], *copies)
+            torch.testing.assert_close(merged[b, :, i : i + 1], expected)
+
+
+@pytest.mark.parametrize("dim", [13, 64])
+def test_the_prior_heeds_sizes_with_a_cache_too(dim):
+    prior = AutoregressivePrior(dim, num_layers=2)
+    x, sizes = torch.randn(2, 9, dim), torch.randint(1, 20, (2, 9))
+    full = prior(x, sizes)
+    torch.testing.assert_close(prior(x, torch.ones(2, 9)), prior(x))
+    assert (full - prior(x)).abs().max() > 1e-3
+    first, cache = prior.prefill(x[:, :4], sizes[:, :4])
+    rest, _ = prior.step(x[:, 4:], cache, sizes[:, 4:])
+    torch.testing.assert_close(torch.cat([first, rest], 1), full)
+    # Sizes may begin or end in the middle: none means 1.
+    ones = torch.ones_like(sizes)
+    late, _ = prior.step(x[:, 4:], prior.prefill(x[:, :4])[1], sizes[:, 4:])
+    torch.testing.assert_close(late, prior(x, torch.cat([ones[:, :4], sizes[:, 4:]], 1))[:, 4:])
+    early, _ = prior.step(x[:, 4:], cache)
+    torch.testing.assert_close(early, prior(x, torch.cat([sizes[:, :4], ones[:, 4:]], 1))[:, 4:])
+
+
+def test_empty_slots_are_not_attended_to_and_sizes_reach_ar_predict():
+    module = small(k_max=6)
+    x = torch.randn(2, 6, 16)
+    sizes = torch.tensor([[3.0, 0, 2, 1, 0, 0], [0.0] * 6])
+    changed = x.clone()
+    changed[:, 1] += 5
+    predicted, other = module.ar_predict(x, sizes), module.ar_predict(changed, sizes)
+    assert predicted.isfinite().all()
+    torch.testing.assert_close(predicted[0, [0, 2, 3, 4, 5]], other[0, [0, 2, 3, 4, 5]])
+    half = module.to(torch.float16).ar_predict(x.half(), sizes)
+    assert half.isfinite().all() and (half.float() - predicted).abs().max() < 0.05
+
+
 @pytest.fixture
 def xformers(monkeypatch):
     """A double of xformers with the documented layout `[B, T, H, d]` and the bottom-right causal mask."""
     package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
     package.__spec__ = ModuleSpec("xformers", None)
 
-    def attention(query, key, value, attn_bias):
+    def attention(query, key, value, attn_bias, scale):
         assert attn_bias == "bottom right"
         heads_first = (x.transpose(1, 2).contiguous() for x in (query, key, value))
         seen = torch.ones(query.shape[1], key.shape[1]).tril(key.shape[1] - query.shape[1]).bool()
-        return F.scaled_dot_product_attention(*heads_first, attn_mask=seen).transpose(1, 2)
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=seen, scale=scale).transpose(1, 2)
 
     ops.memory_efficient_attention = attention
     mask = SimpleNamespace(LowerTriangularFromBottomRightMask=lambda: "bottom right")
@@ -592,7 +885,7 @@ def xformers(monkeypatch):
 @pytest.mark.parametrize("num_queries", [1, 3, 7])
 def test_the_call_to_xformers_equals_sdpa(xformers, num_queries):
     query, (key, value) = torch.randn(2, 4, num_queries, 8), torch.randn(2, 2, 4, 7, 8)
-    fast = prior_module._memory_efficient_attention()(query, key, value)
+    fast = prior_module._memory_efficient_attention()(query, key, value, 8**-0.5)
     torch.testing.assert_close(fast, prior_module.causal_attention(query, key, value))
 
 
@@ -676,6 +969,9 @@ S = torch.rand(2, 6)
         (lambda: small(saliency="loud"), ValueError, "'entropy', 'inverse_entropy', 'learned', 'norm'"),
         (lambda: small(budget="large"), ValueError, r"\['entropy', 'fixed'\], got 'large'"),
         (lambda: small(gamma=2), ValueError, "gamma must be in 0..1, got 2"),
+        (lambda: small(chunk_size=0), ValueError, "chunk_size must be at least 1, got 0"),
+        (lambda: small(normalisation="max"), ValueError, "'fraction', 'minmax'"),
+        (lambda: small(dim=8).ar_predict(X, S[:1]), ValueError, r"sizes must be \[2, 6\], got \[1, 6\]"),
         (lambda: small(k_max=0), ValueError, "k_max must be at least 1, got 0"),
         (lambda: small(dim=8)(X), ValueError, "K is missing"),
         (lambda: small(dim=8).compress(X), ValueError, "K is missing"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +12,14 @@ from torch import Tensor, nn
 from qm_spec.quickmerge.alignment import BidirectionalARAlignment
 from qm_spec.quickmerge.budget import entropy_budget as count_by_entropy
 from qm_spec.quickmerge.budget import fixed_budget, ratio_budget
+from qm_spec.quickmerge.chunks import join_chunks, join_values, split_chunks
 from qm_spec.quickmerge.fidelity import NormBasedFidelityConstraint
 from qm_spec.quickmerge.inputs import check_choice, check_tokens, full_mask
 from qm_spec.quickmerge.merging import DifferentiableTokenMerging, MergedTokens
 from qm_spec.quickmerge.saliency import make_saliency
 
 BUDGETS = ("entropy", "fixed")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class QuickMergePP(nn.Module):
@@ -39,7 +43,13 @@ class QuickMergePP(nn.Module):
         budget: `fixed` keeps K tokens; `entropy` keeps as many as are effectively different, at
             most K, per sequence; the slots left over are empty.
         causal: no merged token holds a token later than its place; entropy then comes from
-            attention to earlier tokens.
+            attention to earlier tokens. Which K tokens are salient is still decided by looking at
+            all of them, as any K of N must be; see `chunk_size`.
+        normalisation: of the entropy, `minmax` or `fraction`; with `causal`, only `fraction` gives
+            a token a saliency that does not depend on later ones. See `EntropyAwareSaliency`.
+        chunk_size: cut each sequence into chunks of so many tokens and keep K tokens **of each**:
+            what is merged within a chunk depends on that chunk alone, so a sequence can be
+            compressed as it grows, in time that is linear in N. None takes it as one chunk.
         prior_layers: layers of the prior.
         prior_heads: heads of the prior.
 
@@ -64,6 +74,8 @@ class QuickMergePP(nn.Module):
         grouping: str = "cosine",
         budget: str = "fixed",
         causal: bool = False,
+        normalisation: str = "minmax",
+        chunk_size: int | None = None,
         prior_layers: int = 6,
         prior_heads: int = 8,
     ) -> None:
@@ -73,11 +85,25 @@ class QuickMergePP(nn.Module):
             raise TypeError(f"QuickMergePP: give embedding_dim or its alias dim, got {embedding_dim} and {dim}")
         if k_max is not None and k_max < 1:
             raise ValueError(f"QuickMergePP: k_max must be at least 1, got {k_max}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"QuickMergePP: chunk_size must be at least 1, got {chunk_size}")
         check_choice("QuickMergePP", "budget", budget, BUDGETS)
         self.embedding_dim = size
         self.k_max = k_max
         self.budget = budget
-        self.saliency = make_saliency(saliency, size, num_layers, causal)
+        self.chunk_size = chunk_size
+        self._settings = {
+            "num_layers": num_layers,
+            "gamma": gamma,
+            "epsilon": epsilon,
+            "saliency": saliency,
+            "grouping": grouping,
+            "causal": causal,
+            "normalisation": normalisation,
+            "prior_layers": prior_layers,
+            "prior_heads": prior_heads,
+        }
+        self.saliency = make_saliency(saliency, size, num_layers, causal, normalisation)
         self.merging = DifferentiableTokenMerging(temperature, epsilon, grouping=grouping, causal=causal)
         self.alignment = BidirectionalARAlignment(size, prior_layers, prior_heads)
         self.fidelity = NormBasedFidelityConstraint(gamma)
@@ -91,13 +117,13 @@ class QuickMergePP(nn.Module):
 
         Args:
             X: `[B, N, D]`, or `[L, B, N, D]` of which the last layer is merged.
-            K: tokens kept per sequence; above N all stay as they are. None takes `k_max`.
+            K: tokens kept per sequence, or per chunk; above N all stay as they are. None takes `k_max`.
             alpha: weight of the alignment loss.
             token_mask: `[B, N]` bool, True = token.
 
         Returns:
-            merged `[B, min(K, N), D]` in X's dtype, and float32 scalars with gradients, lower =
-            better: `alignment`, `fidelity` and `total = alpha * alignment + fidelity`.
+            merged `[B, min(K, N), D]` in X's dtype (with chunks, that of each), and float32 scalars
+            with gradients, lower = better: `alignment`, `fidelity` and `total = alpha * alignment + fidelity`.
 
         Raises:
             TypeError: K is not an integer, or X is not of floats.
@@ -118,7 +144,7 @@ class QuickMergePP(nn.Module):
             token_mask: `[B, T]` bool, True = token.
 
         Returns:
-            merged `[B, min(k_max, T), D]` in the input's dtype, and info:
+            merged `[B, min(k_max, T), D]` in the input's dtype (with chunks, that of each), and info:
             `saliency` `[B, T]` float32 0..1, higher = keep; `assignments` `[B, T]` int64, the
             merged token of each token, -1 at padding; `sizes` `[B, K]` float32, tokens in each;
             `places` `[B, K]` int64, rising; `mask` `[B, K]` bool, False at empty slots.
@@ -137,14 +163,59 @@ class QuickMergePP(nn.Module):
         }
         return merged.tokens, info
 
-    def ar_predict(self, merged: Tensor) -> Tensor:
+    def ar_predict(self, merged: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Return the prior's predictions `[B, K, D]` of `[B, K, D]`: row i is of merged token i + 1.
+
+        Args:
+            merged: `[B, K, D]`.
+            sizes: `[B, K]`, tokens merged into each (`info["sizes"]`); with them a merged token is
+                attended to like so many tokens. See `AutoregressivePrior`.
 
         Raises:
             TypeError: tokens are not floats.
-            ValueError: tokens are not `[B, K, D]`.
+            ValueError: shapes that do not fit.
         """
-        return self.alignment.prior(merged)
+        return self.alignment.prior(merged, sizes)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` to a folder; needs safetensors."""
+        from safetensors.torch import save_file
+
+        settings = {
+            "embedding_dim": self.embedding_dim,
+            "k_max": self.k_max,
+            "budget": self.budget,
+            "chunk_size": self.chunk_size,
+            # A schedule may have changed it.
+            "temperature": self.merging.selection.temperature,
+            **self._settings,
+        }
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> QuickMergePP:
+        """Load the compressor that `save_pretrained` wrote, in eval mode on the CPU.
+
+        Raises:
+            FileNotFoundError: the folder has no `config.json` or `model.safetensors`.
+            ValueError: the files are not those of a compressor, or not of the same one.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"QuickMergePP: {folder} holds no {name}; pass a folder of save_pretrained")
+        try:
+            module = cls(**json.loads((folder / CONFIG).read_text()))
+            module.load_state_dict(load_file(folder / WEIGHTS))
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"QuickMergePP: {folder} holds another model's {CONFIG} or {WEIGHTS}: {error}") from error
+        return module.eval()
 
     def _merge(
         self, layers: Tensor, keep: int | None, token_mask: Tensor | None, sample: bool | None = None
@@ -155,7 +226,18 @@ class QuickMergePP(nn.Module):
         tokens = layers[-1] if layers.ndim == 4 and len(layers) else layers
         check_tokens("QuickMergePP", tokens, self.embedding_dim)
         mask = full_mask("QuickMergePP", tokens, token_mask)
-        saliency = self.saliency(layers, token_mask)
+        if self.chunk_size is None:
+            return self._merge_whole(layers, keep, mask, token_mask is not None, sample)
+        size = min(self.chunk_size, mask.shape[1])
+        chunks, chunk_mask, order = split_chunks(layers, mask, size)
+        merged, saliency = self._merge_whole(chunks, keep, chunk_mask, not bool(chunk_mask.all()), sample)
+        return join_chunks(merged, order), join_values(saliency, order)
+
+    def _merge_whole(
+        self, layers: Tensor, keep: int, mask: Tensor, padded: bool, sample: bool | None
+    ) -> tuple[MergedTokens, Tensor]:
+        tokens = layers[-1] if layers.ndim == 4 else layers
+        saliency = self.saliency(layers, mask if padded else None)
         if self.budget == "entropy":
             budget = count_by_entropy(tokens, keep, saliency.detach(), mask)
         else:
