@@ -34,6 +34,16 @@ def make_cache(num_tokens, page_size, dtype=torch.float32, seed=0):
     return cache, table, key, value
 
 
+def live(cache):
+    """Blank the keys and values of empty slots: what a merge leaves there is nobody's."""
+    cache = cache.clone()
+    keys, values, state = split_page(cache, HEAD_DIM)
+    empty = (state[..., COUNT] == 0).unsqueeze(-1)
+    keys.masked_fill_(empty, 0.0)
+    values.masked_fill_(empty, 0.0)
+    return cache.nan_to_num(7.0)
+
+
 def lens(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -150,7 +160,7 @@ def test_merging_does_not_depend_on_when_it_happens(steps):
     merge_groups_(at_once, table, lens(total), HEAD_DIM, CONFIG)
     for frontier in torch.tensor(steps).cumsum(0):
         merge_groups_(in_steps, table, frontier.view(1).int(), HEAD_DIM, CONFIG)
-    assert torch.equal(at_once.nan_to_num(7.0), in_steps.nan_to_num(7.0))
+    assert torch.equal(live(at_once), live(in_steps))
 
 
 def test_merging_twice_changes_nothing():
@@ -181,7 +191,7 @@ def test_merging_commutes_with_page_sharing():
     # A second request shares the first four pages and stands at token 50 of them.
     both = torch.cat([table, table])
     merge_groups_(cache, both, lens(50, 96), HEAD_DIM, CONFIG)
-    assert torch.equal(alone.nan_to_num(7.0), cache.nan_to_num(7.0))
+    assert torch.equal(live(alone), live(cache))
 
 
 def test_page_zero_and_padding_are_never_merged_or_kept():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qm_spec.ops.page import split_page
+from qm_spec.ops.page import check_page, split_page
 
 torch.library.define("qm_spec::append_kv_", "(Tensor(a!) cache, Tensor key, Tensor value, Tensor slots) -> ()")
 
 
-@torch.library.impl("qm_spec::append_kv_", "default")
-def _append_kv_reference(cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+def append_kv_reference(cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    """Compute `append_kv_` in plain PyTorch."""
     keys, values, state = split_page(cache, key.shape[-1])
     # Slot -1 marks padding. Its row goes to slot 0 of the null page 0, which nobody reads.
     slots = slots.clamp_min(0)
@@ -19,6 +19,9 @@ def _append_kv_reference(cache: Tensor, key: Tensor, value: Tensor, slots: Tenso
     keys[page, :, offset] = key.to(cache.dtype)
     values[page, :, offset] = value.to(cache.dtype)
     state[page, :, offset] = state.new_tensor([1.0, 1.0, 0.0, 0.0])
+
+
+torch.library.impl("qm_spec::append_kv_", "default", append_kv_reference)
 
 
 @torch.library.register_fake("qm_spec::append_kv_")
@@ -50,4 +53,5 @@ def append_kv_(cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None
         raise TypeError(f"append_kv_: slots must be int64, got {slots.dtype}")
     if slots.shape != key.shape[:1]:
         raise ValueError(f"append_kv_: slots must be [{key.shape[0]}], got {list(slots.shape)}")
+    check_page(cache, key.shape[-1])
     torch.ops.qm_spec.append_kv_(cache, key, value, slots)

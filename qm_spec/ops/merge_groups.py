@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qm_spec.config import MergeConfig
 from qm_spec.ops.merge_entries import merge_entries, saliency_mass
-from qm_spec.ops.page import COUNT, LEVEL, MASS, group_levels, split_page
+from qm_spec.ops.page import COUNT, LEVEL, MASS, check_page, group_levels, split_page
 
 torch.library.define(
     "qm_spec::merge_groups_",
@@ -32,8 +32,7 @@ def due_levels(frontier: Tensor, num_groups: int, config: MergeConfig) -> Tensor
     return (frontier.long().view(-1, 1, 1) - ends >= limits).sum(-1)
 
 
-@torch.library.impl("qm_spec::merge_groups_", "default")
-def _merge_groups_reference(
+def merge_groups_reference(
     cache: Tensor,
     block_table: Tensor,
     frontier: Tensor,
@@ -46,6 +45,7 @@ def _merge_groups_reference(
     epsilon: float,
     doublings: int,
 ) -> None:
+    """Compute `merge_groups_` in plain PyTorch."""
     config = MergeConfig(window, group_size, tuple(schedule), saliency, temperature, epsilon, doublings)
     keys, values, state = split_page(cache, head_dim)
     groups_per_page = cache.shape[2] // group_size
@@ -73,12 +73,36 @@ def _merge_groups_reference(
             if now.numel():
                 _merge(keys, values, state, now, counts[new_level - 1], counts[new_level], new_level, config)
             continue
-        half = span // 2
-        heads, tails = slice(None, -half, span), slice(half, None, span)
-        pair = due[:, heads][:, : due[:, tails].shape[1]] & due[:, tails]
-        now = torch.stack([groups[:, heads][:, : pair.shape[1]][pair], groups[:, tails][pair]], -1)
+        empty = ~(state[:, 0, ::group_size, COUNT][pages].flatten(1) > 0)
+        # Due and whole: two spans beside each other, [B, n, 2, groups of each].
+        due, empty, level, members = (_pairs(words, span) for words in (due, empty, level, groups))
+        pair = (due[..., 0] & _whole(level, empty, len(schedule))).all(-1)
+        now = members[..., 0][pair]
         if now.numel():
             _merge(keys, values, state, _first_of_each(now), 1, 1, new_level, config)
+
+
+torch.library.impl("qm_spec::merge_groups_", "default", merge_groups_reference)
+
+
+def _pairs(words: Tensor, span: int) -> Tensor:
+    """View `[B, groups]` as the two halves of every complete span: `[B, n, 2, span / 2]`."""
+    number = words.shape[1] // span
+    return words[:, : number * span].unflatten(1, (number, 2, span // 2))
+
+
+def _whole(level: Tensor, empty: Tensor, schedule_levels: int) -> Tensor:
+    """Say which spans `[..., groups]` are one span of this request.
+
+    Its head has the level also where another request merged it with pages that this one does not
+    share. A span is whole if its last group was merged into the one before, those two into the two
+    before and so on up to the head: whoever merged it had this last group, and so every page of it.
+    """
+    whole = torch.ones_like(empty[..., 0])
+    for number in range(level.shape[-1].bit_length() - 1):
+        tail = -(2**number)
+        whole &= empty[..., tail] & (level[..., tail] > schedule_levels + number)
+    return whole
 
 
 def _first_of_each(pairs: Tensor) -> Tensor:
@@ -145,7 +169,8 @@ def merge_groups_(cache: Tensor, block_table: Tensor, frontier: Tensor, head_dim
     Idempotent, and a function of each group's content alone: a group shared by two requests ends
     the same whoever comes first, and in however many steps. Levels never fall. A span of several
     groups may cross pages; where two requests share its first pages but not all, the first request
-    that comes gives it its content, and the other keeps its own groups beside it.
+    that comes gives it its content, and the other keeps its own groups beside it. What the slots
+    hold that a merge leaves empty is not specified.
 
     Args:
         cache: `[pages, G, P, C]`, changed in place; page 0 is never touched.
@@ -155,13 +180,14 @@ def merge_groups_(cache: Tensor, block_table: Tensor, frontier: Tensor, head_dim
         config: of the merge.
 
     Raises:
-        ValueError: the group size does not divide the page size.
+        ValueError: the group size does not divide the page size, or the cache does not fit `head_dim`.
     """
     if cache.shape[2] % config.group_size:
         raise ValueError(
             f"merge_groups_: group_size {config.group_size} must divide the page size {cache.shape[2]}; "
             "start vLLM with --block-size 16 or a multiple"
         )
+    check_page(cache, head_dim)
     torch.ops.qm_spec.merge_groups_(
         cache,
         block_table,

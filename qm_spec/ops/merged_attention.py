@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qm_spec.config import MergeConfig
 from qm_spec.ops.entries import entry_bias, gather_entries
+from qm_spec.ops.page import check_page
 
 torch.library.define(
     "qm_spec::merged_attention",
@@ -16,8 +17,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("qm_spec::merged_attention", "default")
-def _merged_attention_reference(
+def merged_attention_reference(
     query: Tensor,
     cache: Tensor,
     block_table: Tensor,
@@ -31,6 +31,7 @@ def _merged_attention_reference(
     schedule: list[int],
     doublings: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `merged_attention` in plain PyTorch."""
     config = MergeConfig(window, group_size, tuple(schedule), doublings=doublings)
     num_rows, num_heads, head_dim = query.shape
     out = torch.zeros_like(query)
@@ -64,6 +65,9 @@ def _merged_attention_reference(
     lse[target] = row_lse.transpose(1, 2)[batch, kept]
     entropy[target] = row_entropy.transpose(1, 2)[batch, kept]
     return out, lse, entropy
+
+
+torch.library.impl("qm_spec::merged_attention", "default", merged_attention_reference)
 
 
 @torch.library.register_fake("qm_spec::merged_attention")
@@ -119,6 +123,7 @@ def merged_attention(
         raise ValueError(
             f"merged_attention: query_start_loc must be [{len(seq_lens) + 1}], got {list(query_start_loc.shape)}"
         )
+    check_page(cache, query.shape[-1])
     return torch.ops.qm_spec.merged_attention(
         query,
         cache,

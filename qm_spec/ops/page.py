@@ -28,6 +28,16 @@ def slot_elements(head_dim: int, dtype: torch.dtype) -> int:
     return 2 * head_dim + STATE_BYTES // dtype.itemsize
 
 
+def check_page(cache: Tensor, head_dim: int) -> None:
+    """Raise `ValueError` where the cache is not `[pages, G, P, C]` with the C of `head_dim`."""
+    expected = slot_elements(head_dim, cache.dtype)
+    if cache.ndim != 4 or cache.shape[-1] != expected or cache.stride(-1) != 1:
+        raise ValueError(
+            f"page: cache must be [pages, G, P, {expected}] for head_dim {head_dim} in {cache.dtype}, with a "
+            f"contiguous last dimension, got {list(cache.shape)} with strides {list(cache.stride())}"
+        )
+
+
 def split_page(cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """View the cache as keys, values and state.
 
@@ -41,12 +51,7 @@ def split_page(cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: C does not fit `head_dim`.
     """
-    expected = slot_elements(head_dim, cache.dtype)
-    if cache.ndim != 4 or cache.shape[-1] != expected:
-        raise ValueError(
-            f"page: cache must be [pages, G, P, {expected}] for head_dim {head_dim} in {cache.dtype}, "
-            f"got {list(cache.shape)}"
-        )
+    check_page(cache, head_dim)
     return (
         cache[..., :head_dim],
         cache[..., head_dim : 2 * head_dim],

@@ -1,0 +1,360 @@
+// merged_attention: the newest rows of each request over its raw and merged entries. Scores are q k / sqrt(d) plus
+// -slope_h * distance (raw, causal) or far_bias_h + log(count) (merged); out = softmax(scores) v, the log-sum-exp of
+// the scores, and the entropy of the softmax. Reference in qm_spec/ops/merged_attention.py.
+//
+// A split is a few hundred entries of one request and KV head, for all its rows and query heads together: softmax in
+// one pass with a running maximum. Splits are joined by their log-sum-exp, in the same order for any number of threads.
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "csrc/cpu/convert.h"
+#include "csrc/cpu/entries.h"
+#include "csrc/cpu/vec.h"
+
+namespace qm_spec {
+namespace {
+
+constexpr int64_t kSplitEntries = 256;
+constexpr int64_t kBlock = 64;
+// Multiplications that one thread should have to do before another is woken.
+constexpr int64_t kGrainProducts = 400'000;
+
+// What one request attends with and to.
+struct Request {
+  int64_t num_tokens, last_row, num_rows;  // rows computed: the newest ones
+  std::vector<EntryRun> runs;
+  std::vector<int64_t> splits{0};  // the first run of each split, and the end
+  int64_t num_entries = 0;
+};
+
+// The query rows of one request and KV head, as floats and divided by sqrt(d). Row r * heads + h is query head h of
+// the request's r-th newest row.
+struct Queries {
+  int64_t rows, heads, width;
+  int64_t newest;  // position of the newest row
+  const float *q, *slopes, *far_bias;
+};
+
+// A softmax over some of the entries, for each query row.
+struct Partial {
+  Partial(int64_t rows, int64_t width) : scratch(rows * (width + 3)), rows(rows), width(width) {
+    most = scratch.get(), total = most + rows, weighted = total + rows, sum = weighted + rows;
+    std::fill(most, total, -INFINITY);
+    std::fill(total, sum + rows * width, 0.0f);
+  }
+
+  Scratch scratch;
+  int64_t rows, width;
+  float* most;      // the largest score
+  float* total;     // sum of p = e^(score - most)
+  float* weighted;  // sum of p (score - most)
+  float* sum;       // sum of p v
+};
+
+// Make row `r` relative to a larger score.
+QM_INLINE void raise(Partial& part, int64_t r, float most) {
+  if (part.total[r] > 0.0f && part.most[r] < most) {
+    const float by = part.most[r] - most, scale = fast_exp(by);
+    part.weighted[r] = scale * (part.weighted[r] + by * part.total[r]);
+    part.total[r] *= scale;
+    for (int64_t c = r * part.width; c < (r + 1) * part.width; c += kLanes)
+      store(scale * load(part.sum + c), part.sum + c);
+  }
+  part.most[r] = most;
+}
+
+// Add the entries of `part`, which is changed, to those of `into`.
+QM_MULTIVERSION void join(Partial& part, Partial& into) {
+  for (int64_t r = 0; r < part.rows; ++r) {
+    const float most = std::max(part.most[r], into.most[r]);
+    raise(part, r, most);
+    raise(into, r, most);
+    into.total[r] += part.total[r];
+    into.weighted[r] += part.weighted[r];
+    for (int64_t c = r * part.width; c < (r + 1) * part.width; c += kLanes)
+      store(load(into.sum + c) + load(part.sum + c), into.sum + c);
+  }
+}
+
+// A block of entries as floats; keys are transposed by sixteens.
+struct Block {
+  Block(int64_t rows, int64_t width) : scratch((kLanes + 2 * kBlock) * width + (rows + 1) * kBlock) {
+    keys = scratch.get(), columns = keys + kLanes * width, values = columns + kBlock * width;
+    log_count = values + kBlock * width, scores = log_count + kBlock;
+  }
+
+  Scratch scratch;
+  float *keys, *columns, *values;
+  float* log_count;          // -inf where nothing is
+  float* scores;             // [rows, kBlock], then e^(score - most)
+  int32_t position[kBlock];  // of raw entries, else -1
+};
+
+// Walks the slots of the runs of a split.
+struct Cursor {
+  const EntryRun *run, *end;
+  int64_t done = 0;
+};
+
+// Lay out the next entries, at most kBlock; returns how many, rounded up to whole vectors with entries of count 0.
+template <class T>
+QM_INLINE int64_t fill(
+    const PagedCache& cache, const MergeConfig& config, int64_t head, int64_t width, Cursor& at, Block& block) {
+  int64_t num = 0;
+  for (; num < kBlock && at.run < at.end; num += kLanes) {
+    float count[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      float *key = block.keys + lane * width, *value = block.values + (num + lane) * width;
+      count[lane] = 0.0f;
+      block.position[num + lane] = -1;
+      const T* row = nullptr;
+      if (at.run < at.end) {
+        const EntryRun& run = *at.run;
+        row = reinterpret_cast<const T*>(cache.key(run.page, head, run.slot + at.done));
+        count[lane] = 1.0f;
+        if (run.position >= 0) {
+          block.position[num + lane] = static_cast<int32_t>(run.position + at.done);
+        } else {
+          count[lane] = bounded_count(cache.state(run.page, head, run.slot + at.done).count, config);
+        }
+        if (++at.done == run.length) ++at.run, at.done = 0;
+      }
+      // An empty slot may hold NaN, which a weight of 0 would not silence.
+      if (count[lane] > 0.0f) {
+        load_row(row, cache.head_dim, key);
+        load_row(row + cache.head_dim, cache.head_dim, value);
+      } else {
+        std::fill(key, key + width, 0.0f);
+        std::fill(value, value + width, 0.0f);
+      }
+    }
+    const Vec counts = load(count);
+    store(counts > 0.0f ? log(counts) : all(-INFINITY), block.log_count + num);
+    transpose_16(block.keys, width, block.columns + num * width);
+  }
+  return num;
+}
+
+// Scores of query row `r` to `num` entries: bias added, returns the largest.
+QM_INLINE float add_bias(const Queries& queries, int64_t r, int64_t num, Block& block) {
+  const float slope = queries.slopes[r % queries.heads], far = queries.far_bias[r % queries.heads];
+  const int32_t own = static_cast<int32_t>(queries.newest - r / queries.heads);
+  float* scores = block.scores + r * kBlock;
+  Vec most = all(-INFINITY);
+  for (int64_t i = 0; i < num; i += kLanes) {
+    const IntVec position = read_bytes<IntVec>(block.position + i), distance = own - position;
+    const Vec near = distance < 0 ? all(-INFINITY) : -slope * __builtin_convertvector(distance, Vec);
+    const Vec score = load(scores + i) + (position < 0 ? far + load(block.log_count + i) : near);
+    store(score, scores + i);
+    most = score > most ? score : most;
+  }
+  return largest(most);
+}
+
+template <class T>
+QM_INLINE void attend_to(
+    const PagedCache& cache, const MergeConfig& config, int64_t head, Cursor at, const Queries& queries, Block& block,
+    Partial& part) {
+  const int64_t rows = queries.rows, width = queries.width;
+  while (const int64_t num = fill<T>(cache, config, head, width, at, block)) {
+    for (int64_t i = 0; i < num; i += kLanes)
+      multiply(queries.q, rows, width, block.columns + i * width, kLanes, width, false, block.scores + i, kBlock);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float most = std::max(part.most[r], add_bias(queries, r, num, block));
+      raise(part, r, most);
+      // Nothing is visible yet: any finite number keeps e^(-inf - most) at 0.
+      const float reference = most == -INFINITY ? 0.0f : most;
+      float* scores = block.scores + r * kBlock;
+      Vec total{}, weighted{};
+      for (int64_t i = 0; i < num; i += kLanes) {
+        const Vec z = load(scores + i) - reference, p = exp(z);
+        total += p;
+        // 0 times -inf is not 0.
+        weighted += p * (z < -100.0f ? all(-100.0f) : z);
+        store(p, scores + i);
+      }
+      part.total[r] += sum(total);
+      part.weighted[r] += sum(weighted);
+    }
+    for (int64_t c = 0; c < width; c += kLanes)
+      multiply(block.scores, rows, kBlock, block.values + c, width, num, true, part.sum + c, width);
+  }
+}
+
+// Add the entries of one split to `part`.
+QM_MULTIVERSION void attend(
+    const PagedCache& cache, const MergeConfig& config, int64_t head, const Cursor& at, const Queries& queries,
+    Block& block, Partial& part) {
+  if (cache.type == ScalarType::Float) attend_to<float>(cache, config, head, at, queries, block, part);
+  if (cache.type == ScalarType::BFloat16) attend_to<BFloat16>(cache, config, head, at, queries, block, part);
+  if (cache.type == ScalarType::Half) attend_to<Float16>(cache, config, head, at, queries, block, part);
+}
+
+// Where each row's results go.
+struct Output {
+  FloatRowsOut out;
+  int64_t row_stride, head_stride, num_heads;
+  float *lse, *entropy;
+
+  void write(const Partial& part, const Request& request, int64_t first_head, int64_t heads, int64_t head_dim) const {
+    std::vector<float> mean(head_dim);
+    for (int64_t r = 0; r < part.rows; ++r) {
+      const int64_t row = request.last_row - r / heads, head = first_head + r % heads;
+      const float total = part.total[r], log_total = std::log(total);
+      // A row that sees nothing is left as one that was not computed.
+      for (int64_t c = 0; c < head_dim; ++c) mean[c] = total > 0.0f ? part.sum[r * part.width + c] / total : 0.0f;
+      out.write(row * row_stride + head * head_stride, head_dim, mean.data());
+      lse[row * num_heads + head] = total > 0.0f ? part.most[r] + log_total : -INFINITY;
+      entropy[row * num_heads + head] = total > 0.0f ? std::max(0.0f, log_total - part.weighted[r] / total) : 0.0f;
+    }
+  }
+};
+
+std::vector<Request> list_requests(
+    const PagedCache& cache, const MergeConfig& config, const Tensor& block_table, const Tensor& seq_lens,
+    const Tensor& query_start_loc, int64_t num_rows, int64_t max_rows) {
+  const char* op = "merged_attention";
+  const Integers length = integers(seq_lens, op), start = integers(query_start_loc, op);
+  std::vector<Request> requests;
+  std::vector<int64_t> numbers;
+  for (int64_t b = 0; b < seq_lens.size(0); ++b) {
+    const int64_t first = start[b], end = start[b + 1];
+    STD_TORCH_CHECK(
+        first >= 0 && end <= num_rows, op, ": query_start_loc must be in 0..", num_rows, ", got ", first, " and ", end);
+    // A request without rows is padding: its length and table are not to be trusted.
+    if (std::min(end - first, max_rows) <= 0) continue;
+    requests.emplace_back();
+    requests.back().num_tokens = std::min(length[b], block_table.size(1) * cache.page_size);
+    requests.back().last_row = end - 1;
+    requests.back().num_rows = std::min(end - first, max_rows);
+    numbers.push_back(b);
+  }
+  torch::stable::parallel_for(0, static_cast<int64_t>(requests.size()), 4, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      Request& request = requests[i];
+      const RequestGroups groups(cache, config, integers(block_table, op, numbers[i]));
+      int64_t in_split = 0;
+      walk_entries(groups, config, request.num_tokens, [&](const EntryRun& run) {
+        if (in_split >= kSplitEntries) {
+          request.splits.push_back(static_cast<int64_t>(request.runs.size()));
+          in_split = 0;
+        }
+        request.runs.push_back(run);
+        request.num_entries += run.length;
+        in_split += run.length;
+      });
+      request.splits.push_back(static_cast<int64_t>(request.runs.size()));
+    }
+  });
+  return requests;
+}
+
+std::tuple<Tensor, Tensor, Tensor> merged_attention(
+    Tensor query, Tensor cache_tensor, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor slopes,
+    Tensor far_bias, int64_t max_rows, int64_t window, int64_t group_size, std::vector<int64_t> schedule,
+    int64_t doublings) {
+  const char* op = "merged_attention";
+  const int64_t num_rows = query.size(0), num_heads = query.size(1), head_dim = query.size(2);
+  const PagedCache cache(cache_tensor, head_dim, op);
+  const MergeConfig config(window, group_size, schedule, doublings);
+  STD_TORCH_CHECK(
+      cache.page_size % group_size == 0,
+      op, ": group_size ", group_size, " must divide the page size ", cache.page_size);
+  Tensor result = torch::stable::empty_like(query);
+  // Rows are written whole; a result with other strides is copied at the end.
+  Tensor out = num_rows == 0 || result.stride(2) == 1 ? result : torch::stable::new_empty(query, query.sizes());
+  Tensor lse = torch::stable::new_empty(query, {num_rows, num_heads}, ScalarType::Float);
+  Tensor entropy = torch::stable::new_empty(query, {num_rows, num_heads}, ScalarType::Float);
+  if (query.stride(2) != 1) query = torch::stable::contiguous(query);
+  slopes = torch::stable::contiguous(slopes);
+  far_bias = torch::stable::contiguous(far_bias);
+  std::vector<float> slope_scratch(num_heads), far_scratch(num_heads);
+  const float* slope = FloatRows(slopes, op).read(0, num_heads, slope_scratch.data());
+  const float* far = FloatRows(far_bias, op).read(0, num_heads, far_scratch.data());
+
+  const std::vector<Request> requests =
+      list_requests(cache, config, block_table, seq_lens, query_start_loc, num_rows, max_rows);
+  const Output output{
+      FloatRowsOut(out, op), out.stride(0), out.stride(1), num_heads, static_cast<float*>(lse.data_ptr()),
+      static_cast<float*>(entropy.data_ptr())};
+  int64_t computed = 0, num_products = 0;
+  for (const Request& request : requests) {
+    computed += request.num_rows;
+    num_products += request.num_rows * request.num_entries * num_heads * head_dim * 2;
+  }
+  if (computed < num_rows) {
+    torch::stable::zero_(out);
+    std::fill(output.lse, output.lse + num_rows * num_heads, -INFINITY);
+    std::fill(output.entropy, output.entropy + num_rows * num_heads, 0.0f);
+  }
+
+  const FloatRows rows(query, op);
+  const int64_t heads = num_heads / cache.num_heads, width = to_lanes(head_dim);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  // The splits of one KV head are one task, or, where that leaves threads idle, a task each.
+  struct Task {
+    const Request* request;
+    int64_t head, first, last;
+    std::unique_ptr<Partial> part;
+  };
+  std::vector<Task> tasks;
+  std::vector<int64_t> begin{0};  // the first task of each request and head, and the end
+  const bool apart = requests.size() * cache.num_heads < torch::stable::get_num_threads();
+  for (const Request& request : requests) {
+    const int64_t num_splits = static_cast<int64_t>(request.splits.size()) - 1;
+    for (int64_t head = 0; head < cache.num_heads; ++head) {
+      for (int64_t first = 0; first < num_splits; first += apart ? 1 : num_splits)
+        tasks.push_back({&request, head, first, apart ? first + 1 : num_splits, nullptr});
+      begin.push_back(static_cast<int64_t>(tasks.size()));
+    }
+  }
+  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
+  const int64_t grain = std::max<int64_t>(1, kGrainProducts * num_tasks / std::max<int64_t>(1, num_products));
+  torch::stable::parallel_for(0, num_tasks, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      Task& task = tasks[i];
+      const Request& request = *task.request;
+      const int64_t num = request.num_rows * heads, first_head = task.head * heads;
+      const Scratch scratch(num * width + head_dim);
+      float *q = scratch.get(), *row = q + num * width;
+      std::fill(q, q + num * width, 0.0f);
+      for (int64_t r = 0; r < num; ++r) {
+        const int64_t at =
+            (request.last_row - r / heads) * query.stride(0) + (first_head + r % heads) * query.stride(1);
+        const float* from = rows.read(at, head_dim, row);
+        for (int64_t c = 0; c < head_dim; ++c) q[r * width + c] = from[c] * scale;
+      }
+      const Queries queries{num, heads, width, request.num_tokens - 1, q, slope + first_head, far + first_head};
+      Block block(num, width);
+      const EntryRun* runs = request.runs.data();
+      for (int64_t split = task.first; split < task.last; ++split) {
+        auto part = std::make_unique<Partial>(num, width);
+        const Cursor at{runs + request.splits[split], runs + request.splits[split + 1]};
+        attend(cache, config, task.head, at, queries, block, *part);
+        if (task.part) {
+          join(*part, *task.part);
+        } else {
+          task.part = std::move(part);
+        }
+      }
+    }
+  });
+  const int64_t num_pairs = static_cast<int64_t>(begin.size()) - 1;
+  torch::stable::parallel_for(0, num_pairs, std::max<int64_t>(8, grain), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const Task& task = tasks[begin[i]];
+      for (int64_t j = begin[i] + 1; j < begin[i + 1]; ++j) join(*tasks[j].part, *task.part);
+      output.write(*task.part, *task.request, task.head * heads, heads, head_dim);
+    }
+  });
+  if (out.get() != result.get()) torch::stable::copy_(result, out);
+  return {result, lse, entropy};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qm_spec, CPU, m) { m.impl("merged_attention", TORCH_BOX(&merged_attention)); }
+
+}  // namespace qm_spec
