@@ -13,13 +13,22 @@ torch.library.define(
 )
 
 
+def check_slots(op: str, cluster: Tensor, num_slots: int) -> None:
+    """Raise RuntimeError, as a kernel does, where a slot is not in -1..num_slots-1; a GPU is not waited for."""
+    if cluster.device.type == "cpu" and cluster.numel():
+        for slot in (int(cluster.min()), int(cluster.max())):
+            if not -1 <= slot < num_slots:
+                raise RuntimeError(f"{op}: cluster must be in -1..{num_slots - 1}, got {slot}")
+
+
 def saliency_merge_reference(
     tokens: Tensor, mass: Tensor, cluster: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `saliency_merge` in plain PyTorch."""
+    check_slots("saliency_merge", cluster, num_slots)
     padding = cluster < 0
     # Padding goes to an extra column, which is dropped.
-    label = cluster.masked_fill(padding, num_slots).unsqueeze(-1)
+    label = cluster.masked_fill(padding, num_slots).clamp_max(num_slots).unsqueeze(-1)
     member = mass.new_zeros(*cluster.shape, num_slots + 1).scatter_(-1, label, 1.0)[..., :num_slots]
     # Padding may hold NaN, and a weight of 0 would not silence that.
     values = tokens.float().masked_fill(padding.unsqueeze(-1), 0.0)
@@ -90,6 +99,7 @@ def saliency_merge(tokens: Tensor, mass: Tensor, cluster: Tensor, num_slots: int
     Raises:
         TypeError: tokens or mass are not floats of those types, or `cluster` is not int64.
         ValueError: shapes that do not fit each other, or `num_slots` is negative.
+        RuntimeError: a slot is not in -1..K-1; not looked at on a GPU, where such a token counts as padding.
 
     Source: QuickMerge++, arXiv 2508.13204.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qm_spec.ops.saliency_merge import saliency_merge_reference
+from qm_spec.ops.saliency_merge import check_slots, saliency_merge_reference
 
 torch.library.define(
     "qm_spec::weighted_kmeans_assign",
@@ -25,15 +25,19 @@ def weighted_kmeans_assign_reference(
     if centres.shape[1] == 0:
         return torch.full_like(mask, -1, dtype=torch.int64), torch.zeros_like(mask, dtype=torch.float32)
     x = points.float().masked_fill(~mask.unsqueeze(-1), 0.0)
-    distance = torch.cdist(x, centres, compute_mode="use_mm_for_euclid_dist").square()
-    nearest = distance.masked_fill(~live.unsqueeze(1), float("inf")).min(-1)
-    return nearest.indices.masked_fill(closed, -1), nearest.values.masked_fill(closed, 0.0)
+    # |x|^2 is the same for all centres of a token.
+    score = centres.square().sum(-1).unsqueeze(1) - 2 * x @ centres.mT
+    cluster = score.masked_fill(~live.unsqueeze(1), float("inf")).argmin(-1)
+    # The difference of squares cancels where a token is near its centre; the squared difference does not.
+    away = x - centres.gather(1, cluster.unsqueeze(-1).expand_as(x))
+    return cluster.masked_fill(closed, -1), away.square().sum(-1).masked_fill(closed, 0.0)
 
 
 def weighted_kmeans_update_reference(
     points: Tensor, mass: Tensor, cluster: Tensor, distance: Tensor, live: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute `weighted_kmeans_update` in plain PyTorch."""
+    check_slots("weighted_kmeans_update", cluster, live.shape[1])
     repaired = _repair(cluster, distance, mass, live)
     return repaired, saliency_merge_reference(points.float(), mass, repaired, live.shape[1])[0]
 
@@ -143,6 +147,7 @@ def weighted_kmeans_update(
     Raises:
         TypeError: a dtype is not as above.
         ValueError: shapes that do not fit each other.
+        RuntimeError: a slot is not in -1..K-1; not looked at on a GPU, where such a token counts as padding.
 
     Source: the `quickmergepp` README, "weighted k-means"; the repair is ours.
     """
