@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -70,8 +69,16 @@ class DraftLayer(Protocol):
 
     num_kv_heads: int
     head_dim: int
-    slopes: Tensor
-    far_bias: Tensor
+
+    @property
+    def slopes(self) -> Tensor:
+        """Bias per token of distance, `[H]`."""
+        ...
+
+    @property
+    def far_bias(self) -> Tensor:
+        """Bias of merged entries, `[H]`."""
+        ...
 
     def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values `[B, G, d]` of states `[B, D]`."""
@@ -148,28 +155,14 @@ def draft_steps(
     return torch.stack(drafted, dim=1)
 
 
-@dataclass(frozen=True)
 class _DenseLayer:
     """The prior's arithmetic on plain weights; `PriorLayer` documents it."""
 
-    weights: DraftWeights
-    eps: float
-
-    @property
-    def slopes(self) -> Tensor:
-        return self.weights.slopes
-
-    @property
-    def far_bias(self) -> Tensor:
-        return self.weights.far_bias
-
-    @property
-    def head_dim(self) -> int:
-        return self.weights.q_proj.shape[0] // len(self.weights.slopes)
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.weights.k_proj.shape[0] // self.head_dim
+    def __init__(self, weights: DraftWeights, eps: float) -> None:
+        self.weights, self.eps = weights, eps
+        self.slopes, self.far_bias = weights.slopes, weights.far_bias
+        self.head_dim = len(weights.q_proj) // len(weights.slopes)
+        self.num_kv_heads = len(weights.k_proj) // self.head_dim
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
@@ -193,8 +186,7 @@ class _DenseLayer:
         return self.norm(state, w.norm), state
 
 
-@torch.library.impl("qm_spec::draft_tokens", "default")
-def _draft_tokens_reference(
+def draft_tokens_reference(
     cache: Tensor,
     block_table: Tensor,
     num_tokens: Tensor,
@@ -210,6 +202,7 @@ def _draft_tokens_reference(
     temperature: Tensor | None,
     uniform: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Compute `draft_tokens` in plain PyTorch; the weights are those of `DraftWeights`."""
     config = MergeConfig(window, group_size, tuple(schedule), doublings=doublings)
     w = DraftWeights(*weights)
     layer = _DenseLayer(w, eps)
@@ -238,6 +231,9 @@ def _draft_tokens_reference(
         num_drafts,
     )
     return drafted, torch.stack(probs, 1) if probs else state.new_empty(len(state), 0, len(w.head), dtype=torch.float32)
+
+
+torch.library.impl("qm_spec::draft_tokens", "default", draft_tokens_reference)
 
 
 @torch.library.register_fake("qm_spec::draft_tokens")
@@ -347,26 +343,21 @@ def _check_weights(weights: DraftWeights, dtype: torch.dtype, hidden: int, num_k
     num_heads = len(weights.slopes)
     query_size, kv_size = weights.q_proj.shape[0], weights.k_proj.shape[0]
     middle, vocabulary = weights.gate_proj.shape[0], weights.head.shape[0]
-    vector = (hidden,)
-    expected = DraftWeights(
-        embedding=(max(vocabulary, len(weights.embedding)), hidden),
-        head=(vocabulary, hidden),
-        embed_norm=vector,
-        state_norm=vector,
-        in_proj=(hidden, 2 * hidden),
-        q_proj=(query_size, 2 * hidden),
-        k_proj=(kv_size, hidden),
-        v_proj=(kv_size, hidden),
-        o_proj=(hidden, query_size),
-        mlp_norm=vector,
-        gate_proj=(middle, hidden),
-        up_proj=(middle, hidden),
-        down_proj=(hidden, middle),
-        norm=vector,
-        slopes=(num_heads,),
-        far_bias=(num_heads,),
-    )
-    for name, weight, shape in zip(DraftWeights._fields, weights, expected, strict=True):
+    matrices = {
+        "embedding": (max(vocabulary, len(weights.embedding)), hidden),
+        "head": (vocabulary, hidden),
+        "in_proj": (hidden, 2 * hidden),
+        "q_proj": (query_size, 2 * hidden),
+        "k_proj": (kv_size, hidden),
+        "v_proj": (kv_size, hidden),
+        "o_proj": (hidden, query_size),
+        "gate_proj": (middle, hidden),
+        "up_proj": (middle, hidden),
+        "down_proj": (hidden, middle),
+    }
+    for name, weight in weights._asdict().items():
+        length = num_heads if name in ("slopes", "far_bias") else hidden
+        shape = matrices.get(name, (length,))
         if weight.shape != shape:
             raise ValueError(f"draft_tokens: {name} must be {list(shape)}, got {list(weight.shape)}")
         if weight.dtype != dtype:

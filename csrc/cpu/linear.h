@@ -1,0 +1,31 @@
+// Products of weights with a few rows: each weight is read from memory once, whatever the number of rows.
+#pragma once
+
+#include <initializer_list>
+
+#include "csrc/cpu/kernel.h"
+
+namespace qm_spec {
+
+// A weight [rows, columns] of float32, float16 or bfloat16, contiguous. The tensor must outlive this.
+struct Matrix {
+  Matrix(const Tensor& weight, const char* op);
+
+  const int64_t rows, columns;
+  const void* const data;
+  const ScalarType type;
+};
+
+// out[b, r] = sum_k weight[r, k] x[b, k], out [B, rows]; a row of x begins `x_stride` behind the one before.
+struct Product {
+  const Matrix* weight;
+  const float* x;
+  int64_t x_stride;
+  float* out;
+};
+
+// Compute all of them over `batch` rows of x, in float32 and as one parallel region. The order of additions depends on
+// the columns alone, so a row gets the same result in any batch and by any number of threads.
+void multiply(std::initializer_list<Product> products, int64_t batch);
+
+}  // namespace qm_spec
