@@ -58,7 +58,8 @@ def gather_entries(
     offset = torch.arange(group_size, device=cache.device)
     position = torch.arange(level.shape[1] * group_size, device=cache.device).view(-1, group_size)
     raw = (level == 0).unsqueeze(-1)
-    live = torch.where(raw, position < num_tokens.view(-1, 1, 1), offset < held.unsqueeze(-1))
+    # Behind a request's tokens its table holds other pages, with entries of their own.
+    live = (position < num_tokens.view(-1, 1, 1)) & (raw | (offset < held.unsqueeze(-1)))
 
     live, raw = live.flatten(1), raw.expand_as(live).flatten(1)
     batch, where = live.nonzero(as_tuple=True)
