@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,8 +25,9 @@ NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-# Long contexts cost seconds per call.
-LONG_METHODS = ("quickmerge", "quickmerge-norm", "tome", "uniform", "window")
+# Long contexts cost seconds per call, so these are measured there.
+LONG_METHODS = ("quickmerge", "tome", "uniform")
+LONG_RATIOS = (2.0, 3.0)
 
 EXAMPLES = """
 Examples:
@@ -254,21 +255,29 @@ class Run:
     def measure(self, progress: Progress) -> list[dict[str, Any]]:
         """Return time and memory of the target at each depth, and of long contexts at the first one."""
         first, num_context = self.settings["depths"][0], self.settings["context"]
-        methods = self.settings["methods"]
+        methods, ratios = self.settings["methods"], self.settings["ratios"]
         parts = []
         if self.cost:
             for depth in self.settings["depths"]:
-                parts.append(self.measure_part(progress, "target", self.model, depth, num_context, methods))
+                parts.append(self.measure_part(progress, "target", self.model, depth, num_context, methods, ratios))
         if self.cost and self.long:
-            some = [method for method in methods if method in LONG_METHODS]
+            some = [method for method in methods if method in LONG_METHODS] or methods[:1]
             limit = min(4000, self.model.config.max_position_embeddings, len(self.longest))
-            parts.append(self.measure_part(progress, "target", self.model, first, limit, some))
+            parts.append(self.measure_part(progress, "target", self.model, first, limit, some, LONG_RATIOS))
             wide = wide_model(self.model.config.vocab_size)
-            parts.append(self.measure_part(progress, "random weights, 1024 wide", wide, 0, min(2048, limit), some))
+            name, shorter = "random weights, 1024 wide", min(2048, limit)
+            parts.append(self.measure_part(progress, name, wide, 0, shorter, some, LONG_RATIOS))
         return parts
 
     def measure_part(
-        self, progress: Progress, name: str, model: LlamaForCausalLM, depth: int, context: int, methods: list[str]
+        self,
+        progress: Progress,
+        name: str,
+        model: LlamaForCausalLM,
+        depth: int,
+        context: int,
+        methods: Sequence[str],
+        ratios: Sequence[float],
     ) -> dict[str, Any]:
         """Return time and memory of one model at one depth and context."""
         import torch
@@ -277,13 +286,13 @@ class Run:
         from qm_spec.evaluation.language import ReducedLanguageModel
         from qm_spec.evaluation.reduction import find_methods
 
-        total = 2 * len(methods) * len(self.settings["ratios"]) * self.repeats
+        total = 2 * len(methods) * len(ratios) * self.repeats
         task = progress.add_task(f"time of {name}, {context} tokens, depth {depth}", total=total)
         rows = measure_costs(
             ReducedLanguageModel(model, depth, self.settings["proportional"]),
             torch.tensor([self.longest[:context]]),
             find_methods(methods),
-            self.settings["ratios"],
+            ratios,
             repeats=self.repeats,
             seed=self.settings["seed"],
             on_progress=lambda: progress.advance(task),

@@ -9,12 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from qm_spec.evaluation.language import ReducedLanguageModel, run_name, tokens_kept
+from qm_spec.evaluation.language import WHOLE, Context, ReducedLanguageModel, run_name, tokens_kept
 from qm_spec.evaluation.reduction import Method
 
 Row = dict[str, Any]
@@ -132,37 +133,30 @@ def measure_costs(
     num_tokens = context_ids.shape[1]
     names: dict[str, tuple[Method, float]] = {run_name(m.name, r): (m, r) for m in methods for r in ratios}
 
-    def prefill(name: str | None) -> Callable[[], Any]:
+    def prefill(name: str | None) -> Callable[[], Context]:
         if name is None:
-            return lambda: model.prefill(context_ids, None, num_tokens)
+            return lambda: model.prefill(context_ids, None, num_tokens)[0]
         method, ratio = names[name]
-        return lambda: model.prefill(context_ids, method.make(seed), tokens_kept(num_tokens, ratio))
+        return lambda: model.prefill(context_ids, method.make(seed), tokens_kept(num_tokens, ratio))[0]
 
-    def decode(name: str | None) -> Callable[[], None]:
-        context = prefill(name)()[0]
+    def decode(context: Context, num_steps: int = decode_steps) -> None:
+        copy = context.copy()
+        for _ in range(num_steps):
+            model.extend(copy, context_ids[:, :1])
 
-        def run() -> None:
-            copy = context.copy()
-            for _ in range(decode_steps):
-                model.extend(copy, context_ids[:, :1])
-
-        return run
-
+    contexts = {name: prefill(name)() for name in (None, *names)}
+    kv_bytes = {name: context.kv_bytes for name, context in contexts.items()}
     prefills = time_in_pairs(prefill(None), {name: prefill(name) for name in names}, repeats, on_progress)
-    decodes = time_in_pairs(decode(None), {name: decode(name) for name in names}, repeats, on_progress)
-
-    def first_token(name: str | None) -> Callable[[], None]:
-        def run() -> None:
-            context, _ = prefill(name)()
-            model.extend(context, context_ids[:, :1])
-
-        return run
-
-    first_token(None)()
-    whole_peak, whole_bytes = peak_bytes(first_token(None)), prefill(None)()[0].kv_bytes
+    decodes = time_in_pairs(
+        partial(decode, contexts[None]), {name: partial(decode, contexts[name]) for name in names}, repeats, on_progress
+    )
+    # What rests in memory must not be handed to the actions measured next.
+    contexts.clear()
+    peaks = {name: peak_bytes(lambda name=name: decode(prefill(name)(), 1)) for name in (None, *names)}  # type: ignore[misc]
+    whole_bytes, whole_peak = kv_bytes[None], peaks[None]
     rows: list[Row] = [
         {
-            "method": "1x",
+            "method": WHOLE,
             "ratio": 1.0,
             "num_kept": num_tokens,
             "prefill_ms": statistics.median(ms for pair in prefills.values() for ms in pair.baseline_ms),
@@ -173,7 +167,7 @@ def measure_costs(
         }
     ]
     for name, (method, ratio) in names.items():
-        kv_bytes, peak = prefill(name)()[0].kv_bytes, peak_bytes(first_token(name))
+        peak = peaks[name]
         rows.append(
             {
                 "method": method.name,
@@ -183,8 +177,8 @@ def measure_costs(
                 "prefill_ratio_quartiles": prefills[name].ratio_quartiles,
                 "decode_ms_per_token": statistics.median(decodes[name].action_ms) / decode_steps,
                 "decode_ratio_quartiles": decodes[name].ratio_quartiles,
-                "kv_bytes": kv_bytes,
-                "kv_ratio": kv_bytes / whole_bytes,
+                "kv_bytes": kv_bytes[name],
+                "kv_ratio": kv_bytes[name] / whole_bytes,
                 "peak_bytes": peak,
                 "peak_ratio": peak / whole_peak if peak is not None and whole_peak else None,
             }
