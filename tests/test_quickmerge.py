@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from itertools import product
 from types import ModuleType, SimpleNamespace
@@ -40,6 +41,7 @@ from qm_spec.quickmerge import (
     ratio_budget,
 )
 from qm_spec.quickmerge import prior as prior_module
+from qm_spec.quickmerge.relaxation import relaxed_unmerge
 from qm_spec.quickmerge.saliency import attend
 
 VARIANTS = list(product(("cosine", "kmeans"), (False, True)))
@@ -594,6 +596,45 @@ def test_padding_gets_no_gradient_and_spoils_none(saliency):
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_gradient_of_the_choice_tells_which_tokens_would_help(causal):
+    x, saliency = torch.randn(1, 24, 4), torch.rand(1, 24)
+    # Tokens of four directions, of which the salient ones cover three.
+    x = x * 0.2 + 3 * F.one_hot(torch.arange(24) % 4, 4)
+    saliency[0, torch.arange(24) % 4 == 1] = 0
+    merged = merger(causal=causal).merge(x, saliency, torch.tensor([6]))
+    mask = merged.mask.clone().requires_grad_()
+    rebuilt = relaxed_unmerge(x, replace(merged, mask=mask), causal=causal)
+    assert torch.equal(rebuilt, merged.unmerge())
+    (rebuilt - x).square().sum().backward()
+    # The loss would fall most, per token, with one of the direction that is missing.
+    best = mask.grad[0].masked_fill(merged.mask[0] > 0, math.inf).argsort()
+    assert (best[: 1 if causal else 6] % 4 == 1).all()
+
+
+def test_the_choice_learns_in_training_only_and_forgets_no_loss():
+    module = small(saliency="learned", gamma=1.0)
+    module.merging.selection.noise = 0.0
+    x = torch.randn(2, 20, 16)
+    gradients = []
+    for mode in (True, False):
+        module.train(mode).zero_grad()
+        loss = module(x, 4)[1]["fidelity"]
+        loss.backward()
+        gradients.append((loss.detach(), module.saliency.score.weight.grad.clone()))
+    assert torch.equal(gradients[0][0], gradients[1][0]) and not torch.allclose(gradients[0][1], gradients[1][1])
+
+
+def test_input_scale_undoes_the_scale_of_the_input():
+    one, thousand = (small(saliency="learned", k_max=5, input_scale=scale).eval() for scale in (1.0, 1000.0))
+    thousand.load_state_dict(one.state_dict())
+    x = torch.randn(2, 20, 16)
+    (merged, losses), (large, large_losses) = one(x), thousand(1000 * x)
+    torch.testing.assert_close(large / 1000, merged)
+    torch.testing.assert_close(large_losses, losses)
+    torch.testing.assert_close(thousand.ar_predict(large) / 1000, one.ar_predict(merged))
+
+
 def test_saliency_learns_to_lower_the_loss():
     module = small(saliency="learned")
     x = torch.randn(4, 24, 16)
@@ -969,6 +1010,7 @@ S = torch.rand(2, 6)
         (lambda: small(saliency="loud"), ValueError, "'entropy', 'inverse_entropy', 'learned', 'norm'"),
         (lambda: small(budget="large"), ValueError, r"\['entropy', 'fixed'\], got 'large'"),
         (lambda: small(gamma=2), ValueError, "gamma must be in 0..1, got 2"),
+        (lambda: small(input_scale=0), ValueError, "input_scale must be above 0, got 0"),
         (lambda: small(chunk_size=0), ValueError, "chunk_size must be at least 1, got 0"),
         (lambda: small(normalisation="max"), ValueError, "'fraction', 'minmax'"),
         (lambda: small(dim=8).ar_predict(X, S[:1]), ValueError, r"sizes must be \[2, 6\], got \[1, 6\]"),

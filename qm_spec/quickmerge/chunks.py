@@ -67,6 +67,7 @@ def join_chunks(merged: MergedTokens, order: Tensor) -> MergedTokens:
 
 
 def join_values(values: Tensor, order: Tensor) -> Tensor:
-    """Return a value per token `[B, N]` of those of the chunks' tokens `[B C, M]`."""
-    values = values.reshape(len(order), -1)[:, : order.shape[1]]
-    return torch.empty_like(values).scatter(1, order, values)
+    """Return values per token, `[B, N, ...]`, of those of the chunks' tokens, `[B C, M, ...]`."""
+    values = values.reshape(len(order), -1, *values.shape[2:])[:, : order.shape[1]]
+    index = order.view(*order.shape, *[1] * (values.ndim - 2)).expand_as(values)
+    return torch.empty_like(values).scatter(1, index, values)

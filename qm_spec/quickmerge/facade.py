@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qm_spec.quickmerge.chunks import join_chunks, join_values, split_chunks
 from qm_spec.quickmerge.fidelity import NormBasedFidelityConstraint
 from qm_spec.quickmerge.inputs import check_choice, check_tokens, full_mask
 from qm_spec.quickmerge.merging import DifferentiableTokenMerging, MergedTokens
+from qm_spec.quickmerge.relaxation import relaxed_unmerge
 from qm_spec.quickmerge.saliency import make_saliency
 
 BUDGETS = ("entropy", "fixed")
@@ -50,6 +52,8 @@ class QuickMergePP(nn.Module):
         chunk_size: cut each sequence into chunks of so many tokens and keep K tokens **of each**:
             what is merged within a chunk depends on that chunk alone, so a sequence can be
             compressed as it grows, in time that is linear in N. None takes it as one chunk.
+        input_scale: tokens are divided by it before saliency and prior, which expect values of about
+            1 (a model's hidden states have others); merged tokens keep the input's scale.
         prior_layers: layers of the prior.
         prior_heads: heads of the prior.
 
@@ -76,6 +80,7 @@ class QuickMergePP(nn.Module):
         causal: bool = False,
         normalisation: str = "minmax",
         chunk_size: int | None = None,
+        input_scale: float = 1.0,
         prior_layers: int = 6,
         prior_heads: int = 8,
     ) -> None:
@@ -87,11 +92,14 @@ class QuickMergePP(nn.Module):
             raise ValueError(f"QuickMergePP: k_max must be at least 1, got {k_max}")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"QuickMergePP: chunk_size must be at least 1, got {chunk_size}")
+        if not (input_scale > 0 and math.isfinite(input_scale)):
+            raise ValueError(f"QuickMergePP: input_scale must be above 0, got {input_scale}")
         check_choice("QuickMergePP", "budget", budget, BUDGETS)
         self.embedding_dim = size
         self.k_max = k_max
         self.budget = budget
         self.chunk_size = chunk_size
+        self.input_scale = input_scale
         self._settings = {
             "num_layers": num_layers,
             "gamma": gamma,
@@ -100,6 +108,7 @@ class QuickMergePP(nn.Module):
             "grouping": grouping,
             "causal": causal,
             "normalisation": normalisation,
+            "input_scale": input_scale,
             "prior_layers": prior_layers,
             "prior_heads": prior_heads,
         }
@@ -129,10 +138,10 @@ class QuickMergePP(nn.Module):
             TypeError: K is not an integer, or X is not of floats.
             ValueError: K is missing or below 1, or shapes do not fit.
         """
-        merged, _ = self._merge(X, K, token_mask)
+        merged, _, rebuilt = self._merge(X, K, token_mask)
         tokens = X[-1] if X.ndim == 4 else X
-        alignment = self.alignment.compute_alignment_loss(merged.tokens, merged.live)
-        fidelity = self.fidelity.compute_fidelity_loss(tokens, merged.tokens, merged.cluster)
+        alignment = self.alignment.compute_alignment_loss(self._scaled(merged.tokens), merged.live)
+        fidelity = self.fidelity.loss_of_rebuilt(tokens, rebuilt, merged.cluster >= 0)
         losses = {"alignment": alignment, "fidelity": fidelity, "total": alpha * alignment + fidelity}
         return merged.tokens, losses
 
@@ -153,7 +162,7 @@ class QuickMergePP(nn.Module):
             TypeError: the input is not of floats.
             ValueError: there is no `k_max`, or shapes do not fit.
         """
-        merged, saliency = self._merge(h, None, token_mask, sample=False)
+        merged, saliency, _ = self._merge(h, None, token_mask, sample=False)
         info = {
             "saliency": saliency,
             "assignments": merged.cluster,
@@ -175,7 +184,7 @@ class QuickMergePP(nn.Module):
             TypeError: tokens are not floats.
             ValueError: shapes that do not fit.
         """
-        return self.alignment.prior(merged, sizes)
+        return self.alignment.prior(self._scaled(merged), sizes) * self.input_scale
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` to a folder; needs safetensors."""
@@ -217,9 +226,13 @@ class QuickMergePP(nn.Module):
             raise ValueError(f"QuickMergePP: {folder} holds another model's {CONFIG} or {WEIGHTS}: {error}") from error
         return module.eval()
 
+    def _scaled(self, tokens: Tensor) -> Tensor:
+        return tokens if self.input_scale == 1 else tokens / self.input_scale
+
     def _merge(
         self, layers: Tensor, keep: int | None, token_mask: Tensor | None, sample: bool | None = None
-    ) -> tuple[MergedTokens, Tensor]:
+    ) -> tuple[MergedTokens, Tensor, Tensor]:
+        """Return the merged tokens, the saliency, and the tokens rebuilt, with gradients to the choice in training."""
         keep = self.k_max if keep is None else keep
         if keep is None:
             raise ValueError("QuickMergePP: K is missing; pass it to the call, or k_max to the constructor")
@@ -230,19 +243,25 @@ class QuickMergePP(nn.Module):
             return self._merge_whole(layers, keep, mask, token_mask is not None, sample)
         size = min(self.chunk_size, mask.shape[1])
         chunks, chunk_mask, order = split_chunks(layers, mask, size)
-        merged, saliency = self._merge_whole(chunks, keep, chunk_mask, not bool(chunk_mask.all()), sample)
-        return join_chunks(merged, order), join_values(saliency, order)
+        merged, *values = self._merge_whole(chunks, keep, chunk_mask, not bool(chunk_mask.all()), sample)
+        saliency, rebuilt = (join_values(value, order) for value in values)
+        return join_chunks(merged, order), saliency, rebuilt
 
     def _merge_whole(
         self, layers: Tensor, keep: int, mask: Tensor, padded: bool, sample: bool | None
-    ) -> tuple[MergedTokens, Tensor]:
+    ) -> tuple[MergedTokens, Tensor, Tensor]:
         tokens = layers[-1] if layers.ndim == 4 else layers
-        saliency = self.saliency(layers, mask if padded else None)
+        saliency = self.saliency(self._scaled(layers), mask if padded else None)
         if self.budget == "entropy":
             budget = count_by_entropy(tokens, keep, saliency.detach(), mask)
         else:
             budget = fixed_budget(keep, mask)
-        return self.merging.merge(tokens, saliency, budget, mask, keep, sample), saliency
+        merged = self.merging.merge(tokens, saliency, budget, mask, keep, sample)
+        if self.training and torch.is_grad_enabled():
+            # Only cosine grouping bars a token from the salient ones before it.
+            barred = self.merging.causal and self.merging.grouping == "cosine"
+            return merged, saliency, relaxed_unmerge(tokens, merged, mask, barred)
+        return merged, saliency, merged.unmerge()
 
 
 @torch.no_grad()

@@ -71,10 +71,13 @@ class NormBasedFidelityConstraint(nn.Module):
             raise ValueError(
                 f"NormBasedFidelityConstraint: cluster must be {list(mask.shape)}, got {list(cluster.shape)}"
             )
-        mask = mask & (cluster >= 0)
-        padding = ~mask.unsqueeze(-1)
+        return self.loss_of_rebuilt(tokens, unmerge(merged.float(), cluster), mask & (cluster >= 0))
+
+    def loss_of_rebuilt(self, tokens: Tensor, rebuilt: Tensor, token_mask: Tensor) -> Tensor:
+        """Return the loss of tokens `[B, N, D]` that were rebuilt as `[B, N, D]`; see `compute_fidelity_loss`."""
+        padding = ~token_mask.unsqueeze(-1)
         exact = tokens.float().masked_fill(padding, 0.0)
-        rebuilt = unmerge(merged.float(), cluster).masked_fill(padding, 0.0)
+        rebuilt = rebuilt.float().masked_fill(padding, 0.0)
         error = (exact - rebuilt).square().sum((1, 2)) / exact.square().sum((1, 2)).clamp_min(1e-12)
         return (error - (1 - self.gamma) ** 2).relu().mean()
 
