@@ -3,12 +3,13 @@ VENV ?= .venv
 GPU ?= 0
 ARGS ?=
 BIN := $(VENV)/bin
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
 .DEFAULT_GOAL := help
-.PHONY: help install test bench check lint build clean
+.PHONY: help install test test-gpu bench bench-kernels bench-gpu check lint sanitize build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@head -n 1 $(MAKEFILE_LIST)
 
 install: ## create the virtual environment and install vLLM and qm_spec; nothing to do: under a second
@@ -19,6 +20,23 @@ test: install ## run every test, those that start vLLM too
 
 bench: install ## measure speculative decoding on the shipped pair
 	$(BIN)/python benchmarks/spec.py $(ARGS)
+
+bench-kernels: install ## measure the kernels against PyTorch on the CPU, in one table
+	$(BIN)/python benchmarks/kernels.py $(ARGS)
+
+test-gpu: install ## build the CUDA kernels and run their tests on this machine's GPU
+	QM_SPEC_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
+	QM_SPEC_BACKEND=compiled $(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench-gpu: test-gpu ## measure the kernels on this machine's GPU, in one table
+	$(BIN)/python benchmarks/kernels.py --device cuda $(ARGS)
+
+sanitize: install ## run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	CXXFLAGS="$(SANITIZERS) -g -O1" QM_SPEC_BUILD=required $(BIN)/python setup.py -q build \
+		--build-lib build/sanitize --build-temp build/sanitize-objects
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize QM_SPEC_BACKEND=compiled \
+		$(BIN)/pytest $(wildcard tests/test_kernels*.py) $(ARGS)
 
 check: lint ## lint, then the tests that do not start vLLM
 	$(BIN)/python -m pytest -m "not vllm" $(ARGS)

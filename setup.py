@@ -36,6 +36,7 @@ CPU_FLAGS = [
     "-fno-trapping-math",
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
+CUDA_FLAGS = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 # Code for the A100 and the H100, and PTX, which later GPUs compile for themselves.
 CUDA_ARCHITECTURES = "8.0 9.0+PTX"
 
@@ -89,20 +90,20 @@ class BuildKernels(build_ext):
         compiler = find_program(os.environ.get("CXX", "c++"), "install a C++ compiler (Debian: apt-get install g++)")
         own = shlex.split(os.environ.get("CXXFLAGS", ""))
         link = [f"-L{torch / 'lib'}", "-ltorch_cpu", *own, *shlex.split(os.environ.get("LDFLAGS", ""))]
-        compile_one = [compiler, *CPU_FLAGS, *WARNINGS, *own]
+        compile_one = [compiler, *COMMON_FLAGS, *CPU_FLAGS, *WARNINGS, *own]
         if ext.name.endswith("_cuda"):
             if not (torch / "lib/libtorch_cuda.so").exists():
                 raise CompileError("QM_SPEC_CUDA=1 needs a torch with CUDA, and this one has none")
             home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
             nvcc = find_program(f"{home}/bin/nvcc", "set CUDA_HOME to the folder of the CUDA toolkit")
-            compile_one = [nvcc, "-ccbin", compiler, "-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_architectures()]
+            compile_one = [nvcc, "-ccbin", compiler, *COMMON_FLAGS, *CUDA_FLAGS, *cuda_architectures()]
             link += ["-ltorch_cuda", f"-L{home}/lib64", "-lcudart"]
 
         def compiled(source: str) -> str:
             target = Path(self.build_temp, source).with_suffix(".o")
             target.parent.mkdir(parents=True, exist_ok=True)
             include = ["-isystem", str(torch / "include")]
-            run([*compile_one, *COMMON_FLAGS, *include, "-c", source, "-o", str(target.resolve())])
+            run([*compile_one, *include, "-c", source, "-o", str(target.resolve())])
             return str(target.resolve())
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:

@@ -22,7 +22,7 @@ from qm_spec.ops.gumbel_softmax import philox
 
 COMPILED = backend.backend() == "compiled"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# One token; one short of, one more than two panels; a tile and a tail; several tiles and a tail, more terms than one run.
+# One token; about two panels; a tile and a tail; several tiles and a tail, and more terms than are added in a row.
 SIZES = [Sizes(2, 1, 3, 1), Sizes(1, 63, 16, 7), Sizes(2, 65, 33, 70), Sizes(3, 97, 8, 33), Sizes(1, 311, 530, 110)]
 # Sequences without tokens, tokens without numbers, no sequences, no slots.
 EMPTY = [Sizes(2, 0, 4, 3), Sizes(0, 5, 4, 3), Sizes(2, 5, 4, 0)]
@@ -349,9 +349,9 @@ def test_a_slot_without_mass_holds_zeros() -> None:
 
 def test_a_cluster_that_is_not_there_is_an_error() -> None:
     cluster = torch.tensor([[0, 3]])
-    with pytest.raises(RuntimeError, match="saliency_merge: cluster must be in -1..2, got 3"):
+    with pytest.raises(RuntimeError, match=r"saliency_merge: cluster must be in -1\.\.2, got 3"):
         saliency_merge(torch.ones(1, 2, 3), torch.ones(1, 2), cluster, 3)
-    with pytest.raises(RuntimeError, match="weighted_kmeans_update: cluster must be in -1..2, got 3"):
+    with pytest.raises(RuntimeError, match=r"weighted_kmeans_update: cluster must be in -1\.\.2, got 3"):
         weighted_kmeans_update(
             torch.ones(1, 2, 3), torch.ones(1, 2), cluster, torch.ones(1, 2), torch.ones(1, 3, dtype=torch.bool)
         )

@@ -11,8 +11,8 @@
 #include <cfloat>
 #include <cmath>
 
-#include "csrc/cpu/math.h"
 #include "csrc/cpu/products.h"
+#include "csrc/cpu/vec.h"
 
 namespace qm_spec {
 namespace {
@@ -23,6 +23,7 @@ constexpr int64_t kMaxGroups = 64;
 // Floats of converted and packed tokens held at a time, where there are several sequences.
 constexpr int64_t kHeld = int64_t{1} << 24;
 
+// Whole vectors of them are read and written: they begin at a multiple of 32, and have room up to the next.
 struct Sums {
   float *largest, *total, *weighted;
   Sums at(int64_t i) const { return {largest + i, total + i, weighted + i}; }
@@ -36,58 +37,60 @@ void reset(Sums sums, int64_t count) {
 
 // Add `part` to `sums`, as if their scores had been summed together.
 QM_MULTIVERSION void merge(Sums part, int64_t count, Sums sums) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const float a = sums.largest[i], b = part.largest[i];
-    const float m = a > b ? a : b;
-    const float ea = fast_exp(a - m), eb = fast_exp(b - m);
-    const float total_a = sums.total[i], total_b = part.total[i];
-    sums.largest[i] = m;
-    sums.weighted[i] = ea * (sums.weighted[i] + (a - m) * total_a) + eb * (part.weighted[i] + (b - m) * total_b);
-    sums.total[i] = ea * total_a + eb * total_b;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec a = load(sums.largest + i), b = load(part.largest + i), m = a > b ? a : b;
+    const Vec weight_a = exp(a - m), weight_b = exp(b - m);
+    const Vec total_a = load(sums.total + i), total_b = load(part.total + i);
+    const Vec weighted_a = load(sums.weighted + i), weighted_b = load(part.weighted + i);
+    store(m, sums.largest + i);
+    store(weight_a * total_a + weight_b * total_b, sums.total + i);
+    store(weight_a * (weighted_a + (a - m) * total_a) + weight_b * (weighted_b + (b - m) * total_b), sums.weighted + i);
   }
 }
 
+// The sums of each row, over its first `columns` scores, or over those up to the diagonal.
 QM_MULTIVERSION void sum_rows(
-    const float* scores, int64_t rows, int64_t all_columns, bool causal, float scale, Sums part) {
+    const float* scores, int64_t rows, int64_t columns, bool to_diagonal, float scale, Sums part) {
+  const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int64_t r = 0; r < rows; ++r) {
     const float* s = scores + r * kTile;
-    const int64_t columns = causal ? r + 1 : all_columns;
-    float m = -FLT_MAX;
-#pragma omp simd reduction(max : m)
-    for (int64_t c = 0; c < columns; ++c) m = s[c] > m ? s[c] : m;
-    float total = 0.0f, weighted = 0.0f;
-#pragma omp simd reduction(+ : total, weighted)
-    for (int64_t c = 0; c < columns; ++c) {
-      const float z = (s[c] - m) * scale;
-      const float e = fast_exp(z);
+    const int32_t count = static_cast<int32_t>(to_diagonal ? r + 1 : columns);
+    Vec most = all(-FLT_MAX);
+    for (int32_t c = 0; c < count; c += kLanes) {
+      const Vec score = lanes + c < count ? load(s + c) : most;
+      most = score > most ? score : most;
+    }
+    const float m = largest(most);
+    Vec total = {}, weighted = {};
+    for (int32_t c = 0; c < count; c += kLanes) {
+      const Vec z = (load(s + c) - m) * scale;
+      const Vec e = lanes + c < count ? exp(z) : Vec{};
+      total += e;
+      weighted += lanes + c < count ? z * e : Vec{};
+    }
+    part.largest[r] = m * scale;
+    part.total[r] = sum(total);
+    part.weighted[r] = sum(weighted);
+  }
+}
+
+// The sums of each column, of whole vectors of columns.
+QM_MULTIVERSION void sum_columns(const float* scores, int64_t rows, int64_t columns, float scale, Sums part) {
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const float* s = scores + c;
+    Vec m = all(-FLT_MAX);
+    for (int64_t r = 0; r < rows; ++r) m = load(s + r * kTile) > m ? load(s + r * kTile) : m;
+    Vec total = {}, weighted = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec z = (load(s + r * kTile) - m) * scale;
+      const Vec e = exp(z);
       total += e;
       weighted += z * e;
     }
-    part.largest[r] = m * scale;
-    part.total[r] = total;
-    part.weighted[r] = weighted;
+    store(m * scale, part.largest + c);
+    store(total, part.total + c);
+    store(weighted, part.weighted + c);
   }
-}
-
-QM_MULTIVERSION void sum_columns(const float* scores, int64_t rows, int64_t columns, float scale, Sums part) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* s = scores + r * kTile;
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) part.largest[c] = s[c] > part.largest[c] ? s[c] : part.largest[c];
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* s = scores + r * kTile;
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      const float z = (s[c] - part.largest[c]) * scale;
-      const float e = fast_exp(z);
-      part.total[c] += e;
-      part.weighted[c] += z * e;
-    }
-  }
-#pragma omp simd
-  for (int64_t c = 0; c < columns; ++c) part.largest[c] *= scale;
 }
 
 Tensor attention_entropy(Tensor tokens, bool causal) {
@@ -102,18 +105,20 @@ Tensor attention_entropy(Tensor tokens, bool causal) {
   // Small tiles where there are few, so that several threads find work.
   const int64_t tile = num_tokens <= 512 ? kPanel : kTile;
   const int64_t tiles = (num_tokens + tile - 1) / tile;
-  const int64_t groups = std::min((tiles + 1) / 2, kMaxGroups), strips = whole_panels(num_tokens) / kPanel;
-  const int64_t row_floats = num_tokens * dim, panel_floats = whole_panels(num_tokens) * dim, sum_floats = 3 * num_tokens;
+  const int64_t groups = std::min((tiles + 1) / 2, kMaxGroups);
+  const int64_t places = whole_panels(num_tokens), strips = places / kPanel;
+  const int64_t row_floats = num_tokens * dim, panel_floats = places * dim, sum_floats = 3 * places;
   const int64_t item_floats = row_floats + panel_floats + groups * sum_floats;
   const int64_t held = std::min(batch, std::max<int64_t>(1, kHeld / item_floats));
   const Scratch rows(held * row_floats), panels(held * panel_floats), sums(held * groups * sum_floats);
 
   for (int64_t first = 0; first < batch; first += held) {
     const int64_t items = std::min(held, batch - first);
+    // Converted by then, if they are not float32 anyway.
     const auto rows_of = [&](int64_t b) { return x.read((first + b) * row_floats, 0, rows.get() + b * row_floats); };
     const auto sums_of = [&](int64_t b, int64_t g) {
       float* at = sums.get() + (b * groups + g) * sum_floats;
-      return Sums{at, at + num_tokens, at + 2 * num_tokens};
+      return Sums{at, at + places, at + 2 * places};
     };
     torch::stable::parallel_for(0, items * strips, 4, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
@@ -131,7 +136,7 @@ Tensor attention_entropy(Tensor tokens, bool causal) {
         const int64_t b = task / groups, g = task % groups;
         const float* from = rows_of(b);
         const Sums own = sums_of(b, g);
-        reset(own, num_tokens);
+        reset(own, places);
         for_strips(tiles, g, groups, [&](int64_t i) {
           const int64_t row = i * tile, num_rows = std::min(tile, num_tokens - row);
           for (int64_t column = row; column < num_tokens; column += tile) {
@@ -144,7 +149,6 @@ Tensor attention_entropy(Tensor tokens, bool causal) {
               merge(part, num_rows, own.at(row));
             }
             if (column == row) continue;
-            reset(part, num_columns);
             sum_columns(scores, num_rows, num_columns, scale, part);
             merge(part, num_columns, own.at(column));
           }
@@ -154,7 +158,7 @@ Tensor attention_entropy(Tensor tokens, bool causal) {
     torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const Sums all = sums_of(b, 0);
-        for (int64_t g = 1; g < groups; ++g) merge(sums_of(b, g), num_tokens, all);
+        for (int64_t g = 1; g < groups; ++g) merge(sums_of(b, g), places, all);
         for (int64_t i = 0; i < num_tokens; ++i)
           out[(first + b) * num_tokens + i] = std::log(all.total[i]) - all.weighted[i] / all.total[i];
       }

@@ -1,49 +1,40 @@
 #include "csrc/cpu/convert.h"
 
-#include <torch/headeronly/util/Half.h>
+#include <algorithm>
 
-#include "csrc/cpu/math.h"
+#include "csrc/cpu/vec.h"
 
 namespace qm_spec {
 namespace {
 
-QM_MULTIVERSION void from_bfloat16(const uint16_t* in, int64_t count, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = float_from_bits(static_cast<uint32_t>(in[i]) << 16);
+template <class T>
+QM_INLINE void to_floats(const T* in, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(load(in + i), out + i);
+  if (i == count) return;
+  T rest[kLanes] = {};
+  float converted[kLanes];
+  std::memcpy(rest, in + i, (count - i) * sizeof(T));
+  store(load(rest), converted);
+  std::memcpy(out + i, converted, (count - i) * sizeof(float));
 }
 
-// Exponent and mantissa are shifted into place and scaled by 2^112, which handles subnormals as well.
-QM_MULTIVERSION void from_float16(const uint16_t* in, int64_t count, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = in[i];
-    const uint32_t magnitude = (bits & 0x7fffu) << 13;
-    const uint32_t finite = bits_from_float(float_from_bits(magnitude) * 0x1p112f);
-    const uint32_t special = magnitude | 0x7f800000u;
-    out[i] = float_from_bits((magnitude >= 0x0f800000u ? special : finite) | (bits & 0x8000u) << 16);
-  }
+template <class T>
+QM_INLINE void from_floats(const float* in, int64_t count, T* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(load(in + i), out + i);
+  if (i == count) return;
+  float rest[kLanes] = {};
+  T converted[kLanes];
+  std::memcpy(rest, in + i, (count - i) * sizeof(float));
+  store(load(rest), converted);
+  std::memcpy(out + i, converted, (count - i) * sizeof(T));
 }
 
-QM_MULTIVERSION void to_bfloat16(const float* in, int64_t count, uint16_t* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = bits_from_float(in[i]);
-    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    out[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-  }
-}
-
-void to_float16(const float* in, int64_t count, c10::Half* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = c10::Half(in[i]);
-}
-
-void from_float64(const double* in, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
-}
-
-void to_float64(const float* in, int64_t count, double* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = in[i];
-}
+QM_MULTIVERSION void from_half(const Float16* in, int64_t count, float* out) { to_floats(in, count, out); }
+QM_MULTIVERSION void from_bfloat16(const BFloat16* in, int64_t count, float* out) { to_floats(in, count, out); }
+QM_MULTIVERSION void to_half(const float* in, int64_t count, Float16* out) { from_floats(in, count, out); }
+QM_MULTIVERSION void to_bfloat16(const float* in, int64_t count, BFloat16* out) { from_floats(in, count, out); }
 
 void check_type(ScalarType type, const char* op) {
   STD_TORCH_CHECK(
@@ -59,18 +50,19 @@ FloatRows::FloatRows(const Tensor& tensor, const char* op) : data_(tensor.data_p
 }
 
 const float* FloatRows::read(int64_t offset, int64_t count, float* scratch) const {
-  if (type_ == ScalarType::Float) return static_cast<const float*>(data_) + offset;
-  if (type_ == ScalarType::Double) {
-    from_float64(static_cast<const double*>(data_) + offset, count, scratch);
-    return scratch;
+  switch (type_) {
+    case ScalarType::Float:
+      return static_cast<const float*>(data_) + offset;
+    case ScalarType::Half:
+      from_half(static_cast<const Float16*>(data_) + offset, count, scratch);
+      return scratch;
+    case ScalarType::BFloat16:
+      from_bfloat16(static_cast<const BFloat16*>(data_) + offset, count, scratch);
+      return scratch;
+    default:
+      std::copy_n(static_cast<const double*>(data_) + offset, count, scratch);
+      return scratch;
   }
-  const uint16_t* half = static_cast<const uint16_t*>(data_) + offset;
-  if (type_ == ScalarType::BFloat16) {
-    from_bfloat16(half, count, scratch);
-  } else {
-    from_float16(half, count, scratch);
-  }
-  return scratch;
 }
 
 FloatRowsOut::FloatRowsOut(Tensor& tensor, const char* op) : data_(tensor.data_ptr()), type_(tensor.scalar_type()) {
@@ -78,14 +70,18 @@ FloatRowsOut::FloatRowsOut(Tensor& tensor, const char* op) : data_(tensor.data_p
 }
 
 void FloatRowsOut::write(int64_t offset, int64_t count, const float* values) const {
-  if (type_ == ScalarType::Float) {
-    std::memcpy(static_cast<float*>(data_) + offset, values, static_cast<size_t>(count) * sizeof(float));
-  } else if (type_ == ScalarType::BFloat16) {
-    to_bfloat16(values, count, static_cast<uint16_t*>(data_) + offset);
-  } else if (type_ == ScalarType::Double) {
-    to_float64(values, count, static_cast<double*>(data_) + offset);
-  } else {
-    to_float16(values, count, static_cast<c10::Half*>(data_) + offset);
+  switch (type_) {
+    case ScalarType::Float:
+      std::copy_n(values, count, static_cast<float*>(data_) + offset);
+      return;
+    case ScalarType::Half:
+      to_half(values, count, static_cast<Float16*>(data_) + offset);
+      return;
+    case ScalarType::BFloat16:
+      to_bfloat16(values, count, static_cast<BFloat16*>(data_) + offset);
+      return;
+    default:
+      std::copy_n(values, count, static_cast<double*>(data_) + offset);
   }
 }
 

@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "csrc/cpu/convert.h"
-#include "csrc/cpu/math.h"
+#include "csrc/cpu/vec.h"
 
 namespace qm_spec {
 namespace {
@@ -44,26 +44,28 @@ QM_MULTIVERSION void philox(uint64_t first, int64_t count, uint64_t offset, uint
   }
 }
 
-QM_MULTIVERSION void perturb(const float* logits, const uint32_t* bits, float noise, int64_t count, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const float u = (static_cast<float>(bits[i] >> 9) + 0.5f) * 0x1p-23f;
-    out[i] = logits[i] - noise * fast_log(-fast_log(u));
+// Rows are padded to whole vectors from here on.
+QM_MULTIVERSION void perturb(float* logits, const uint32_t* bits, float noise, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const BitVec upper = read_bytes<BitVec>(bits + i) >> 9;
+    const Vec u = (__builtin_convertvector((IntVec)upper, Vec) + 0.5f) * 0x1p-23f;
+    store(load(logits + i) - noise * log(-log(u)), logits + i);
   }
 }
 
-QM_MULTIVERSION void softmax(const float* logits, float temperature, int64_t count, float* out) {
-  float largest = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < count; ++i) largest = logits[i] > largest ? logits[i] : largest;
-  float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = fast_exp((logits[i] - largest) / temperature);
-    total += out[i];
+QM_MULTIVERSION void softmax(float* logits, float temperature, int64_t count) {
+  std::fill(logits + count, logits + to_lanes(count), -std::numeric_limits<float>::infinity());
+  Vec most = load(logits);
+  for (int64_t i = kLanes; i < count; i += kLanes) most = load(logits + i) > most ? load(logits + i) : most;
+  const float m = largest(most);
+  Vec totals = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec e = exp((load(logits + i) - m) / temperature);
+    store(e, logits + i);
+    totals += e;
   }
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] /= total;
+  const float total = sum(totals);
+  for (int64_t i = 0; i < count; i += kLanes) store(load(logits + i) / total, logits + i);
 }
 
 std::tuple<Tensor, Tensor> gumbel_softmax(
@@ -76,23 +78,25 @@ std::tuple<Tensor, Tensor> gumbel_softmax(
   const FloatRowsOut out(probabilities, "gumbel_softmax");
   float* noisy = static_cast<float*>(perturbed.data_ptr());
 
-  const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, num_columns));
+  if (num_columns == 0) return {probabilities, perturbed};
+  const int64_t grain = std::max<int64_t>(1, 4096 / num_columns);
   torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(num_columns);
+    const Scratch scratch(to_lanes(num_columns));
+    float* values = scratch.get();
     // The first and the last counter of a row may reach into its neighbours.
-    const int64_t counters = num_columns / 4 + 2;
+    const int64_t counters = to_lanes(num_columns) / 4 + 1;
     const std::unique_ptr<uint32_t[]> words(new uint32_t[4 * counters]);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first = row * num_columns;
-      const float* from = s.read(first, num_columns, scratch.get());
+      const float* from = s.read(first, num_columns, values);
+      if (from != values) std::copy_n(from, num_columns, values);
       if (noise != 0) {
         philox(first / 4, counters, static_cast<uint64_t>(offset), static_cast<uint64_t>(seed), words.get());
-        perturb(from, words.get() + first % 4, static_cast<float>(noise), num_columns, noisy + first);
-      } else {
-        std::copy(from, from + num_columns, noisy + first);
+        perturb(values, words.get() + first % 4, static_cast<float>(noise), num_columns);
       }
-      softmax(noisy + first, static_cast<float>(temperature), num_columns, scratch.get());
-      out.write(first, num_columns, scratch.get());
+      std::copy_n(values, num_columns, noisy + first);
+      softmax(values, static_cast<float>(temperature), num_columns);
+      out.write(first, num_columns, values);
     }
   });
   return {probabilities, perturbed};

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "csrc/cpu/vec.h"
+
 namespace qm_spec {
 namespace {
 
@@ -99,29 +101,55 @@ Tile* choose_tile() {
   return tile_default;
 }
 
+// The last elements, with zeros behind them.
+QM_INLINE Vec load_some(const float* x, int64_t count) {
+  float padded[kLanes] = {};
+  std::memcpy(padded, x, count * sizeof(float));
+  return load(padded);
+}
+
 QM_MULTIVERSION float sum_of_products(const float* x, const float* y, int64_t count) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += x[i] * y[i];
-  return sum;
+  Vec total = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) total += load(x + i) * load(y + i);
+  total += load_some(x + i, count - i) * load_some(y + i, count - i);
+  return sum(total);
+}
+
+QM_MULTIVERSION float sum_of_squared_differences(const float* x, const float* y, int64_t count) {
+  Vec total = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec difference = load(x + i) - load(y + i);
+    total += difference * difference;
+  }
+  const Vec difference = load_some(x + i, count - i) - load_some(y + i, count - i);
+  return sum(total + difference * difference);
+}
+
+// Eight rows and terms at a time are transposed in registers; what is left at the end goes one by one.
+QM_MULTIVERSION void pack(const float* rows, int64_t num_rows, int64_t dim, float* panels) {
+  for (int64_t first = 0; first < num_rows; first += kPanel, panels += dim * kPanel) {
+    const int64_t count = std::min(kPanel, num_rows - first);
+    const int64_t whole_rows = count / 8 * 8, whole_terms = dim / 8 * 8;
+    for (int64_t j = 0; j < whole_rows; j += 8)
+      for (int64_t k = 0; k < whole_terms; k += 8)
+        transpose_8x8(rows + (first + j) * dim + k, dim, panels + k * kPanel + j, kPanel);
+    for (int64_t k = 0; k < dim; ++k)
+      for (int64_t j = k < whole_terms ? whole_rows : 0; j < kPanel; ++j)
+        panels[k * kPanel + j] = j < count ? rows[(first + j) * dim + k] : 0.0f;
+  }
 }
 
 }  // namespace
 
 float dot(const float* x, const float* y, int64_t count) { return sum_of_products(x, y, count); }
 
-void pack_panels(const float* rows, int64_t num_rows, int64_t dim, float* panels) {
-  for (int64_t p = 0; p < num_rows; p += kPanel) {
-    const int64_t count = std::min(kPanel, num_rows - p);
-    float* panel = panels + p * dim;
-    // Sixteen terms of every row at a time: one cache line read, and writes that stay in the first-level cache.
-    for (int64_t begin = 0; begin < dim; begin += 16) {
-      const int64_t end = std::min(begin + 16, dim);
-      for (int64_t j = 0; j < kPanel; ++j)
-        for (int64_t k = begin; k < end; ++k) panel[k * kPanel + j] = j < count ? rows[(p + j) * dim + k] : 0.0f;
-    }
-  }
+float squared_distance(const float* x, const float* y, int64_t count) {
+  return sum_of_squared_differences(x, y, count);
 }
+
+void pack_panels(const float* rows, int64_t num_rows, int64_t dim, float* panels) { pack(rows, num_rows, dim, panels); }
 
 void products(
     const float* rows, int64_t num_rows, const float* panels, int64_t num_panels, int64_t dim, float* out,

@@ -20,8 +20,9 @@ void products(
     const float* rows, int64_t num_rows, const float* panels, int64_t num_panels, int64_t dim, float* out,
     int64_t stride);
 
-// x . y of `count` floats.
+// x . y and |x - y|^2 of `count` floats.
 float dot(const float* x, const float* y, int64_t count);
+float squared_distance(const float* x, const float* y, int64_t count);
 
 // Call `strip(i)` for the tile rows of the upper triangle of `tiles` x `tiles` that group `g` of `groups` has to do.
 // Row i has tiles - i tiles; with its mirror image it has as many as every other pair, so that groups are alike.

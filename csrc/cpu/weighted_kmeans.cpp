@@ -11,6 +11,7 @@
 
 #include "csrc/cpu/group_means.h"
 #include "csrc/cpu/products.h"
+#include "csrc/cpu/vec.h"
 
 namespace qm_spec {
 namespace {
@@ -18,22 +19,16 @@ namespace {
 constexpr int64_t kTile = 96;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-QM_MULTIVERSION float squared_distance(const float* x, const float* y, int64_t count) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += (x[i] - y[i]) * (x[i] - y[i]);
-  return sum;
-}
-
-// Replace products by |c|^2 - 2 x.c, which orders the centres as their distances do, and return the smallest.
+// Replace products by |c|^2 - 2 x.c, which orders the centres as their distances do, and return the smallest. Whole
+// vectors are looked at: behind the last centre stands infinity.
 QM_MULTIVERSION float smallest(float* scores, const float* squared_norms, int64_t count) {
-  float least = kInfinity;
-#pragma omp simd reduction(min : least)
-  for (int64_t i = 0; i < count; ++i) {
-    scores[i] = squared_norms[i] - 2.0f * scores[i];
-    least = scores[i] < least ? scores[i] : least;
+  Vec least = all(kInfinity);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec score = load(squared_norms + i) - 2.0f * load(scores + i);
+    store(score, scores + i);
+    least = score < least ? score : least;
   }
-  return least;
+  return -largest(-least);
 }
 
 std::tuple<Tensor, Tensor> assign(Tensor points, Tensor centres, Tensor mask, Tensor live) {
