@@ -1,0 +1,210 @@
+"""Measure the kernels: time, share of the memory's bandwidth, and speed against PyTorch, in one table.
+
+`bench_<operator>.py` lists what is measured of an operator; this runs one of them, or all.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from cases import Case, Sizes
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import qm_spec.ops
+from qm_spec.ops import backend
+from qm_spec.provenance import command, git_commit, versions
+
+FOLDER = Path(__file__).resolve().parent
+# Larger than the last-level cache of any machine this is meant for.
+COPIED_BYTES = 1 << 28
+MATRIX = 2048
+
+EXAMPLES = """
+Examples:
+
+    python benchmarks/kernels.py
+
+    python benchmarks/bench_saliency_merge.py --threads 1 --json results/saliency_merge.json
+"""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row: an operator at one size.
+
+    Attributes:
+        operator: its name.
+        sizes: in words.
+        dtype: of its floats.
+        time_ms: median of the operator's times.
+        time_ms_p10: lower decile.
+        time_ms_p90: upper decile.
+        reference_ms: median of its PyTorch reference.
+        alternative_ms: median of the alternative; None where there is none.
+        alternative: in words.
+        moved_bytes: inputs and outputs, each once; more of them per second than a copy moves means that they
+            came from the cache.
+        flops: of the products that the result is made of, each once; None where it is bound by memory.
+    """
+
+    operator: str
+    sizes: str
+    dtype: str
+    time_ms: float
+    time_ms_p10: float
+    time_ms_p90: float
+    reference_ms: float
+    alternative_ms: float | None
+    alternative: str
+    moved_bytes: int
+    flops: int | None
+
+
+def elapsed_ms(run: Callable[[], Any], device: str) -> float:
+    """Time one call."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        run()
+        return (time.perf_counter() - begin) * 1e3
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event.record()
+    run()
+    end_event.record()
+    torch.cuda.synchronize()
+    return begin_event.elapsed_time(end_event)
+
+
+def alternate(runs: Iterable[Callable[[], Any]], device: str, rounds: int) -> list[list[float]]:
+    """Time each of `runs` in turn, so that what else the machine does falls on all of them."""
+    runs = list(runs)
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, spent in zip(runs, times, strict=True):
+            spent.append(elapsed_ms(run, device))
+    return times
+
+
+def measure(case: Case, sizes: Sizes, dtype: torch.dtype, device: str, rounds: int) -> Measurement:
+    """Time a case's operator, reference and alternative."""
+    torch.manual_seed(0)
+    arguments = tuple(x.to(device) if isinstance(x, Tensor) else x for x in case.arguments(sizes, dtype))
+    outputs = case.operator(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    runs = [case.operator, case.reference, *([case.alternative] if case.alternative else [])]
+    with torch.no_grad():
+        times = alternate([partial(run, *arguments) for run in runs], device, rounds)
+    deciles = statistics.quantiles(times[0], n=10)
+    return Measurement(
+        case.name,
+        str(sizes),
+        str(dtype).removeprefix("torch."),
+        statistics.median(times[0]),
+        deciles[0],
+        deciles[-1],
+        statistics.median(times[1]),
+        statistics.median(times[2]) if case.alternative else None,
+        case.alternative_name,
+        sum(x.nbytes for x in (*arguments, *outputs) if isinstance(x, Tensor)),
+        case.flops(sizes) if case.flops else None,
+    )
+
+
+def ceilings(device: str, rounds: int) -> tuple[float, float]:
+    """Measure what the machine can do: bytes per second of a copy, and float32 operations per second of torch.mm."""
+    source = torch.ones(COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    matrix = torch.randn(MATRIX, MATRIX, device=device)
+    copy, product = alternate([lambda: target.copy_(source), lambda: matrix @ matrix], device, rounds)
+    return 2 * COPIED_BYTES / min(copy) * 1e3, 2 * MATRIX**3 / min(product) * 1e3
+
+
+def table(rows: list[Measurement], bandwidth: float, peak: float) -> Table:
+    """Lay the measurements out."""
+    title = f"copy {bandwidth / 1e9:.1f} GB/s, torch.mm {peak / 1e9:.0f} GFLOP/s (float32), both measured in this run"
+    result = Table("operator", "sizes", "dtype", title=title)
+    for name in ("ms", "MB", "of copy", "GFLOP/s", "of torch.mm", "x reference", "x alternative"):
+        result.add_column(name, justify="right")
+    result.add_column("alternative")
+    for row in rows:
+        rate = row.flops / row.time_ms * 1e3 if row.flops else None
+        result.add_row(
+            row.operator,
+            row.sizes,
+            row.dtype,
+            f"{row.time_ms:.3f}",
+            f"{row.moved_bytes / 1e6:.1f}",
+            f"{row.moved_bytes / row.time_ms * 1e3 / bandwidth:.0%}",
+            f"{rate / 1e9:.0f}" if rate else "",
+            f"{rate / peak:.0%}" if rate else "",
+            f"{row.reference_ms / row.time_ms:.1f}",
+            f"{row.alternative_ms / row.time_ms:.1f}" if row.alternative_ms else "",
+            row.alternative,
+        )
+    return result
+
+
+def run_cases(names: list[str], device: str, threads: int | None, rounds: int, json_path: Path | None) -> None:
+    """Measure the operators that `bench_<name>.py` describes, print the table, and keep it where asked."""
+    if threads:
+        torch.set_num_threads(threads)
+    if backend.backend(device) != "compiled":
+        print(f"kernels: {device} runs the references, so nothing can be faster; see csrc/README.md", file=sys.stderr)
+    bandwidth, peak = ceilings(device, rounds)
+    planned = [plan for name in names for plan in import_module(f"bench_{name}").PLAN]
+    progress = track(planned, "measuring", console=Console(stderr=True), transient=True)
+    rows = [measure(case, sizes, dtype, device, rounds) for case, sizes, dtype in progress]
+    # Wide enough for every column, also where there is no terminal.
+    Console(width=max(150, Console().width)).print(table(rows, bandwidth, peak))
+    if json_path is not None:
+        record = {
+            "command": command(),
+            "commit": git_commit(),
+            "versions": versions(),
+            "backend": backend.backend(device),
+            "device": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "rounds": rounds,
+            "copy_bytes_per_s": bandwidth,
+            "mm_float32_flops_per_s": peak,
+            "rows": [asdict(row) for row in rows],
+        }
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def program(names: list[str]) -> None:
+    """Run the command line that all of the kernels' benchmarks have in common."""
+
+    def main(
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's own")] = None,
+        rounds: Annotated[int, typer.Option(min=3, help="Times that each is measured.")] = 21,
+        json_path: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
+    ) -> None:
+        if device not in ("cpu", "cuda"):
+            raise typer.BadParameter(f"device must be cpu or cuda, got {device}")
+        run_cases(names, device, threads, rounds, json_path)
+
+    main.__doc__ = f"Measure {', '.join(names)}.\n{EXAMPLES}"
+    typer.run(main)
+
+
+if __name__ == "__main__":
+    found = (path.stem.removeprefix("bench_") for path in sorted(FOLDER.glob("bench_*.py")))
+    program([name for name in found if any(operator.startswith(name) for operator in qm_spec.ops.__all__)])
