@@ -61,7 +61,8 @@ __global__ void append_kv_kernel(Append<T> to) {
 
 template <typename T, class Launch>
 void append_kv(const Launch& launch, const Append<T>& to) {
-  launch(append_kv_kernel<T>, dim3(to.num_rows), dim3(kAppendThreads), 0, to);
+  if (to.num_rows == 0) return;
+  launch(append_kv_kernel<T>, dim3(static_cast<unsigned>(to.num_rows)), dim3(kAppendThreads), size_t{0}, to);
 }
 
 }  // namespace qm_spec

@@ -12,8 +12,9 @@
 // rest of a block's work is skipped. A block whose request has nothing old enough reads its frontier and ends.
 //
 // Several requests of a batch may hold the same page, at the same column, for pages are shared from the front. Which
-// of them merges a group is decided by the table and the frontiers, which no kernel writes. The others may see the
-// group's level before or after: they do nothing in either case.
+// of them merges a group is decided by what the launch does not change, so that all of them decide alike: the table, the
+// frontiers, and for spans the groups within. The others may see the group's level before or after, and do nothing in
+// either case.
 #pragma once
 
 #include "csrc/cuda/schedule.cuh"
@@ -293,7 +294,37 @@ __device__ void merge_pair(const Cache<T>& cache, const Schedule& schedule, Plac
   }
 }
 
-// One doubling of spans: neighbouring entries of span(level - 1) groups become one. Grid (X, B); each warp works alone.
+// Whether the 2^log2 groups from `group` on are one span of this request: one entry, in the first of them.
+//
+// The first has the level of a span also where another request merged it with pages that this one does not share. The
+// span is whole if its last group was merged into the one before, those two into the two before and so on.
+template <typename T>
+__device__ bool is_whole(const Merge<T>& merge, int64_t request, int64_t group, int log2) {
+  for (int i = 0; i < log2; ++i) {
+    const int64_t tail = group + (int64_t{1} << log2) - (int64_t{1} << i);
+    const Place at = place_of(merge.cache, merge.table, merge.schedule, request, tail);
+    if (!merge.cache.holds(at.page)) return false;
+    const SlotState state = *merge.cache.state(at.page, 0, at.slot);
+    if (state.count > 0.0f || bounded_level(state.level, merge.schedule) <= merge.schedule.num_counts + i) return false;
+  }
+  return true;
+}
+
+// Whether the request's two spans from `group` on, of half a span of `level` each, can become one: both are whole, and
+// the second one's level is `level` - 1, or `most` at most. Of what is read here this launch changes the second one's level alone.
+template <typename T>
+__device__ bool is_pair(const Merge<T>& merge, int64_t request, int64_t group, int level, int most) {
+  const Schedule& schedule = merge.schedule;
+  const int log2 = level - schedule.num_counts - 1;
+  const int64_t half = int64_t{1} << log2;
+  const Place second = place_of(merge.cache, merge.table, schedule, request, group + half);
+  if (!merge.cache.holds(second.page)) return false;
+  const int second_level = level_at(merge.cache, second, schedule);
+  return second_level >= level - 1 && second_level <= most && is_whole(merge, request, group, log2) &&
+         is_whole(merge, request, group + half, log2);
+}
+
+// One doubling of spans: two neighbours become one. Grid (X, B); each warp works alone.
 template <typename T>
 __global__ void merge_spans_kernel(Merge<T> merge, int level) {
   const Cache<T>& cache = merge.cache;
@@ -309,21 +340,20 @@ __global__ void merge_spans_kernel(Merge<T> merge, int level) {
     bool due = false;
     if (mine < end) {
       const Place first = place_of(cache, merge.table, schedule, request, mine * span);
-      const Place second = place_of(cache, merge.table, schedule, request, mine * span + span / 2);
-      due = cache.holds(first.page) && cache.holds(second.page) && level_at(cache, first, schedule) == level - 1 &&
-            level_at(cache, second, schedule) == level - 1;
+      due = cache.holds(first.page) && level_at(cache, first, schedule) == level - 1 &&
+            is_pair(merge, request, mine * span, level, level - 1);
     }
     for (unsigned waiting = __ballot_sync(kAllLanes, due); waiting != 0; waiting &= waiting - 1) {
       const int64_t group = (base + num_warps * (__ffs(waiting) - 1)) * span;
       const Place first = place_of(cache, merge.table, schedule, request, group);
       const Place second = place_of(cache, merge.table, schedule, request, group + span / 2);
-      // Requests may share the span's first pages and not the rest: the first of them that is far enough gives the
-      // entry its content.
+      // Requests may share the span's first pages and not the rest: the first of them that can merge it gives the
+      // entry its content. It may have done so by now, and then the level of its second half is `level`.
       bool is_others = false;
-      for (int64_t other = lane; other < request; other += kWarp) {
-        if (group >= schedule.groups_due(level, merge.frontier[other])) continue;
-        is_others |= merge.table.page(other, group / groups_per_page) == first.page;
-      }
+      for (int64_t other = lane; other < request; other += kWarp)
+        is_others |= group < schedule.groups_due(level, merge.frontier[other]) &&
+                     merge.table.page(other, group / groups_per_page) == first.page &&
+                     is_pair(merge, other, group, level, level);
       if (__any_sync(kAllLanes, is_others)) continue;
       for (int64_t head = 0; head < cache.num_heads; ++head) merge_pair(cache, schedule, first, second, head, level);
     }

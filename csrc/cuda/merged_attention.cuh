@@ -120,10 +120,9 @@ struct Part {
 template <typename T>
 __device__ int entries_of(const Attention<T>& to, Place at, int64_t first_token, int64_t num_tokens, int level) {
   const Schedule& schedule = to.schedule;
-  if (level == 0) return static_cast<int>(smaller(schedule.group_size, num_tokens - first_token));
   // Of a span only the first group holds an entry.
   if (level > schedule.num_counts && !(to.cache.state(at.page, 0, at.slot)->count > 0.0f)) return 0;
-  return schedule.entries(level);
+  return static_cast<int>(smaller<int64_t>(schedule.entries(level), num_tokens - first_token));
 }
 
 // List the groups of this thread's turn and count the entries up to each; returns the entries of all.

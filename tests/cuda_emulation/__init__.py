@@ -57,14 +57,19 @@ class Emulation:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        self._library.num_launches.restype = ctypes.c_int64
+        self._library.launches.restype = ctypes.c_char_p
         self.seed = 0
         self.num_splits = 0
 
-    @property
-    def num_launches(self) -> int:
-        """Count the launches so far."""
-        return self._library.num_launches()
+    def launches(self) -> str:
+        """List the grids, blocks and shared memory of the last call's launches, one a line."""
+        return self._library.launches().decode()
+
+    def fault(self, number: int) -> Tensor:
+        """Run a kernel of `faults.h` and return what it writes."""
+        out = torch.full((64,), float("nan"))
+        self._call("fault", out, [out, number])
+        return out
 
     def append_kv_(self, cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """See `qm_spec.ops.append_kv_`."""

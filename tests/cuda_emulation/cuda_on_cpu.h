@@ -104,11 +104,14 @@ class Machine {
         running.erase(running.begin() + static_cast<int64_t>(chosen));
       }
     }
-    ++num_launches;
+    for (const dim3& size : {grid, block_dim})
+      launches += std::to_string(size.x) + "," + std::to_string(size.y) + "," + std::to_string(size.z) + " ";
+    launches += std::to_string(shared_bytes) + "\n";
   }
 
   void seed(uint64_t seed) { random_.seed(seed); }
-  int64_t num_launches = 0;
+  // A line for each launch: grid, block, bytes of shared memory.
+  std::string launches;
 
   // Called by a fibre: it goes on when all of its block, or of its warp, have come here.
   void wait(State state, const char* at) {

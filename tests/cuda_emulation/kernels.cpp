@@ -4,6 +4,7 @@
 #include "csrc/cuda/append_kv.cuh"
 #include "csrc/cuda/merge_groups.cuh"
 #include "csrc/cuda/merged_attention.cuh"
+#include "faults.h"
 
 namespace {
 
@@ -56,6 +57,7 @@ Schedule schedule_of(const Config& config) {
 template <class Run>
 const char* dispatch(int type, uint64_t seed, Run&& run) {
   cuda_on_cpu::Machine::get().seed(seed);
+  cuda_on_cpu::Machine::get().launches.clear();
   try {
     if (type == 0) run(static_cast<float*>(nullptr));
     if (type == 1) run(static_cast<__half*>(nullptr));
@@ -71,7 +73,12 @@ const char* dispatch(int type, uint64_t seed, Run&& run) {
 
 extern "C" {
 
-int64_t num_launches() { return cuda_on_cpu::Machine::get().num_launches; }
+// Of the last call.
+const char* launches() { return cuda_on_cpu::Machine::get().launches.c_str(); }
+
+const char* fault(int type, uint64_t seed, const Array* out, int number) {
+  return dispatch(type, seed, [&](auto*) { faults::run(number, static_cast<float*>(out->data)); });
+}
 
 const char* append_kv(int type, uint64_t seed, const Array* cache, const Array* key, const Array* value,
                       const Array* slots) {
