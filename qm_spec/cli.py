@@ -1,4 +1,4 @@
-"""`qm-spec`: train a drafter for a target, or a small target to try things on."""
+"""`qm-spec`: train a drafter for a target, a compressor of its states, or a small target to try things on."""
 
 from __future__ import annotations
 
@@ -17,33 +17,45 @@ app = typer.Typer(
 )
 
 
+NOVELS_TARGET = Path(__file__).parent / "zoo" / "novels" / "target"
+
+# What every command of training takes.
+Data = Annotated[list[Path], typer.Option(help="Text file or folder; may be repeated.")]
+Target = Annotated[Path, typer.Option(help="Folder of a transformers causal LM; it is not changed.")]
+MaxSteps = Annotated[int, typer.Option(min=1)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows per step.")]
+Lr = Annotated[float, typer.Option(help="Muon step of the matrices.")]
+AdamLr = Annotated[float, typer.Option(help="AdamW step of everything else.")]
+DecayShare = Annotated[float, typer.Option(min=0, max=1, help="Last part of the steps, where lr falls to 0.")]
+SaveSteps = Annotated[int, typer.Option(min=1)]
+Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")]
+
+
 @app.callback()
 def main() -> None:
-    """Train reference targets and QuickMerge drafters."""
+    """Train reference targets, QuickMerge drafters and compressors."""
 
 
 @app.command("train-target")
 def train_target_command(
-    data: Annotated[list[Path], typer.Option(help="Text file or folder; may be repeated.")],
+    data: Data,
     valid: Annotated[list[Path], typer.Option(help="Text never trained on; may be repeated.")],
     out: Annotated[Path, typer.Option(help="Folder of the new model.")],
-    max_steps: Annotated[int, typer.Option(min=1)] = 1200,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 16,
+    max_steps: MaxSteps = 1200,
+    batch_size: BatchSize = 16,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     hidden_size: Annotated[int, typer.Option(help="A multiple of 64.")] = 192,
     num_layers: Annotated[int, typer.Option(min=1)] = 20,
     intermediate_size: Annotated[int, typer.Option(min=1)] = 512,
     vocab_size: Annotated[int, typer.Option(min=257)] = 4096,
     context: Annotated[int, typer.Option(help="Declared context length in tokens.")] = 4096,
-    lr: Annotated[float, typer.Option(help="Muon step of the matrices.")] = 0.02,
-    adam_lr: Annotated[float, typer.Option(help="AdamW step of everything else.")] = 3e-3,
-    decay_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Last part of the steps, where lr falls to 0.")
-    ] = 0.5,
-    save_steps: Annotated[int, typer.Option(min=1)] = 100,
+    lr: Lr = 0.02,
+    adam_lr: AdamLr = 3e-3,
+    decay_share: DecayShare = 0.5,
+    save_steps: SaveSteps = 100,
     seed: int = 0,
     init_from: Annotated[Path | None, typer.Option(help="Go on from this trained target.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
+    resume: Resume = False,
 ) -> None:
     """Train a small deep Llama on a folder of text.
 
@@ -72,11 +84,11 @@ def train_target_command(
 
 @app.command("train")
 def train_command(
-    target: Annotated[Path, typer.Option(help="Folder of a transformers causal LM; it is not changed.")],
-    data: Annotated[list[Path], typer.Option(help="Text file or folder; may be repeated.")],
+    target: Target,
+    data: Data,
     out: Annotated[Path, typer.Option(help="Folder of the new drafter.")],
-    max_steps: Annotated[int, typer.Option(min=1)] = 600,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
+    max_steps: MaxSteps = 600,
+    batch_size: BatchSize = 8,
     sequence_length: Annotated[int, typer.Option(min=32, help="Tokens per window.")] = 1024,
     rows_per_window: Annotated[int, typer.Option(min=1, help="Positions per window the loss is taken at.")] = 128,
     num_speculative_tokens: Annotated[int, typer.Option(min=1, help="Draft steps unrolled; default K.")] = 4,
@@ -86,15 +98,13 @@ def train_command(
     group_size: Annotated[int, typer.Option(help="Tokens merged together.")] = 16,
     schedule: Annotated[str, typer.Option(help="Entries per group at each level; 0 = none.")] = "8,4,2,1",
     saliency: Annotated[str, typer.Option(help="entropy or inverse_entropy.")] = "entropy",
-    lr: Annotated[float, typer.Option(help="Muon step of the matrices.")] = 0.02,
-    adam_lr: Annotated[float, typer.Option(help="AdamW step of everything else.")] = 3e-3,
-    decay_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Last part of the steps, where lr falls to 0.")
-    ] = 0.5,
-    save_steps: Annotated[int, typer.Option(min=1)] = 100,
+    lr: Lr = 0.02,
+    adam_lr: AdamLr = 3e-3,
+    decay_share: DecayShare = 0.5,
+    save_steps: SaveSteps = 100,
     seed: int = 0,
     init_from: Annotated[Path | None, typer.Option(help="Go on from this trained drafter.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
+    resume: Resume = False,
 ) -> None:
     """Train a QuickMerge drafter for a target; the target is frozen.
 
@@ -122,6 +132,65 @@ def train_command(
     )
     length = stage["valid_acceptance_length_teacher_forced"]
     typer.echo(f"saved {out}: acceptance length {length:.2f} on validation text")
+
+
+@app.command("compress-train")
+def compress_train_command(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the new compressor.")],
+    target: Target = NOVELS_TARGET,
+    layer: Annotated[int, typer.Option(min=0, help="Whose states are compressed; 0 = the embeddings.")] = 5,
+    keep: Annotated[int, typer.Option(min=1, help="K, tokens kept of each window or chunk.")] = 32,
+    chunk_size: Annotated[int | None, typer.Option(min=1, help="Keep K tokens of every so many.")] = None,
+    grouping: Annotated[str, typer.Option(help="cosine or kmeans.")] = "cosine",
+    saliency: Annotated[str, typer.Option(help="learned, entropy, inverse_entropy or norm.")] = "learned",
+    causal: Annotated[bool, typer.Option(help="No merged token holds a token later than its place.")] = False,
+    prior_layers: Annotated[int, typer.Option(min=1, help="Layers of the prior.")] = 2,
+    gamma: Annotated[float, typer.Option(min=0, max=1, help="Strictness of the fidelity; 1 counts every error.")] = 0.8,
+    alpha: Annotated[float, typer.Option(min=0, help="Weight of the alignment loss.")] = 0.1,
+    start_temperature: Annotated[float, typer.Option(help="Of the selection, at the first step.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="After three quarters of the steps, and from then on.")] = 0.1,
+    max_steps: MaxSteps = 600,
+    batch_size: BatchSize = 8,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
+    lr: Lr = 0.005,
+    adam_lr: AdamLr = 1e-3,
+    decay_share: DecayShare = 0.5,
+    save_steps: SaveSteps = 100,
+    seed: int = 0,
+    resume: Resume = False,
+) -> None:
+    """Train a compressor (saliency and prior) on a frozen target's states of a text; no drafter is involved.
+
+    Example: `qm-spec compress-train --data novels/train --layer 5 --keep 32 --out compressor`
+    """
+    from qm_spec.quickmerge import TemperatureSchedule
+    from qm_spec.training.compressor import train_compressor
+    from qm_spec.training.loop import LoopSettings
+
+    stage = train_compressor(
+        target,
+        data,
+        out,
+        loop=LoopSettings(
+            max_steps, batch_size, lr, adam_lr, decay_share=decay_share, save_steps=save_steps, seed=seed
+        ),
+        layer=layer,
+        keep=keep,
+        sequence_length=sequence_length,
+        alpha=alpha,
+        schedule=TemperatureSchedule(start_temperature, temperature, max(1, 3 * max_steps // 4)),
+        resume=resume,
+        chunk_size=chunk_size,
+        grouping=grouping,
+        saliency=saliency,
+        causal=causal,
+        prior_layers=prior_layers,
+        gamma=gamma,
+    )
+    before, after = (stage[f"valid_{when}"] for when in ("before", "after"))
+    changes = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in after)
+    typer.echo(f"saved {out}: on validation text {changes}")
 
 
 if __name__ == "__main__":
