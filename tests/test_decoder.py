@@ -260,6 +260,8 @@ def test_eos_inside_a_draft_ends_the_row_there(name):
         longest = max(map(len, rows))
         assert ids[:, 5:].tolist() == [row + [99] * (longest - len(row)) for row in rows]
         assert stats["generated_tokens"] == sum(map(len, rows))
+        # Every fifth token and the last are the target's own; what was accepted behind an EOS does not count.
+        assert stats["accepted_tokens"] == sum(i % 5 != 0 and i != 19 for row in rows for i in range(1, len(row)))
     several, _ = decoder.generate(prompts[0][None], max_new_tokens=20, eos_token_id=[plain[0][3], plain[0][6]])
     assert several[0, 5:].tolist() == plain[0][: min(plain[0].index(plain[0][3]), plain[0].index(plain[0][6])) + 1]
 

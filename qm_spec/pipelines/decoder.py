@@ -6,15 +6,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.pipelines.bare_target import BareTarget
-from qm_spec.pipelines.cached_target import CachedTarget, check_model, unapplied_settings
+from qm_spec.pipelines.bare_target import BareRun, BareTarget
+from qm_spec.pipelines.cached_target import CachedRun, CachedTarget, check_model, unapplied_settings
 from qm_spec.pipelines.memory_drafter import MemoryDrafter, MemoryDraftModel
 from qm_spec.pipelines.output import Ending, Output
 from qm_spec.pipelines.prior_drafter import PriorDrafter, load_prior
@@ -220,7 +220,9 @@ class SpeculativeDecoder:
         record.longest_row = int(output.lengths.max())
         return output.token_ids[:, : record.longest_row]
 
-    def _time_plain_steps(self, target: Any, next_ids: Tensor, record: Record, warm_up: bool = False) -> None:
+    def _time_plain_steps(
+        self, target: CachedRun | BareRun, next_ids: Tensor, record: Record, warm_up: bool = False
+    ) -> None:
         """Run the target's next token as a decoder without speculation would, and take it back."""
         watch = Stopwatch(self.target.device)
         for number in range(PLAIN_STEPS + warm_up):
