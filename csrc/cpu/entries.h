@@ -22,14 +22,19 @@ class RequestGroups {
  public:
   // Everything must outlive this. No table column past ceil(tokens / P) is read as long as no such group is asked for.
   RequestGroups(const PagedCache& cache, const MergeConfig& config, Integers pages)
-      : cache_(cache), config_(config), pages_(pages), groups_per_page_(cache.page_size / config.group_size) {}
+      : cache_(cache), config_(config), pages_(pages), groups_per_page_(cache.page_size / config.group_size) {
+    while (int64_t{1} << shift_ < groups_per_page_) ++shift_;
+    is_power_ = int64_t{1} << shift_ == groups_per_page_;
+  }
 
   Place place(int64_t group) const {
-    const int64_t page = pages_[group / groups_per_page_];
+    // A division costs as much as all the rest of a step.
+    const int64_t column = is_power_ ? group >> shift_ : group / groups_per_page_;
+    const int64_t page = pages_[column];
     STD_TORCH_CHECK(
         page >= 0 && page < cache_.num_pages,
         "block_table: pages must be in 0..", cache_.num_pages - 1, ", got ", page, " for group ", group);
-    return {page, group % groups_per_page_ * config_.group_size};
+    return {page, (group - column * groups_per_page_) * config_.group_size};
   }
 
   // The group's level, bounded to 0..L. All heads of a group have the same; head 0 is read.
@@ -71,6 +76,8 @@ class RequestGroups {
   const MergeConfig& config_;
   Integers pages_;
   int64_t groups_per_page_;
+  int shift_ = 0;
+  bool is_power_;
 };
 
 // Neighbouring slots of one group that hold entries, the same for every KV head.

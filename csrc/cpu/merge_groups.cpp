@@ -163,32 +163,31 @@ QM_INLINE void assign(Entries& e, int64_t num, int64_t keep) {
     return;
   }
   const int64_t lanes = to_lanes(num);
-  IntVec lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  int32_t* rank = cluster;
+  std::fill(rank, rank + lanes, 0);
+  for (int32_t j = 0; j < num; ++j) {
+    const float other = e.mass[j];
+#pragma omp simd
+    for (int32_t i = 0; i < lanes; ++i)
+      rank[i] += static_cast<int32_t>(other > e.mass[i]) | (static_cast<int32_t>(other == e.mass[i]) & (j < i));
+  }
   // Never more than `keep`, whatever a mass of stale bytes compares to.
   int32_t kept = 0;
-  for (int64_t i = 0; i < num; i += kLanes) {
-    const Vec mass = load(e.mass + i);
-    IntVec rank{};
-    for (int64_t j = 0; j < num; ++j) {
-      const Vec other = all(e.mass[j]);
-      rank -= (other > mass) | ((other == mass) & (lane + static_cast<int32_t>(i) > static_cast<int32_t>(j)));
+  for (int32_t i = 0; i < num; ++i)
+    if (rank[i] < keep && kept < keep) centre[kept++] = i;
+  float* best = e.weight;
+  std::fill(best, best + lanes, -INFINITY);
+  std::fill(cluster, cluster + lanes, 0);
+  for (int32_t k = 0; k < kept; ++k) {
+    const float* products = e.gram + centre[k] * lanes;
+    // The norm of the entry that looks for a centre changes nothing about which is nearest.
+    const float scale = 1.0f / std::max(std::sqrt(products[centre[k]]), 1e-12f);
+#pragma omp simd
+    for (int32_t i = 0; i < lanes; ++i) {
+      const float similarity = products[i] * scale;
+      cluster[i] = similarity > best[i] ? k : cluster[i];
+      best[i] = similarity > best[i] ? similarity : best[i];
     }
-    for (int64_t k = i; k < std::min(num, i + kLanes); ++k)
-      if (rank[k - i] < keep && kept < keep) centre[kept++] = static_cast<int32_t>(k);
-  }
-  for (int64_t i = 0; i < lanes; i += kLanes) {
-    Vec best = all(-INFINITY);
-    IntVec nearest{};
-    for (int32_t k = 0; k < kept; ++k) {
-      const float norm = std::sqrt(e.gram[centre[k] * lanes + centre[k]]);
-      // The norm of the entry that looks for a centre changes nothing about which is nearest.
-      const Vec similarity = load(e.gram + centre[k] * lanes + i) * (1.0f / std::max(norm, 1e-12f));
-      const IntVec nearer = similarity > best;
-      best = nearer ? similarity : best;
-      nearest = nearer ? IntVec{} + k : nearest;
-    }
-    std::memcpy(cluster + i, &nearest, sizeof nearest);
   }
   for (int32_t k = 0; k < kept; ++k) cluster[centre[k]] = k;
 }
@@ -232,6 +231,10 @@ struct Slots {
 
   char* key(int64_t i) const { return first + i * stride; }
   char* value(int64_t i) const { return key(i) + value_offset; }
+  void prefetch(int64_t num) const {
+    for (int64_t i = 0; i < num; ++i)
+      for (int64_t byte = 0; byte < state_offset; byte += 64) __builtin_prefetch(key(i) + byte, 1);
+  }
   SlotState state(int64_t i) const { return read_bytes<SlotState>(key(i) + state_offset); }
   void set_state(int64_t i, const SlotState& state) const { std::memcpy(key(i) + state_offset, &state, sizeof state); }
 };
@@ -328,7 +331,9 @@ void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan
       const auto slots = [&](const Place& at) {
         return Slots{cache.key(at.page, head, at.slot), cache.slot_stride_bytes(), row, 2 * row};
       };
-      for (const Step* step = tasks[task / cache.num_heads].begin; step < tasks[task / cache.num_heads].end; ++step) {
+      const Task& part = tasks[task / cache.num_heads];
+      for (const Step* step = part.begin; step < part.end; ++step) {
+        if (step + 1 < part.end && step[1].tail.page < 0) slots(step[1].head).prefetch(rule.config.held(step[1].from));
         if (step->tail.page < 0) {
           merge_group(slots(step->head), cache.type, cache.head_dim, step->from, step->to, rule, entries);
         } else {
