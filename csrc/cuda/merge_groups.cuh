@@ -183,12 +183,13 @@ __device__ void write_means(const Group& group, T* first, int64_t slot_stride, i
       store(first + k * slot_stride + c, mean);
     }
   }
-  // The rows were all read before; what comes next overwrites them, or reads the means.
+  // Lanes keep to their own columns, and need not rely on it: what comes next overwrites the rows.
   __syncwarp();
 }
 
 // Bring one head of a group from level `old_level` to `new_level` of the schedule, through every level between them
-// with what it stores there: the result does not depend on when the group was visited.
+// with what it stores there: the result does not depend on when the group was visited. Entry i's mass and count are
+// lane i's alone, except within `assign`, which begins after a barrier.
 template <typename T>
 __device__ void merge_group(
     const Merge<T>& merge, const Group& group, Place at, int64_t head, int old_level, int new_level) {
@@ -200,7 +201,6 @@ __device__ void merge_group(
     group.mass[i] = state->mass;
     group.count[i] = state->count;
   }
-  __syncwarp();
   for (int level = old_level + 1; level <= new_level; ++level) {
     const int old = schedule.held[level - 1], keep = schedule.held[level];
     if (keep == 0) break;
@@ -214,7 +214,6 @@ __device__ void merge_group(
       group.mass[k] = group.merged_mass[k];
       group.count[k] = group.merged_count[k];
     }
-    __syncwarp();
   }
   const int keep = schedule.held[new_level];
   for (int i = lane_id(); i < schedule.group_size; i += kWarp) {
@@ -223,7 +222,6 @@ __device__ void merge_group(
         is_entry ? group.mass[i] : 0.0f, is_entry ? group.count[i] : 0.0f,
         i == 0 ? static_cast<float>(new_level) : 0.0f, 0.0f};
   }
-  __syncwarp();
 }
 
 // Levels within groups. Grid (X, B); all warps of a block scan the same groups, and each takes a share of the heads.

@@ -69,6 +69,7 @@ struct Block {
   // Of every lane's value, for two exchanges: a lane may be one ahead of another.
   std::vector<uint32_t> exchanged;
   int num_alive;
+  size_t warp;  // that goes on
 };
 
 class Machine {
@@ -146,6 +147,7 @@ class Machine {
     std::memset(block->shared.data(), 0xff, block->shared.size() * sizeof(float));
     block->exchanged.resize(2 * blockDim.x);
     block->num_alive = static_cast<int>(blockDim.x);
+    block->warp = random_() % (blockDim.x / kWarp);
     for (unsigned thread = 0; thread < blockDim.x; ++thread) {
       if (idle_.empty()) idle_.push_back(std::make_unique<Fibre>());
       Fibre* fibre = idle_.back().release();
@@ -169,28 +171,37 @@ class Machine {
     for (Fibre* fibre : block.fibres) idle_.emplace_back(fibre);
   }
 
-  // Let every fibre of a block that can go on do so once, in an order of the seed's; then open the barriers.
+  // Let the lanes of a warp that can go on do so, in an order of the seed's; then open the barriers that all have come
+  // to. The same warp is chosen again and again for a while, so that some are far ahead of others.
   void step(Block& block) {
-    std::vector<Fibre*> order;
-    for (Fibre* fibre : block.fibres)
-      if (fibre->state == State::kRunnable) order.push_back(fibre);
+    const size_t num_warps = block.fibres.size() / kWarp;
+    if (random_() % 8 == 0) block.warp = random_() % num_warps;
+    std::vector<Fibre*> order = runnable(block, block.warp);
+    for (size_t tried = 1; order.empty() && tried < num_warps; ++tried) {
+      block.warp = (block.warp + 1) % num_warps;
+      order = runnable(block, block.warp);
+    }
+    check(!order.empty(), "threads wait at " + waiting_at(block) + " for others that never come");
     std::shuffle(order.begin(), order.end(), random_);
     for (Fibre* fibre : order) resume(fibre);
-    bool opened = false;
-    for (size_t first = 0; first < block.fibres.size(); first += kWarp)
-      opened = open(block, first, first + kWarp, State::kAtWarp) || opened;
-    opened = open(block, 0, block.fibres.size(), State::kAtBlock) || opened;
-    check(opened || block.num_alive == 0, "threads wait at " + waiting_at(block) + " for others that never come");
+    open(block, block.warp * kWarp, (block.warp + 1) * kWarp, State::kAtWarp);
+    open(block, 0, block.fibres.size(), State::kAtBlock);
+  }
+
+  static std::vector<Fibre*> runnable(const Block& block, size_t warp) {
+    std::vector<Fibre*> result;
+    for (size_t i = warp * kWarp; i < (warp + 1) * kWarp; ++i)
+      if (block.fibres[i]->state == State::kRunnable) result.push_back(block.fibres[i]);
+    return result;
   }
 
   // Let fibres first..last go on if all of them wait at the same instruction.
-  bool open(Block& block, size_t first, size_t last, State state) {
+  static void open(Block& block, size_t first, size_t last, State state) {
     for (size_t i = first; i < last; ++i) {
-      if (block.fibres[i]->state != state) return false;
+      if (block.fibres[i]->state != state) return;
       check(std::strcmp(block.fibres[i]->at, block.fibres[first]->at) == 0, "lanes are at different instructions");
     }
     for (size_t i = first; i < last; ++i) block.fibres[i]->state = State::kRunnable;
-    return true;
   }
 
   static std::string waiting_at(const Block& block) {
