@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from qm_spec.pipelines.decoder import SpeculativeDecoder
+    from qm_spec.pipelines.speculation import SpeculativeDecoder
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED_TARGET = ROOT / "qm_spec" / "zoo" / "novels" / "target"

@@ -29,9 +29,9 @@ from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.pipelines import statistics
 from qm_spec.pipelines.bare_target import BareTarget
 from qm_spec.pipelines.cached_target import CachedTarget
-from qm_spec.pipelines.decoder import SpeculativeDecoder
 from qm_spec.pipelines.memory_drafter import MemoryDrafter, MemoryDraftModel
 from qm_spec.pipelines.prior_drafter import PriorDrafter, untrained_config
+from qm_spec.pipelines.speculation import SpeculativeDecoder
 from qm_spec.training.drafter import DraftTraining
 
 VOCAB = 11
