@@ -20,8 +20,9 @@ class TokenCompressor(nn.Module):
 
     Args:
         embedding_dim: D.
-        saliency: `entropy`, `inverse_entropy`, `norm` or `learned`.
-        grouping: `cosine` or `kmeans`.
+        saliency: `inverse_entropy`, `entropy`, `norm` or `learned`.
+        grouping: `kmeans` or `cosine`. The defaults of both are what `quickmergepp` does, whose README
+            the pipelines are from; in `docs/results/pipelines.md` they move most outputs least.
         num_layers: passes of attention that the entropy is averaged over.
         causal: no merged token holds a token later than its place.
         temperature: tau of the selection.
@@ -37,8 +38,8 @@ class TokenCompressor(nn.Module):
         self,
         embedding_dim: int,
         *,
-        saliency: str = "entropy",
-        grouping: str = "cosine",
+        saliency: str = "inverse_entropy",
+        grouping: str = "kmeans",
         num_layers: int = 1,
         causal: bool = False,
         temperature: float = 0.1,
@@ -67,6 +68,13 @@ class TokenCompressor(nn.Module):
         mask = full_mask("TokenCompressor", tokens, token_mask)
         saliency = self.saliency(tokens, token_mask)
         return self.merging.merge(tokens, saliency, fixed_budget(keep, mask), mask, keep, sample=False)
+
+
+def compress_tokens(
+    tokens: Tensor, keep: int, *, saliency: str = "inverse_entropy", grouping: str = "kmeans"
+) -> MergedTokens:
+    """Merge tokens of any dimension once; see `TokenCompressor`, whose parameters a `learned` saliency would need."""
+    return TokenCompressor(tokens.shape[-1], saliency=saliency, grouping=grouping)(tokens, keep)
 
 
 def merge_info(tokens: Tensor, merged: MergedTokens) -> dict[str, Any]:

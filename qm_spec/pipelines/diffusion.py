@@ -14,7 +14,7 @@ class DiffusionPipeline(nn.Module):
     """Compress what a diffusion model reads; see `create_diffusion_pipeline`."""
 
     def __init__(
-        self, unet_dim: int, text_dim: int, k_max: int, *, saliency: str = "entropy", grouping: str = "cosine"
+        self, unet_dim: int, text_dim: int, k_max: int, *, saliency: str = "inverse_entropy", grouping: str = "kmeans"
     ) -> None:
         super().__init__()
         if isinstance(k_max, bool) or not isinstance(k_max, int):
@@ -94,8 +94,8 @@ def create_diffusion_pipeline(
     text_dim: int = 512,
     k_max: int = 32,
     *,
-    saliency: str = "entropy",
-    grouping: str = "cosine",
+    saliency: str = "inverse_entropy",
+    grouping: str = "kmeans",
 ) -> DiffusionPipeline:
     """Return a pipeline that compresses text embeddings and UNet features to `k_max` tokens.
 
@@ -106,8 +106,8 @@ def create_diffusion_pipeline(
         unet_dim: channels of the features.
         text_dim: of text embeddings.
         k_max: tokens kept per sequence, at least 1; above N all stay as they are.
-        saliency: `entropy`, `inverse_entropy`, `norm` or `learned`.
-        grouping: `cosine` or `kmeans`.
+        saliency: `inverse_entropy`, `entropy`, `norm` or `learned`.
+        grouping: `kmeans` or `cosine`.
 
     Raises:
         TypeError: `k_max` is not an integer.

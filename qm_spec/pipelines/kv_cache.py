@@ -24,6 +24,7 @@ PROPORTIONAL = "quickmerge_proportional"
 # Old tokens that wait before they are merged one step at a time; each merge looks at all old entries.
 _MERGE_EVERY = 16
 _FIELDS = ("keys", "values", "mass", "size", "position")
+_PROMPT = ("prompt_size", "prompt_position")
 
 
 def _proportional_attention(
@@ -66,7 +67,9 @@ class QuickMergeLayer(CacheLayerMixin):
         ratio: merged entries per old token of the longest sequence, or None.
         window: newest tokens that stay as they are.
         sinks: first tokens of each sequence that do.
-        padding: `[B]` int64, columns of padding in front of each sequence; None for none.
+        prompt_size: `[B, M]` float32, tokens in each of the first M columns, 0 at padding; None for
+            one in each.
+        prompt_position: `[B, M]` integers, of those columns; None counts them from 0.
         proportional: hand the logarithm of the sizes to attention.
     """
 
@@ -76,7 +79,6 @@ class QuickMergeLayer(CacheLayerMixin):
     # None before the first token, as in all layers of transformers.
     keys: Any
     values: Any
-    padding: Any
 
     def __init__(
         self,
@@ -86,7 +88,8 @@ class QuickMergeLayer(CacheLayerMixin):
         ratio: float | None,
         window: int,
         sinks: int,
-        padding: Tensor | None,
+        prompt_size: Tensor | None,
+        prompt_position: Tensor | None,
         proportional: bool,
     ) -> None:
         super().__init__()
@@ -95,7 +98,8 @@ class QuickMergeLayer(CacheLayerMixin):
         self.ratio = ratio
         self.window = window
         self.sinks = sinks
-        self.padding = padding
+        self.prompt_size = prompt_size
+        self.prompt_position = prompt_position
         self.proportional = proportional
         self.cumulative_length = 0
 
@@ -103,18 +107,19 @@ class QuickMergeLayer(CacheLayerMixin):
         """Begin an empty memory for sequences of this shape, dtype and device."""
         batch, heads = key_states.shape[:2]
         self.dtype, self.device = key_states.dtype, key_states.device
-        if self.padding is None:
-            self.padding = torch.zeros(batch, dtype=torch.int64)
-        if batch % len(self.padding):
-            raise ValueError(
-                f"QuickMergeCache: attention_mask must have the batch of {batch} sequences, got {len(self.padding)}"
-            )
-        # Beams, and several samples of a prompt, stand side by side.
-        self.padding = self.padding.to(self.device).repeat_interleave(batch // len(self.padding))
+        for field in _PROMPT:
+            prompt = getattr(self, field)
+            if prompt is not None:
+                if batch % len(prompt):
+                    raise ValueError(
+                        f"QuickMergeCache: attention_mask must have the batch of {batch} sequences, got {len(prompt)}"
+                    )
+                # Beams, and several samples of a prompt, stand side by side.
+                setattr(self, field, prompt.to(self.device).repeat_interleave(batch // len(prompt), dim=0))
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.mass = torch.zeros(batch, heads, 0, device=self.device)
         self.size = torch.zeros(batch, heads, 0, device=self.device)
-        self.position = torch.zeros(batch, heads, 0, dtype=torch.int64, device=self.device)
+        self.position = torch.zeros(batch, heads, 0, dtype=torch.int32, device=self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -132,21 +137,32 @@ class QuickMergeLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch, heads, num_new = key_states.shape[:3]
-        column = torch.arange(self.cumulative_length, self.cumulative_length + num_new, device=key_states.device)
-        real = column >= self.padding.unsqueeze(-1)
-        self.cumulative_length += num_new
+        begin, end = self.cumulative_length, self.cumulative_length + num_new
+        self.cumulative_length = end
+        size, position = self._columns(torch.arange(begin, end, device=self.device))
         keys: Any = torch.cat([self.keys, key_states], dim=2)
         values = torch.cat([self.values, value_states], dim=2)
         self.keys, self.values = keys, values
         shape = (batch, heads, num_new)
         self.mass = torch.cat([self.mass, self.mass.new_zeros(shape)], dim=2)
-        self.size = torch.cat([self.size, real.unsqueeze(1).expand(shape).float()], dim=2)
-        self.position = torch.cat([self.position, column.expand(shape)], dim=2)
+        self.size = torch.cat([self.size, size.unsqueeze(1).expand(shape)], dim=2)
+        self.position = torch.cat([self.position, position.unsqueeze(1).expand(shape).int()], dim=2)
         if self.proportional:
             # Padding is masked anyway; log 0 would be NaN where it is masked twice.
             keys.log_size = self.size.clamp_min(1.0).log()
         self._merge_old(at_once=num_new > 1)
         return keys, values
+
+    def _columns(self, column: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sizes and positions `[b, N]` of columns `[N]`, b the batch, or 1 where all rows are alike."""
+        size, position = torch.ones_like(column, dtype=torch.float32).unsqueeze(0), column.unsqueeze(0)
+        if self.prompt_size is not None:
+            last = self.prompt_size.shape[1] - 1
+            size = torch.where(column <= last, self.prompt_size[:, column.clamp_max(last)], size)
+        if self.prompt_position is not None:
+            last = self.prompt_position.shape[1] - 1
+            position = self.prompt_position[:, column.clamp_max(last)] + (column - last).clamp_min(0)
+        return size, position
 
     def _merge_old(self, at_once: bool) -> None:
         num_slots = self.keys.shape[2]
@@ -169,7 +185,8 @@ class QuickMergeLayer(CacheLayerMixin):
         if self.ratio is None:
             assert self.k_max is not None
             return self.k_max
-        longest = self.cumulative_length - int(self.padding.min())
+        padding = 0 if self.prompt_size is None else int((self.prompt_size == 0).sum(-1).min())
+        longest = self.cumulative_length - padding
         return max(1, int(self.ratio * max(longest - self.window - self.sinks, 0)))
 
     def get_seq_length(self) -> int:
@@ -197,7 +214,7 @@ class QuickMergeLayer(CacheLayerMixin):
         )
 
     def reset(self) -> None:
-        """Forget all tokens; padding stays what it was."""
+        """Forget all tokens; the next prompt is taken to be padded as the last."""
         self.keys = self.values = None
         self.is_initialized = False
         self.cumulative_length = 0
@@ -209,14 +226,15 @@ class QuickMergeLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences of these indices."""
         if self.is_initialized:
-            for field in (*_FIELDS, "padding"):
-                setattr(self, field, getattr(self, field)[indices.to(self.device)])
+            for field in (*_FIELDS, *_PROMPT):
+                if getattr(self, field) is not None:
+                    setattr(self, field, getattr(self, field)[indices.to(self.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
         if self.is_initialized:
-            for field in (*_FIELDS, "padding"):
-                setattr(self, field, getattr(self, field).repeat_interleave(repeats, dim=0))
+            sequences = torch.arange(self.batch_size, device=self.device)
+            self.batch_select_indices(sequences.repeat_interleave(repeats))
 
     @property
     def batch_size(self) -> int:
@@ -225,7 +243,7 @@ class QuickMergeLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is stored: keys, values, and 16 bytes of mass, size and position per entry."""
+        """Bytes of all that is stored: keys, values, and 12 bytes of mass, size and position per entry."""
         return nbytes(getattr(self, field) for field in _FIELDS) if self.is_initialized else 0
 
 
@@ -237,8 +255,7 @@ class QuickMergeCache(Cache):
     read whole before it is merged; afterwards old tokens are merged 16 at a time. While nothing has
     to be merged, the output is that of a DynamicCache.
 
-    Use one cache per batch of sequences; `reset()` empties it. Positions must count on by one from
-    token to token, as they do unless a caller passes others.
+    Use one cache per batch of sequences; `reset()` empties it.
 
     Args:
         model: a causal language model of transformers, with full attention in all layers.
@@ -248,6 +265,8 @@ class QuickMergeCache(Cache):
         sinks: first tokens kept, at least 0.
         attention_mask: `[B, N]` of the prompt, where sequences are padded on the left; without it
             padding would be merged like text.
+        token_sizes: `[B, N]`, in place of `attention_mask` where the prompt's columns hold several
+            tokens each (`merge_image_tokens`): tokens in each column, 0 at padding.
         merger: how entries are merged; None takes `KeyValueMerger` with the model's own rotary
             embedding.
         proportional: let an entry of n tokens weigh like n in attention. Asks for
@@ -271,6 +290,8 @@ class QuickMergeCache(Cache):
         window: int = 128,
         sinks: int = 4,
         attention_mask: Tensor | None = None,
+        token_sizes: Tensor | None = None,
+        position_ids: Tensor | None = None,
         merger: KeyValueMerger | None = None,
         proportional: bool = False,
     ) -> None:
@@ -296,7 +317,8 @@ class QuickMergeCache(Cache):
             ratio=ratio,
             window=window,
             sinks=sinks,
-            padding=None if attention_mask is None else _left_padding(attention_mask),
+            prompt_size=_prompt_size(attention_mask if token_sizes is None else token_sizes),
+            prompt_position=position_ids,
             proportional=proportional,
         )
         super().__init__(layers=[make_layer() for _ in range(config.num_hidden_layers)])
@@ -331,11 +353,13 @@ def _check_attention(config: Any) -> None:
         )
 
 
-def _left_padding(attention_mask: Tensor) -> Tensor:
-    mask = attention_mask.bool()
+def _prompt_size(sizes: Tensor | None) -> Tensor | None:
+    if sizes is None:
+        return None
+    mask = sizes > 0
     if mask.ndim != 2 or bool((mask[:, 1:] < mask[:, :-1]).any()) or not bool(mask[:, -1].all()):
         raise ValueError(
             f"QuickMergeCache: attention_mask must be [B, N] with padding on the left only, got {list(mask.shape)}; "
             "set tokenizer.padding_side = 'left'"
         )
-    return (~mask).sum(-1)
+    return sizes.float()

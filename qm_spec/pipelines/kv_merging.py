@@ -25,7 +25,7 @@ class KeyValueEntries:
         values: `[R, N, d']`.
         mass: `[R, N]` float32, weight in a merge; 0 where an entry was never weighed.
         size: `[R, N]` float32, tokens in each entry; 0 where a slot is empty.
-        position: `[R, N]` int64, of the token at whose place an entry stands.
+        position: `[R, N]` integers, of the token at whose place an entry stands.
     """
 
     keys: Tensor
@@ -87,21 +87,10 @@ class KeyValueMerger:
         content = entries.keys.float()
         if self.rotary is not None:
             content = self.rotary.rotate(entries.keys, -entries.position)
-        full = entries.size > 0
-        count = mergeable.sum(-1)
-        budget = torch.minimum(budget, count)
-        selection = TokenSelection(self.temperature, self.epsilon)(
-            self._saliency(content, mergeable), budget, mergeable, sample=False
-        )
-        group = group_by_kmeans if self.grouping == "kmeans" else group_by_cosine
-        merging = group(content, selection, mergeable)
-        grouping = _among_the_others(merging, full, mergeable, count - budget)
-
-        fresh = entries.mass == 0
+        grouping, mass = self.group(content, entries, mergeable, budget)
         # Entries outside the run are alone in their group, where any positive mass will do.
-        mass = torch.where(fresh & mergeable, selection.mass, entries.mass)
         weight = torch.where(mergeable, mass, 1.0)
-        place = grouping.place.clamp_max(full.shape[1] - 1)
+        place = grouping.place.clamp_max(mass.shape[1] - 1)
         position = entries.position.gather(1, place).masked_fill(~grouping.live, 0)
         keys, _, _ = merge_groups(content, weight, grouping)
         if self.rotary is not None:
@@ -115,9 +104,31 @@ class KeyValueMerger:
         merged = KeyValueEntries(keys, values, _count(grouping, mass), _count(grouping, entries.size), position)
         return merged, grouping.cluster
 
-    def _saliency(self, content: Tensor, mask: Tensor) -> Tensor:
-        score = make_saliency(self.saliency, content.shape[-1], num_layers=1, causal=False)
-        return score(content, mask)
+    def group(
+        self, content: Tensor, entries: KeyValueEntries, mergeable: Tensor, budget: Tensor
+    ) -> tuple[Grouping, Tensor]:
+        """Return the groups of all entries, those that stay alone in theirs, and each entry's mass.
+
+        Args:
+            content: `[R, N, d]` float32, keys before rotation.
+            entries: what there is.
+            mergeable: see `__call__`.
+            budget: see `__call__`.
+        """
+        count = mergeable.sum(-1)
+        budget = torch.minimum(budget, count)
+        selection = TokenSelection(self.temperature, self.epsilon)(
+            self.score(content, mergeable), budget, mergeable, sample=False
+        )
+        group = group_by_kmeans if self.grouping == "kmeans" else group_by_cosine
+        merging = group(content, selection, mergeable)
+        # A merged entry keeps the mass that its tokens brought with them.
+        mass = torch.where((entries.mass == 0) & mergeable, selection.mass, entries.mass)
+        return _among_the_others(merging, entries.size > 0, mergeable, count - budget), mass
+
+    def score(self, content: Tensor, mergeable: Tensor) -> Tensor:
+        """Return the saliency `[R, N]` float32 of keys before rotation; higher = keep."""
+        return make_saliency(self.saliency, content.shape[-1], num_layers=1, causal=False)(content, mergeable)
 
 
 def _among_the_others(merging: Grouping, full: Tensor, mergeable: Tensor, merged_away: Tensor) -> Grouping:

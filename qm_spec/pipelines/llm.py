@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,10 +56,9 @@ class LLMPipeline(nn.Module):
         model_dim: int,
         k_max: int,
         *,
-        saliency: str = "entropy",
-        key_saliency: str = "norm",
-        grouping: str = "cosine",
-        rotary: Rotary | None = None,
+        saliency: str = "inverse_entropy",
+        grouping: str = "kmeans",
+        merger: KeyValueMerger | None = None,
     ) -> None:
         super().__init__()
         if isinstance(k_max, bool) or not isinstance(k_max, int):
@@ -68,7 +67,7 @@ class LLMPipeline(nn.Module):
             raise ValueError(f"create_llm_pipeline: k_max must be at least 1, got {k_max}")
         self.k_max = k_max
         self.hidden = TokenCompressor(model_dim, saliency=saliency, grouping=grouping, causal=True)
-        self.merger = KeyValueMerger(key_saliency, grouping, rotary=rotary)
+        self.merger = merger or KeyValueMerger()
 
     def compress_kv_cache(self, key: Tensor, value: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return keys and values of `min(k_max, S)` entries; see `merge_kv_cache` for all there is to know."""
@@ -79,7 +78,7 @@ class LLMPipeline(nn.Module):
         """Merge keys and values by one assignment for both, found on the keys, head by head.
 
         Args:
-            key: `[B, S, H, D]`, any float dtype; rotated, if the pipeline was given a `rotary`.
+            key: `[B, S, H, D]`, any float dtype; rotated, if the merger has a `rotary`.
             value: `[B, S, H, D']`.
             token_mask: `[B, S]` bool, True = token.
 
@@ -148,11 +147,9 @@ class LLMPipeline(nn.Module):
     ) -> QuickMergeCache:
         """Make a cache with this pipeline's `k_max` and merger for `model.generate(past_key_values=cache)`.
 
-        Keys are rotated as the model does, whatever the pipeline was given. For the arguments and
+        Keys are taken to be rotated as the model does, whatever the pipeline's merger says. For the arguments and
         errors see `qm_spec.pipelines.kv_cache.QuickMergeCache`; needs transformers.
         """
-        from dataclasses import replace
-
         from qm_spec.pipelines.kv_cache import QuickMergeCache
 
         return QuickMergeCache(
@@ -170,10 +167,9 @@ def create_llm_pipeline(
     model_dim: int = 4096,
     k_max: int = 128,
     *,
-    saliency: str = "entropy",
-    key_saliency: str = "norm",
-    grouping: str = "cosine",
-    rotary: Rotary | None = None,
+    saliency: str = "inverse_entropy",
+    grouping: str = "kmeans",
+    merger: KeyValueMerger | None = None,
 ) -> LLMPipeline:
     """Return a pipeline that compresses key-value caches and hidden states to `k_max` tokens.
 
@@ -183,11 +179,10 @@ def create_llm_pipeline(
     Args:
         model_dim: of hidden states.
         k_max: tokens kept per sequence, at least 1; above N all stay as they are.
-        saliency: of hidden states, `entropy`, `inverse_entropy`, `norm` or `learned`.
-        key_saliency: of keys, see `KeyValueMerger`.
-        grouping: `cosine` or `kmeans`.
-        rotary: how the keys of `compress_kv_cache` were rotated (`Rotary.from_model(model)`); None
-            for keys before rotation, or models without.
+        saliency: of hidden states, `inverse_entropy`, `entropy`, `norm` or `learned`.
+        grouping: of hidden states, `kmeans` or `cosine`.
+        merger: of keys and values; None takes `KeyValueMerger()`, for keys before rotation. For
+            rotated ones give `KeyValueMerger(rotary=Rotary.from_model(model))`.
 
     Raises:
         TypeError: `k_max` is not an integer.
@@ -195,4 +190,4 @@ def create_llm_pipeline(
 
     Source: the `quickmergepp` README, LLM Optimizations.
     """
-    return LLMPipeline(model_dim, k_max, saliency=saliency, key_saliency=key_saliency, grouping=grouping, rotary=rotary)
+    return LLMPipeline(model_dim, k_max, saliency=saliency, grouping=grouping, merger=merger)

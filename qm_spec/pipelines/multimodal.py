@@ -46,8 +46,8 @@ class MultimodalPipeline(nn.Module):
         compressed_dim: int,
         k_max: int,
         *,
-        saliency: str = "entropy",
-        grouping: str = "cosine",
+        saliency: str = "inverse_entropy",
+        grouping: str = "kmeans",
     ) -> None:
         super().__init__()
         if isinstance(k_max, bool) or not isinstance(k_max, int):
@@ -137,8 +137,8 @@ def create_multimodal_pipeline(
     compressed_dim: int = 256,
     k_max: int = 64,
     *,
-    saliency: str = "entropy",
-    grouping: str = "cosine",
+    saliency: str = "inverse_entropy",
+    grouping: str = "kmeans",
 ) -> MultimodalPipeline:
     """Return a pipeline that fuses vision and text tokens to at most `k_max` in all.
 
@@ -151,8 +151,8 @@ def create_multimodal_pipeline(
         text_dim: of text tokens.
         compressed_dim: of fused tokens.
         k_max: fused tokens, of both modalities together, at least 1.
-        saliency: `entropy`, `inverse_entropy`, `norm` (0.5 for all here, after the layer norm) or `learned`.
-        grouping: `cosine` or `kmeans`.
+        saliency: `inverse_entropy`, `entropy`, `norm` (nearly the same for all, after the layer norm) or `learned`.
+        grouping: `kmeans` or `cosine`.
 
     Raises:
         TypeError: `k_max` is not an integer.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qm_spec.pipelines.compressor import TokenCompressor
+from qm_spec.pipelines.compressor import compress_tokens
 from qm_spec.pipelines.report import compression_report
+from qm_spec.quickmerge import MergedTokens
 from qm_spec.quickmerge.inputs import check_tokens
+
+_BY_NORM = partial(compress_tokens, saliency="norm", grouping="cosine")
 
 
 @dataclass(frozen=True)
@@ -48,22 +52,24 @@ class PromptMerger:
         k_max: tokens kept of each prompt, above `keep_first`.
         keep_first: first tokens that stay as they are: CLIP's begin token, the same in all prompts,
             takes much of the attention.
-        saliency: `entropy`, `inverse_entropy` or `norm`.
-        grouping: `cosine` or `kmeans`.
+        compress: merges `[B, n, D]` to at most K tokens, such as a `TokenCompressor`.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: `keep_first` is out of range.
     """
 
     def __init__(
-        self, k_max: int = 32, *, keep_first: int = 1, saliency: str = "entropy", grouping: str = "cosine"
+        self,
+        k_max: int = 32,
+        *,
+        keep_first: int = 1,
+        compress: Callable[[Tensor, int], MergedTokens] = compress_tokens,
     ) -> None:
         if not 0 <= keep_first < k_max:
             raise ValueError(f"PromptMerger: keep_first must be in 0..k_max - 1 = {k_max - 1}, got {keep_first}")
         self.k_max = k_max
         self.keep_first = keep_first
-        self.saliency = saliency
-        self.grouping = grouping
+        self.compress = compress
 
     def __call__(
         self, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None = None
@@ -95,8 +101,7 @@ class PromptMerger:
         first = min(self.keep_first, embeds.shape[1])
         tokens, log_size = embeds[:, :first], embeds.new_zeros(len(embeds), first, dtype=torch.float32)
         if first < embeds.shape[1]:
-            compressor = TokenCompressor(embeds.shape[-1], saliency=self.saliency, grouping=self.grouping)
-            merged = compressor(embeds[:, first:], self.k_max - first)
+            merged = self.compress(embeds[:, first:], self.k_max - first)
             tokens, log_size = torch.cat([tokens, merged.tokens], 1), torch.cat([log_size, merged.log_size], 1)
         lengths = (torch.full((len(embeds),), x.shape[1]) for x in (embeds, tokens))
         info = compression_report([embeds], [tokens], *lengths)
@@ -110,7 +115,7 @@ def merged_attention(
     *,
     keep: float | None = None,
     log_size: Tensor | None = None,
-    saliency: str = "norm",
+    compress: Callable[[Tensor, int], MergedTokens] = _BY_NORM,
 ) -> Iterator[None]:
     """Let a UNet's attention work on merged tokens; on leaving, it is as it was.
 
@@ -126,18 +131,19 @@ def merged_attention(
         unet: a `UNet2DConditionModel` of diffusers, or what else has `attn_processors`.
         keep: share of the tokens kept in self-attention, above 0 and at most 1; None leaves it alone.
         log_size: `[b, K]` of the prompt, from `PromptMerger.merge`; None leaves cross-attention alone.
-        saliency: of features: `norm` takes time linear in N, `entropy` and `inverse_entropy` N^2.
+        compress: merges features `[B, N, C]` to at most K. The default takes saliency by norm, in time
+            linear in N, and groups by cosine once; k-means is nearer to the whole and costs more
+            than the attention it replaces.
 
     Raises:
-        ValueError: `keep` is out of range, or the saliency unknown.
+        ValueError: `keep` is out of range.
 
     Source: ours, after ToMe for Stable Diffusion, arXiv 2303.17604.
     """
     if keep is not None and not 0 < keep <= 1:
         raise ValueError(f"merged_attention: keep must be above 0 and at most 1, got {keep}")
-    TokenCompressor(1, saliency=saliency)
     before = dict(unet.attn_processors)
-    unet.set_attn_processor({name: _Merged(one, keep, log_size, saliency) for name, one in before.items()})
+    unet.set_attn_processor({name: _Merged(one, keep, log_size, compress) for name, one in before.items()})
     try:
         yield
     finally:
@@ -147,11 +153,17 @@ def merged_attention(
 class _Merged:
     """An attention processor around another one."""
 
-    def __init__(self, inner: Any, keep: float | None, log_size: Tensor | None, saliency: str) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        keep: float | None,
+        log_size: Tensor | None,
+        compress: Callable[[Tensor, int], MergedTokens],
+    ) -> None:
         self.inner = inner
         self.keep = keep
         self.log_size = log_size
-        self.saliency = saliency
+        self.compress = compress
 
     def __call__(
         self,
@@ -178,6 +190,6 @@ class _Merged:
         if self.keep is None or hidden_states.ndim != 3 or attn.residual_connection:
             return self.inner(attn, hidden_states, None, attention_mask, temb, **settings)
         keep = max(1, int(self.keep * hidden_states.shape[1]))
-        merged = TokenCompressor(hidden_states.shape[-1], saliency=self.saliency)(hidden_states, keep)
+        merged = self.compress(hidden_states, keep)
         bias = merged.log_size.unsqueeze(1).to(hidden_states)
         return merged.unmerge(self.inner(attn, merged.tokens, None, bias, temb, **settings))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from qm_spec.pipelines.compressor import TokenCompressor
+from qm_spec.pipelines.compressor import compress_tokens
 from qm_spec.pipelines.report import compression_report
+from qm_spec.quickmerge import MergedTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +23,7 @@ def merge_image_tokens(
     input_ids: Tensor,
     pixel_values: Tensor,
     attention_mask: Tensor | None = None,
-    compressor: TokenCompressor | None = None,
+    compress: Callable[[Tensor, int], MergedTokens] = compress_tokens,
     **image_arguments: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a prompt in which each image has at most `k_max` tokens, for `model(**...)` or `model.generate(**...)`.
@@ -41,13 +43,14 @@ def merge_image_tokens(
         input_ids: `[B, N]`, as the model's processor makes them, one placeholder per image token.
         pixel_values: as the processor makes them, images in the order of their placeholders.
         attention_mask: `[B, N]`; padding may stand on either side.
-        compressor: how features are merged; None takes entropy saliency.
+        compress: merges `[1, n, D]` to at most `k_max`, such as a `TokenCompressor`.
         **image_arguments: handed to `model.get_image_features`, such as `image_sizes`.
 
     Returns:
-        `inputs_embeds` `[B, M, D]` and `attention_mask` `[B, M]`, padded on the left; `generate`
-        then returns the new tokens alone. And `compression_report` of the prompt's embeddings, with
-        `image_tokens_before` and `image_tokens_after`, of the whole batch.
+        `inputs_embeds` `[B, M, D]`, `attention_mask` and `position_ids` `[B, M]`, padded on the left;
+        `generate` then returns the new tokens alone. And `compression_report` of the prompt's embeddings, with
+        `image_tokens_before` and `image_tokens_after`, of the whole batch, and `token_sizes` `[B, M]`
+        float32, tokens in each column, 0 at padding.
 
     Raises:
         ValueError: the model is of another kind, or placeholders and features do not match.
@@ -58,44 +61,50 @@ def merge_image_tokens(
         found = model.get_image_features(pixel_values=pixel_values, **image_arguments)
     # transformers 5 returns an output object, 4 the features themselves; one tensor per image in both.
     features: Sequence[Tensor] = list(getattr(found, "pooler_output", found))
-    merged = []
-    for feature in features:
-        shrink = compressor or TokenCompressor(feature.shape[-1])
-        merged.append(shrink(feature.unsqueeze(0), k_max).tokens[0])
+    merged = [compress(feature.unsqueeze(0), k_max) for feature in features]
 
     rows: list[Tensor] = []
+    row_sizes: list[Tensor] = []
+    row_positions: list[Tensor] = []
     image = 0
     embed = model.get_input_embeddings()
     for ids in (row[real] for row, real in zip(input_ids, mask, strict=True)):
-        keep = torch.ones_like(ids, dtype=torch.bool)
+        sizes = torch.ones(len(ids), device=ids.device)
+        embeds = embed(ids)
         slots = (ids == image_token).nonzero().squeeze(-1)
-        own: list[Tensor] = []
         while len(slots):
             if image == len(features) or len(features[image]) > len(slots):
                 raise ValueError(_mismatch(input_ids, mask, image_token, features))
-            keep[slots[len(merged[image]) : len(features[image])]] = False
-            own.append(merged[image])
-            slots = slots[len(features[image]) :]
+            own, slots = slots[: len(features[image])], slots[len(features[image]) :]
+            place = own[merged[image].place[0]]
+            # Size 0 marks the placeholders that go.
+            sizes[own] = 0.0
+            sizes[place] = merged[image].size[0]
+            embeds[place] = merged[image].tokens[0].to(embeds.dtype)
             image += 1
-        embeds = embed(ids[keep])
-        if own:
-            embeds[ids[keep] == image_token] = torch.cat(own).to(embeds.dtype)
-        rows.append(embeds)
+        stays = sizes.nonzero().squeeze(-1)
+        rows.append(embeds[stays])
+        row_sizes.append(sizes[stays])
+        row_positions.append(stays)
     if image != len(features):
         raise ValueError(_mismatch(input_ids, mask, image_token, features))
 
     after = torch.tensor([len(row) for row in rows], device=input_ids.device)
-    inputs_embeds = rows[0].new_zeros(len(rows), int(after.max()), rows[0].shape[-1])
-    for new, row in zip(inputs_embeds, rows, strict=True):
-        new[len(new) - len(row) :] = row
-    new_mask = (
-        torch.arange(inputs_embeds.shape[1], device=input_ids.device) >= (inputs_embeds.shape[1] - after)[:, None]
-    )
+    inputs_embeds = pad_sequence(rows, batch_first=True, padding_side="left")
+    token_sizes = pad_sequence(row_sizes, batch_first=True, padding_side="left")
+    prompt = {
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": (token_sizes > 0).to(input_ids.dtype),
+        "position_ids": pad_sequence(row_positions, batch_first=True, padding_side="left"),
+    }
     whole = inputs_embeds.new_empty((*input_ids.shape, inputs_embeds.shape[-1]), device="meta")
-    info = compression_report([whole], [inputs_embeds], mask.sum(-1), after)
-    info["image_tokens_before"] = sum(map(len, features))
-    info["image_tokens_after"] = sum(map(len, merged))
-    return {"inputs_embeds": inputs_embeds, "attention_mask": new_mask.to(input_ids.dtype)}, info
+    info = {
+        **compression_report([whole], [inputs_embeds], mask.sum(-1), after),
+        "image_tokens_before": sum(map(len, features)),
+        "image_tokens_after": sum(one.tokens.shape[1] for one in merged),
+        "token_sizes": token_sizes,
+    }
+    return prompt, info
 
 
 def _check_model(model: PreTrainedModel) -> int:
