@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
     from transformers import LlamaForCausalLM
 
     from qm_spec.evaluation.language import Score
@@ -239,7 +239,7 @@ class Run:
         with self.rows_file.open("a", encoding="utf-8") as stream:
             for depth in self.settings["depths"]:
                 model = ReducedLanguageModel(self.model, depth, self.settings["proportional"])
-                task = progress.add_task(f"windows, depth {depth}", total=len(self.windows))
+                task = begin(progress, f"windows, depth {depth}", len(self.windows))
                 scores[depth] = []
                 for index, token_ids in enumerate(self.windows):
                     if (depth, index) not in done:
@@ -287,7 +287,7 @@ class Run:
         from qm_spec.evaluation.reduction import find_methods
 
         total = 2 * len(methods) * len(ratios) * self.repeats
-        task = progress.add_task(f"time of {name}, {context} tokens, depth {depth}", total=total)
+        task = begin(progress, f"time of {name}, {context} tokens, depth {depth}", total)
         rows = measure_costs(
             ReducedLanguageModel(model, depth, self.settings["proportional"]),
             torch.tensor([self.longest[:context]]),
@@ -298,6 +298,13 @@ class Run:
             on_progress=lambda: progress.advance(task),
         )
         return {"model": name, "context": context, "depth": depth, "rows": rows}
+
+
+def begin(progress: Progress, description: str, total: int) -> TaskID:
+    """Add a bar; a log file gets a line instead."""
+    if not progress.console.is_terminal:
+        progress.console.print(description, highlight=False)
+    return progress.add_task(description, total=total)
 
 
 def write_row(stream: TextIO, depth: int, index: int, scores: dict[str, Score]) -> None:
