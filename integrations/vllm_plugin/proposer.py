@@ -1,4 +1,4 @@
-"""Drafting in one call: our draft loop in place of vLLM's, which builds metadata anew for each step."""
+"""Drafting in one call: our operator in place of vLLM's loop, which builds metadata anew for each step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
-from qm_spec.drafter.loop import DraftLoop
+from qm_spec.drafter.loop import DraftLoop, dense_weights
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
+from qm_spec.ops import merge_groups_
+from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
+
+# In larger batches the library's products of 16-bit weights are faster than the operator's (benchmarks/bench_draft.py).
+MOST_REQUESTS_16_BIT = 8
 
 
 def can_draft(proposer: Any) -> bool:
@@ -27,6 +39,41 @@ def can_draft(proposer: Any) -> bool:
         and not proposer.use_heterogeneous_vocab
         and not proposer.supports_mm_inputs
     )
+
+
+def plain_weights(model: QuickMergeForCausalLM, num_requests: int) -> DraftWeights | None:
+    """Return the weights for drafting in one operator, None where `DraftLoop` and vLLM's own layers must draft.
+
+    That is so for targets with more than plain weights: quantised or LoRA layers, a head of another type,
+    scaled or capped logits. And for large batches in 16 bits, where the library's products are faster.
+
+    Args:
+        model: the drafter, with the target's embedding and head in place.
+        num_requests: B.
+    """
+    embed, head, processor = model.model.embed_tokens, model.lm_head, model.logits_processor
+    dtype = model.model.layer.slopes.dtype
+    if num_requests > MOST_REQUESTS_16_BIT and dtype.itemsize == 2:
+        return None
+    # Of these very classes: what wraps or replaces them computes something else.
+    if not (
+        {type(embed), type(head)} <= {VocabParallelEmbedding, ParallelLMHead}
+        and isinstance(embed.quant_method, UnquantizedEmbeddingMethod)
+        and isinstance(head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+        and type(processor) is LogitsProcessor
+        and processor.scale == 1.0
+        and processor.soft_cap is None
+        and processor.head_dtype in (None, dtype)
+    ):
+        return None
+    # Rows behind the vocabulary are padding.
+    vocabulary = processor.org_vocab_size
+    embedding, weight = embed.weight[:vocabulary], head.weight[:vocabulary]
+    for tensor in (embedding, weight):
+        # A layer that repacks its weight may leave an empty one behind.
+        if tensor.shape != (vocabulary, model.config.hidden_size) or tensor.dtype != dtype:
+            return None
+    return dense_weights(model.model.layer, embedding, weight)
 
 
 def propose(
@@ -54,45 +101,58 @@ def propose(
     Returns:
         `[B, K]` int64 draft token ids.
     """
-    model = proposer.model
+    model, common = proposer.model, common_attn_metadata
+    layer, merge, cache = model.model.layer, model.config.merge, model.model.attn.kv_cache
     proposer.num_speculative_tokens = num_speculative_tokens
     proposer._last_draft_probs = None
-    attn = model.model.attn
-    _, per_layer = proposer.build_per_group_and_layer_attn_metadata(common_attn_metadata)
-    metadata = per_layer[attn.layer_name]
-    loop = DraftLoop(model.model.layer, model.model.embed_tokens, model.compute_logits, model.config.merge)
+    loop = DraftLoop(layer, model.model.embed_tokens, model.compute_logits, merge)
 
     states = model.combine_hidden_states(target_hidden_states)
-    loop.remember(attn.kv_cache, states, metadata.slot_mapping[: len(states)])
+    loop.remember(cache, states, common.slot_mapping[: len(states)])
     if num_speculative_tokens == 0:
         return next_token_ids.new_empty((len(next_token_ids), 0), dtype=torch.int64)
     rows = token_indices_to_sample
     if rows is None:
-        rows = metadata.query_start_loc[1:] - 1
-    verified = metadata.seq_lens
+        rows = common.query_start_loc[1:] - 1
+    state, table, verified = states[rows.long()], common.block_table_tensor, common.seq_lens
     if num_rejected_tokens_gpu is not None:
         verified = verified - num_rejected_tokens_gpu
-    draft_probs: list[Tensor] = []
 
-    def sample(logits: Tensor) -> Tensor:
-        token_ids, probs = proposer._sample_from_logits(logits, sampling_metadata)
-        if probs is not None:
-            draft_probs.append(probs)
-        return token_ids
-
+    weights = plain_weights(model, len(next_token_ids))
+    sampled = proposer._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
     with torch.inference_mode():
-        drafted = loop.draft(
-            attn.kv_cache,
-            metadata.block_table,
-            verified,
-            states[rows.long()],
-            next_token_ids,
-            num_speculative_tokens,
-            sample,
-        )
-    if draft_probs:
-        proposer._last_draft_probs = torch.stack(draft_probs, dim=1).contiguous()
-    return drafted
+        if weights is not None:
+            temperature = sampling_metadata.temperature if sampled else None
+            uniform = torch.rand(len(state), num_speculative_tokens, dtype=torch.float64) if sampled else None
+            merge_groups_(cache, table, verified, layer.head_dim, merge)
+            drafted, probs = draft_tokens(
+                cache,
+                table,
+                verified,
+                state,
+                next_token_ids,
+                weights,
+                num_speculative_tokens,
+                layer.norm.eps,
+                merge,
+                temperature,
+                uniform,
+            )
+            if sampled:
+                proposer._last_draft_probs = probs
+            return drafted
+        step_probs: list[Tensor] = []
+
+        def sample(logits: Tensor) -> Tensor:
+            token_ids, probs = proposer._sample_from_logits(logits, sampling_metadata)
+            if probs is not None:
+                step_probs.append(probs)
+            return token_ids
+
+        drafted = loop.draft(cache, table, verified, state, next_token_ids, num_speculative_tokens, sample)
+        if step_probs:
+            proposer._last_draft_probs = torch.stack(step_probs, dim=1).contiguous()
+        return drafted
 
 
 def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -9,12 +9,22 @@ from torch import Tensor
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.prior import PriorLayer
 from qm_spec.ops import append_kv_, merge_groups_
-from qm_spec.ops.draft_tokens import draft_steps
+from qm_spec.ops.draft_tokens import DraftWeights, draft_steps
 from qm_spec.ops.entries import gather_entries
 
 
+def dense_weights(layer: PriorLayer, embedding: Tensor, head: Tensor) -> DraftWeights:
+    """Return what `draft_tokens` needs of a prior on one rank and of its target's embedding and head."""
+    # Between the target's two and the biases of the heads the fields are the layer's own modules.
+    own = [getattr(layer, name).weight for name in DraftWeights._fields[2:-2]]
+    weights = [embedding, head, *own, layer.slopes, layer.far_bias]
+    return DraftWeights(*weights)
+
+
 class DraftLoop:
-    """Drafts with one gather of the merged cache for all K steps.
+    """Drafts with one gather of the merged cache for all K steps, for any target and any way to sample.
+
+    Where the target's embedding and head are plain weights, `draft_tokens` does the same in one operator.
 
     The provisional keys and values of drafted tokens stay in this loop: the true ones
     come from the target's states after verification, so nothing unverified enters the cache.

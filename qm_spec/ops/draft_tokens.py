@@ -155,8 +155,13 @@ def draft_steps(
     return torch.stack(drafted, dim=1)
 
 
-class _DenseLayer:
-    """The prior's arithmetic on plain weights; `PriorLayer` documents it."""
+class DenseLayer:
+    """The arithmetic of `PriorLayer` on plain weights.
+
+    Args:
+        weights: in any one dtype.
+        eps: of the norms.
+    """
 
     def __init__(self, weights: DraftWeights, eps: float) -> None:
         self.weights, self.eps = weights, eps
@@ -165,20 +170,24 @@ class _DenseLayer:
         self.num_kv_heads = len(weights.k_proj) // self.head_dim
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the RMS norm of `[..., D]`."""
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values `[B, G, d]` of states `[B, D]`."""
         w = self.weights
         x = self.norm(state, w.state_norm)
         shape = (-1, self.num_kv_heads, self.head_dim)
         return F.linear(x, w.k_proj).view(shape), F.linear(x, w.v_proj).view(shape)
 
     def query(self, embedding: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Begin a step: queries `[B, H, d]` and residual stream `[B, D]`."""
         w = self.weights
         x = torch.cat([self.norm(embedding, w.embed_norm), self.norm(state, w.state_norm)], dim=-1)
         return F.linear(x, w.q_proj).view(len(x), -1, self.head_dim), state + F.linear(x, w.in_proj)
 
     def finish(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """End a step: the head's input and the next step's state, `[B, D]` each."""
         w = self.weights
         state = residual + F.linear(attended.flatten(-2), w.o_proj)
         x = self.norm(state, w.mlp_norm)
@@ -205,18 +214,19 @@ def draft_tokens_reference(
     """Compute `draft_tokens` in plain PyTorch; the weights are those of `DraftWeights`."""
     config = MergeConfig(window, group_size, tuple(schedule), doublings=doublings)
     w = DraftWeights(*weights)
-    layer = _DenseLayer(w, eps)
+    layer = DenseLayer(w, eps)
     probs: list[Tensor] = []
 
     def sample(logits: Tensor) -> Tensor:
         if temperature is None or uniform is None:
             return logits.argmax(-1)
         greedy = temperature < LEAST_TEMPERATURE
-        scaled = logits.float() / torch.where(greedy, 1.0, temperature).unsqueeze(-1)
-        shares = scaled.softmax(-1).double().cumsum(-1)
+        scaled = logits.double() / torch.where(greedy, 1.0, temperature).unsqueeze(-1)
+        distribution = scaled.softmax(-1).float()
+        shares = distribution.double().cumsum(-1)
         # The first token up to which the shares add to more than the number drawn.
         drawn = (shares <= uniform[:, len(probs), None] * shares[:, -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)
-        probs.append(scaled.softmax(-1))
+        probs.append(distribution)
         return torch.where(greedy, logits.argmax(-1), drawn)
 
     drafted = draft_steps(
@@ -306,9 +316,7 @@ def draft_tokens(
         )
     _check_weights(weights, state.dtype, hidden, cache.shape[1])
     if (temperature is None) != (uniform is None):
-        raise ValueError(
-            "draft_tokens: temperature and uniform must be given together; both to sample, none for greedy"
-        )
+        raise ValueError("draft_tokens: temperature and uniform must both be given, or neither to draft greedily")
     if temperature is not None and uniform is not None:
         if temperature.shape != (batch,) or uniform.shape != (batch, num_drafts):
             raise ValueError(

@@ -1,0 +1,180 @@
+"""Cases of `draft_tokens`: a prior with random weights over a filled cache; shared by its tests and its benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qm_spec.config import MergeConfig
+from qm_spec.ops.append_kv import append_kv_reference
+from qm_spec.ops.draft_tokens import DenseLayer, DraftWeights, draft_steps, draft_tokens
+from qm_spec.ops.entries import gather_entries
+from qm_spec.ops.merge_groups import merge_groups_reference
+from qm_spec.ops.page import slot_elements
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a prior; as defaults those of the shipped one."""
+
+    hidden: int = 192
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    intermediate: int = 768
+    vocabulary: int = 4096
+
+
+@dataclass
+class Case:
+    """The arguments of `draft_tokens` but for K and what to sample with."""
+
+    cache: Tensor
+    block_table: Tensor
+    num_tokens: Tensor
+    state: Tensor
+    next_ids: Tensor
+    weights: DraftWeights
+    eps: float = 1e-6
+    config: MergeConfig = field(default_factory=MergeConfig)
+
+    def draft(self, num_drafts: int, temperature: Tensor | None = None, uniform: Tensor | None = None) -> Any:
+        """Run the operator, by whichever path the dispatcher takes."""
+        return draft_tokens(
+            num_drafts=num_drafts,
+            temperature=temperature,
+            uniform=uniform,
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+        )
+
+    def arguments(self, num_drafts: int, temperature: Tensor | None = None, uniform: Tensor | None = None) -> tuple:
+        """Return the operator's arguments as it is registered."""
+        config = self.config
+        merging = (config.window, config.group_size, list(config.schedule), config.doublings)
+        inputs = (self.cache, self.block_table, self.num_tokens, self.state, self.next_ids, list(self.weights))
+        return *inputs, num_drafts, self.eps, *merging, temperature, uniform
+
+    def replay(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the logits `[B, K, V]` of draft steps fed with `ids` `[B, K]`, by the reference in `dtype`."""
+        weights = DraftWeights(*(weight.to(dtype) for weight in self.weights))
+        layer = DenseLayer(weights, self.eps)
+        entries = gather_entries(self.cache, self.block_table, self.num_tokens, layer.head_dim, self.config)
+        logits: list[Tensor] = []
+
+        def take(step_logits: Tensor) -> Tensor:
+            logits.append(step_logits)
+            return ids[:, len(logits) - 1]
+
+        draft_steps(
+            layer,
+            lambda token_ids: F.embedding(token_ids, weights.embedding),
+            lambda hidden: F.linear(hidden, weights.head),
+            take,
+            entries,
+            self.num_tokens,
+            self.state.to(dtype),
+            self.next_ids,
+            ids.shape[1],
+        )
+        return torch.stack(logits, 1)
+
+    def request(self, number: int) -> Case:
+        """Return the case of one request alone."""
+        one = slice(number, number + 1)
+        return Case(
+            self.cache,
+            self.block_table[one],
+            self.num_tokens[one],
+            self.state[one],
+            self.next_ids[one],
+            self.weights,
+            self.eps,
+            self.config,
+        )
+
+
+def random_weights(sizes: Sizes, dtype: torch.dtype) -> DraftWeights:
+    """Make weights that keep the size of what they multiply, from torch's global generator."""
+    hidden, middle = sizes.hidden, sizes.intermediate
+    query_size, kv_size = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+
+    def matrix(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(rows, columns) * scale * columns**-0.5).to(dtype)
+
+    def norm() -> Tensor:
+        return (1 + 0.1 * torch.randn(hidden)).to(dtype)
+
+    heads = torch.arange(1, sizes.num_heads + 1)
+    return DraftWeights(
+        embedding=torch.randn(sizes.vocabulary, hidden).to(dtype),
+        # Logits of a model that is sure of some tokens.
+        head=matrix(sizes.vocabulary, hidden, 3.0),
+        embed_norm=norm(),
+        state_norm=norm(),
+        in_proj=matrix(hidden, 2 * hidden),
+        q_proj=matrix(query_size, 2 * hidden),
+        k_proj=matrix(kv_size, hidden),
+        v_proj=matrix(kv_size, hidden),
+        o_proj=matrix(hidden, query_size),
+        mlp_norm=norm(),
+        gate_proj=matrix(middle, hidden),
+        up_proj=matrix(middle, hidden),
+        down_proj=matrix(hidden, middle),
+        norm=norm(),
+        slopes=(2.0 ** (-8.0 * heads / sizes.num_heads)).to(dtype),
+        far_bias=torch.randn(sizes.num_heads).to(dtype),
+    )
+
+
+def make_case(
+    lengths: Sequence[int],
+    sizes: Sizes | None = None,
+    dtype: torch.dtype = torch.float32,
+    page_size: int = 16,
+    config: MergeConfig | None = None,
+    stale: Callable[[Tensor], Tensor] = lambda cache: cache.fill_(float("nan")),
+) -> Case:
+    """Fill and merge a cache for requests of these many tokens, from torch's global generator.
+
+    Args:
+        lengths: tokens of each request; 0 for padding.
+        sizes: of the prior.
+        dtype: of cache, weights and state.
+        page_size: P.
+        config: of the merged cache.
+        stale: fills the cache with what its previous owners left.
+    """
+    sizes, config = sizes or Sizes(), config or MergeConfig()
+    batch, groups, head_dim = len(lengths), sizes.num_kv_heads, sizes.head_dim
+    # A spare column, whose page nobody wrote.
+    columns = max(-(-length // page_size) for length in lengths) + 1
+    num_pages = batch * columns + 1
+    cache = stale(torch.empty(num_pages, groups, page_size, slot_elements(head_dim, dtype), dtype=dtype))
+    table = (torch.randperm(num_pages - 1) + 1).int().view(batch, columns)
+    for pages, length in zip(table, lengths, strict=True):
+        position = torch.arange(length)
+        slots = pages[position // page_size].long() * page_size + position % page_size
+        rows = torch.randn(2, length, groups, head_dim).to(dtype)
+        append_kv_reference(cache, rows[0], rows[1], slots)
+    num_tokens = torch.tensor(lengths, dtype=torch.int32)
+    merge_groups_reference(
+        cache,
+        table,
+        num_tokens,
+        head_dim,
+        config.window,
+        config.group_size,
+        list(config.schedule),
+        config.saliency,
+        config.temperature,
+        config.epsilon,
+        config.doublings,
+    )
+    state = torch.randn(batch, sizes.hidden).to(dtype)
+    next_ids = torch.randint(0, sizes.vocabulary, (batch,))
+    return Case(cache, table, num_tokens, state, next_ids, random_weights(sizes, dtype), config=config)
