@@ -25,6 +25,8 @@ Examples:
 
     python benchmarks/spec.py --target MODEL --methods none,ngram --prompts questions.jsonl
 
+    python benchmarks/spec.py --methods none,qm_spec,qm_spec-reference
+
     python benchmarks/spec.py --context-lengths 256,1024,3000 --concurrency 4 --out results/long
 """
 
@@ -41,7 +43,8 @@ def main(
         str,
         typer.Option(
             metavar="M,...",
-            help="none (always run as the reference), ngram, qm_spec, qm_spec-window (emptied far memory).",
+            help="none (always run as the reference), ngram, qm_spec, qm_spec-window (emptied far memory), "
+            "qm_spec-reference (without the compiled operators).",
         ),
     ] = "none,ngram,qm_spec,qm_spec-window",
     num_speculative_tokens: Annotated[

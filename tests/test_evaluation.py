@@ -487,7 +487,7 @@ def target(tmp_path):
     [
         (
             {"methods": ("none", "medusa")},
-            "methods: must be some of ngram, none, qm_spec, qm_spec-window, got medusa",
+            "methods: must be some of ngram, none, qm_spec, qm_spec-reference, qm_spec-window, got medusa",
         ),
         ({"methods": ()}, "got none at all"),
         ({"methods": ("ngram", "ngram")}, "each may be named once"),

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from qm_spec.discovery import check_drafter, find_drafter
-from qm_spec.evaluation.environment import default_device, describe_environment, engine_environment
-from qm_spec.evaluation.methods import DEFAULT_SPECULATIVE_TOKENS, speculative_config, without_far_memory
+from qm_spec.evaluation.environment import default_device, describe_environment
+from qm_spec.evaluation.methods import (
+    DEFAULT_SPECULATIVE_TOKENS,
+    method_environment,
+    speculative_config,
+    without_far_memory,
+)
 from qm_spec.evaluation.process import ENGINE_COMMAND, EngineError, run_engine
 from qm_spec.evaluation.prompts import cut_prompts, prompts_file, read_prompts, sha256_of, tokenize_prompts
 from qm_spec.evaluation.results import SCHEMA_VERSION, run_record, write_results
@@ -18,10 +23,12 @@ from qm_spec.evaluation.settings import (
     DRAFTER_METHODS,
     FIND_DRAFT,
     REFERENCE_METHOD,
+    UNCOMPILED_METHOD,
     WINDOW_METHOD,
     BenchmarkSettings,
 )
 from qm_spec.evaluation.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
+from qm_spec.ops.backend import backend
 from qm_spec.provenance import command, git_commit
 
 # Slowest to fastest pass; a quiet machine stays well below.
@@ -59,6 +66,9 @@ class Benchmark:
                 "vLLM 0.32 verifies ngram's drafts on the CPU with uninitialised temperatures (vllm issue 55005): "
                 "at a temperature above 0 its output is not the target's, nor is its acceptance"
             )
+        operators = backend(self.device)
+        if UNCOMPILED_METHOD in settings.methods and operators == "reference":
+            self.notes.append(f"the kernels were not built, so qm_spec is the same as {UNCOMPILED_METHOD}")
         self.drafter: Path | None = None
         self.num_speculative_tokens = settings.num_speculative_tokens or DEFAULT_SPECULATIVE_TOKENS
         if set(settings.methods) & set(DRAFTER_METHODS):
@@ -69,7 +79,7 @@ class Benchmark:
         self.shard_prompts = self._prompts()
         self.results: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
-            "environment": {**describe_environment(), "dtype": self.dtype},
+            "environment": {**describe_environment(), "dtype": self.dtype, "operators": operators},
             "command": command(),
             "provenance": {
                 "commit": git_commit(),
@@ -190,7 +200,7 @@ class Benchmark:
                 shards,
                 folder,
                 settings.out / "logs" / f"{method}.log",
-                engine_environment(self.device),
+                method_environment(method, self.device),
                 on_event,
                 engine_command,
             )

@@ -8,7 +8,8 @@ from typing import Any
 
 from qm_spec.discovery.checks import vllm_settings
 from qm_spec.discovery.files import read_json
-from qm_spec.evaluation.settings import DRAFTER_METHODS, REFERENCE_METHOD
+from qm_spec.evaluation.environment import engine_environment
+from qm_spec.evaluation.settings import DRAFTER_METHODS, REFERENCE_METHOD, UNCOMPILED_METHOD
 
 DEFAULT_SPECULATIVE_TOKENS = 4
 # Longest n-gram that is looked up; longer repeats are rare in running text.
@@ -29,6 +30,14 @@ def without_far_memory(drafter: Path, folder: Path) -> Path:
     config["quickmerge"]["schedule"] = [0]
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return folder
+
+
+def method_environment(method: str, device: str) -> dict[str, str]:
+    """Return the environment of a method's engine process on `device`, "cpu" or "cuda"."""
+    environment = engine_environment(device)
+    if method == UNCOMPILED_METHOD:
+        environment["QM_SPEC_BACKEND"] = "reference"
+    return environment
 
 
 def speculative_config(method: str, num_speculative_tokens: int, drafter: Path | None) -> dict[str, Any] | None:

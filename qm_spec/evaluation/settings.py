@@ -8,7 +8,9 @@ from pathlib import Path
 
 REFERENCE_METHOD = "none"
 WINDOW_METHOD = "qm_spec-window"
-DRAFTER_METHODS = ("qm_spec", WINDOW_METHOD)
+# The drafter on the PyTorch references, without the compiled operators.
+UNCOMPILED_METHOD = "qm_spec-reference"
+DRAFTER_METHODS = ("qm_spec", WINDOW_METHOD, UNCOMPILED_METHOD)
 METHODS = (REFERENCE_METHOD, "ngram", *DRAFTER_METHODS)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FIND_DRAFT = "qm_spec"
