@@ -36,7 +36,7 @@ sanitize: install ## run the kernels' tests under AddressSanitizer and Undefined
 		--build-lib build/sanitize --build-temp build/sanitize-objects
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize QM_SPEC_BACKEND=compiled \
-		$(BIN)/pytest $(wildcard tests/test_kernels*.py) $(ARGS)
+		$(BIN)/pytest tests/test_ops.py $(filter-out %_cuda.py,$(wildcard tests/test_kernels*.py)) $(ARGS)
 
 check: lint ## lint, then the tests that do not start vLLM
 	$(BIN)/python -m pytest -m "not vllm" $(ARGS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +116,20 @@ def test_ties_between_centres_go_to_the_first_live_one_wherever_it_stands(kernel
     wanted, exact = exact_assign(points.double(), centres.double(), mask, live)
     cluster, distance = kernels.weighted_kmeans_assign(points, centres, mask, live)
     assert torch.equal(cluster, wanted) and torch.equal(distance.double(), exact)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention_entropy", "cosine_similarity", "gumbel_softmax", "saliency_merge", "weighted_kmeans"]
+)
+def test_nvcc_compiles_the_kernels_for_every_architecture_without_a_warning(
+    root: Path, tmp_path: Path, name: str
+) -> None:
+    nvcc = shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("there is no nvcc; set CUDA_HOME to the folder of the CUDA toolkit")
+    architectures = ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"]
+    command = [nvcc, "-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{root}", "-isystem"]
+    command += [f"{torch.__path__[0]}/include", *(f"-gencode=arch={a}" for a in architectures)]
+    command += ["-Werror=all-warnings", "--fatbin", f"{root}/csrc/cuda/{name}.cu", "-o", f"{tmp_path}/kernels.fatbin"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,16 @@ def test_the_wheel_holds_every_module_and_every_file_of_the_zoo(root: Path, whee
     expected |= {f"qm_spec/zoo/sample/target/{name}" for name in ZOO_SAMPLES}
     assert expected - names == set()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qm_spec"}
+
+
+def test_the_source_distribution_holds_the_kernels(root: Path, tree: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+    [path] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    sources = {path.relative_to(root).as_posix() for path in (root / "csrc").rglob("*") if path.is_file()}
+    assert {"csrc/README.md", "csrc/cpu/saliency_merge.cpp", "csrc/cuda/saliency_merge.cu"} <= sources <= names
 
 
 def test_the_wheel_names_the_plugin_and_the_program(wheel: Path) -> None:
