@@ -1,19 +1,24 @@
 """The compressor: its formulas against naive code, the properties of merging, and the references' flaws."""
 
+import json
 import math
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from itertools import product
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
 
 import qm_spec
 from qm_spec import (
@@ -1035,6 +1040,59 @@ S = torch.rand(2, 6)
 def test_errors_say_what_was_expected_and_given(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# The scripts
+
+
+def test_the_demo_shows_each_step_and_writes_it_down(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--json", str(tmp_path / "new" / "demo.json")])
+    runpy.run_path(str(root / "examples" / "demo.py"), run_name="__main__")
+    rows = json.loads((tmp_path / "new" / "demo.json").read_text())
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    value = {(row["call"], row["quantity"]): row["value"] for row in rows}
+    assert value["", "shape of the merged tokens"] == [2, 32, 64]
+    assert value["losses, step 40", "fidelity"] < value["losses, step 0", "fidelity"]
+    assert value["", "change of the first 64 by the last 64"] < 1e-6
+    kept = value['budget="entropy"', "tokens kept per sequence"]
+    assert kept[0] < kept[1]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "methods"),
+    [
+        ("bench_kmeans", ["--shapes", "2x32x4x8"], {"qm_spec", "torch Lloyd"}),
+        (
+            "bench_compress",
+            ["--tokens", "32", "--dim", "16", "--chunk-size", "8"],
+            {"compress, cosine", "compress, kmeans", "compress, chunks of 8", "k-means alone"},
+        ),
+    ],
+)
+def test_the_benchmarks_run_and_record_what_they_measured(root, tmp_path, monkeypatch, script, arguments, methods):
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    module = import_module(script)
+    if script == "bench_compress":
+        monkeypatch.setattr(module, "REFERENCE", (2, 2, 16, 8, 4))
+    app = typer.Typer()
+    app.command()(module.main)
+    out = tmp_path / "out.json"
+    done = CliRunner().invoke(app, [*arguments, "--repeats", "1", "--device", "cpu", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert {row["method"] for row in results["rows"]} >= methods
+    assert all(row["time_ms"] > 0 for row in results["rows"])
+    assert {"command", "commit", "environment"} <= results.keys()
+    for row in results["rows"]:
+        assert row["method"] in done.output
+
+
+def test_kmeans_clusters_as_well_as_plain_lloyds(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    bench = import_module("bench_kmeans")
+    points, seeds = bench.clustered_points(2, 128, 8, 16, "cpu")
+    ours, plain = (bench.error(points, f(points, seeds, 20), 16) for f in (bench.quickmerge, bench.lloyd))
+    assert ours <= 1.02 * plain
 
 
 # The package
