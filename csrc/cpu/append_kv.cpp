@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "csrc/cpu/page.h"
+#include "csrc/cpu/parallel.h"
 #include "csrc/cpu/vec.h"
 
 namespace qm_spec {
@@ -57,6 +58,10 @@ struct Rows {
 
 void append_kv(Tensor cache_tensor, Tensor key, Tensor value, Tensor slots) {
   const int64_t num_rows = key.size(0), head_dim = key.size(2);
+  STD_TORCH_CHECK(
+      value.size(0) == num_rows && value.size(1) == key.size(1) && value.size(2) == head_dim &&
+          key.size(1) == cache_tensor.size(1) && slots.size(0) == num_rows,
+      "append_kv_: key and value must be [T, G, d] and slots [T]");
   const PagedCache cache(cache_tensor, head_dim, "append_kv_");
   const Rows keys(key), values(value);
   const Integers slot_of = integers(slots, "append_kv_");
@@ -64,11 +69,11 @@ void append_kv(Tensor cache_tensor, Tensor key, Tensor value, Tensor slots) {
   const int64_t row_bytes = head_dim * cache.element_bytes;
   const bool same_type = keys.type == cache.type && values.type == cache.type;
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / (cache.num_heads * (2 * row_bytes + 16)));
-  torch::stable::parallel_for(0, num_rows, grain, [&](int64_t first, int64_t last) {
+  parallel(num_rows, grain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const int64_t slot = slot_of[row];
-      // Negative slots mark padding.
-      if (slot < 0) continue;
+      // Negative slots mark padding, and page 0 is nobody's.
+      if (slot < cache.page_size) continue;
       STD_TORCH_CHECK(slot < num_slots, "append_kv_: slots must be below ", num_slots, ", got ", slot);
       const int64_t page = slot / cache.page_size, offset = slot % cache.page_size;
       for (int64_t head = 0; head < cache.num_heads; ++head) {

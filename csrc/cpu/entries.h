@@ -94,14 +94,16 @@ void walk_entries(const RequestGroups& groups, const MergeConfig& config, int64_
     const Place at = groups.place(group);
     const SlotState first = groups.first_state(group);
     const int64_t level = RequestGroups::level(first, config);
+    // Nothing behind the request's tokens is seen.
+    const int64_t tokens = num_tokens - group * size;
     if (level == 0) {
-      visit(EntryRun{at.page, at.slot, std::min(size, num_tokens - group * size), group * size});
+      visit(EntryRun{at.page, at.slot, std::min(size, tokens), group * size});
       ++group;
       continue;
     }
     // Of a span only the first group holds an entry.
     const int64_t held = level > config.schedule_levels && !(first.count > 0.0f) ? 0 : config.held(level);
-    if (held > 0) visit(EntryRun{at.page, at.slot, held, -1});
+    if (held > 0) visit(EntryRun{at.page, at.slot, std::min(held, tokens), -1});
     group += groups.step(group, first, num_tokens / size);
   }
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "csrc/cpu/entries.h"
+#include "csrc/cpu/parallel.h"
 #include "csrc/cpu/vec.h"
 
 namespace qm_spec {
@@ -324,7 +325,7 @@ void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan
   const int64_t grain = std::max<int64_t>(1, kGrainGroups * num_tasks / num_steps);
   const int64_t row = cache.head_dim * cache.element_bytes;
   // All parts of a head one after the other: the heads of a slot may lie side by side in memory.
-  torch::stable::parallel_for(0, num_tasks * cache.num_heads, grain, [&](int64_t first, int64_t last) {
+  parallel(num_tasks * cache.num_heads, grain, [&](int64_t first, int64_t last) {
     Entries entries(rule.config.group_size, cache.head_dim);
     for (int64_t task = first; task < last; ++task) {
       const int64_t head = task % cache.num_heads;
@@ -364,7 +365,7 @@ void merge_groups(
   for (int64_t request = 0; request < frontier_tensor.size(0); ++request) waiting.push_back(request);
   while (!waiting.empty()) {
     std::vector<std::unique_ptr<Plan>> plans(waiting.size());
-    torch::stable::parallel_for(0, static_cast<int64_t>(waiting.size()), 4, [&](int64_t first, int64_t last) {
+    parallel(static_cast<int64_t>(waiting.size()), 4, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)
         plans[i] = std::make_unique<Plan>(
             cache, config, integers(block_table, op, waiting[i]), block_table.size(1), frontier[waiting[i]]);

@@ -11,6 +11,7 @@
 
 #include "csrc/cpu/convert.h"
 #include "csrc/cpu/entries.h"
+#include "csrc/cpu/parallel.h"
 #include "csrc/cpu/vec.h"
 
 namespace qm_spec {
@@ -231,7 +232,7 @@ std::vector<Request> list_requests(
     requests.back().num_rows = std::min(end - first, max_rows);
     numbers.push_back(b);
   }
-  torch::stable::parallel_for(0, static_cast<int64_t>(requests.size()), 4, [&](int64_t first, int64_t last) {
+  parallel(static_cast<int64_t>(requests.size()), 4, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       Request& request = requests[i];
       const RequestGroups groups(cache, config, integers(block_table, op, numbers[i]));
@@ -312,7 +313,7 @@ std::tuple<Tensor, Tensor, Tensor> merged_attention(
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
   const int64_t grain = std::max<int64_t>(1, kGrainProducts * num_tasks / std::max<int64_t>(1, num_products));
-  torch::stable::parallel_for(0, num_tasks, grain, [&](int64_t first, int64_t last) {
+  parallel(num_tasks, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       Task& task = tasks[i];
       const Request& request = *task.request;
@@ -342,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor> merged_attention(
     }
   });
   const int64_t num_pairs = static_cast<int64_t>(begin.size()) - 1;
-  torch::stable::parallel_for(0, num_pairs, std::max<int64_t>(8, grain), [&](int64_t first, int64_t last) {
+  parallel(num_pairs, std::max<int64_t>(8, grain), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const Task& task = tasks[begin[i]];
       for (int64_t j = begin[i] + 1; j < begin[i + 1]; ++j) join(*tasks[j].part, *task.part);
