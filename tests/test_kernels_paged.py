@@ -247,8 +247,15 @@ class TestMerge:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(
         ("head_dim", "page_size", "saliency"),
-        [(32, 16, "entropy"), (64, 32, "inverse_entropy"), (80, 48, "entropy"), (96, 128, "entropy")]
-        + [(128, 64, "entropy"), (256, 16, "entropy"), (7, 16, "entropy")],
+        [
+            (32, 16, "entropy"),
+            (64, 32, "inverse_entropy"),
+            (80, 48, "entropy"),
+            (96, 128, "entropy"),
+            (128, 64, "inverse_entropy"),
+            (256, 16, "entropy"),
+            (7, 16, "entropy"),
+        ],
     )
     def test_each_level_errs_at_most_twice_as_much_as_pytorch(self, dtype, head_dim, page_size, saliency) -> None:
         heads, groups = 2, 24
@@ -477,8 +484,15 @@ class TestAttention:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(
         ("heads", "query_heads", "head_dim", "page_size"),
-        [(1, 1, 32, 16), (2, 6, 64, 32), (8, 8, 80, 48), (3, 21, 96, 128), (1, 16, 128, 64), (2, 2, 256, 16)]
-        + [(1, 5, 6, 16)],
+        [
+            (1, 1, 32, 16),
+            (2, 6, 64, 32),
+            (8, 8, 80, 48),
+            (3, 21, 96, 128),
+            (1, 16, 128, 64),
+            (2, 2, 256, 16),
+            (1, 5, 6, 16),
+        ],
     )
     def test_errs_at_most_twice_as_much_as_pytorch(self, dtype, heads, query_heads, head_dim, page_size) -> None:
         config = MergeConfig(window=34, doublings=3)
