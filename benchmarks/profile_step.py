@@ -17,15 +17,17 @@ import typer
 ROOT = Path(__file__).resolve().parents[1]
 NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
 
+PROPOSER = "qm_spec.integrations.vllm_plugin.proposer"
+
 # What is timed: label, module, attribute path. A label that begins with a space lies within the one above.
 TIMED = (
     ("target forward", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._model_forward"),
     ("sampling and verification", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample"),
     ("drafting", "vllm.v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer.propose"),
+    (" fusing the target's states", "qm_spec.drafter.prior", "PriorLayer.fuse"),
     (" keys and values of new tokens", "qm_spec.drafter.loop", "DraftLoop.remember"),
-    (" merging", "qm_spec.drafter.loop", "merge_groups_"),
-    (" gathering the entries", "qm_spec.drafter.loop", "gather_entries"),
-    (" attention", "qm_spec.drafter.loop", "draft_attention"),
+    (" merging", PROPOSER, "merge_groups_"),
+    (" all draft steps", PROPOSER, "draft_tokens"),
 )
 
 
@@ -45,7 +47,7 @@ def timed(owner: Any, name: str, label: str, spent: dict[str, float]) -> None:
 
 def main(
     target: Annotated[Path, typer.Option(help="Folder of the target.")] = NOVELS / "target",
-    method: Annotated[str, typer.Option(help="none or qm_spec.")] = "qm_spec",
+    method: Annotated[str, typer.Option(help="none, qm_spec or qm_spec-reference.")] = "qm_spec",
     context: Annotated[int, typer.Option(help="Prompt tokens.")] = 256,
     steps: Annotated[int, typer.Option(help="Measured decode steps.")] = 100,
 ) -> None:
@@ -53,11 +55,11 @@ def main(
 
     Example: python benchmarks/profile_step.py --method none
     """
-    from qm_spec.evaluation.environment import engine_environment
+    from qm_spec.evaluation.methods import method_environment
 
     # The engine's libraries are loaded with the process, so it starts once more with their environment.
     if os.environ.get("QM_SPEC_PROFILE") != "1":
-        environment = {"VLLM_LOGGING_LEVEL": "ERROR", **engine_environment("cpu"), "QM_SPEC_PROFILE": "1"}
+        environment = {"VLLM_LOGGING_LEVEL": "ERROR", **method_environment(method, "cpu"), "QM_SPEC_PROFILE": "1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
     from importlib import import_module
@@ -67,7 +69,7 @@ def main(
 
     import qm_spec
 
-    config = qm_spec.speculative_config(target) if method == "qm_spec" else None
+    config = None if method == "none" else qm_spec.speculative_config(target)
     llm = LLM(str(target), dtype="float32", enforce_eager=True, max_model_len=context + 1024, speculative_config=config)
     spent: dict[str, float] = defaultdict(float)
     for label, module, path in TIMED:
