@@ -192,3 +192,37 @@ def test_quickmergepp_speculative_decoding(capsys, layers):
     # The reference printed "20.00%" with no token accepted.
     stats = names["stats"]
     assert stats["acceptance_rate"] == stats["accepted_tokens"] / stats["drafted_tokens"] > 0
+
+
+MULTIMODAL = """
+from quickmergepp import create_multimodal_pipeline, create_diffusion_pipeline, create_llm_pipeline
+
+# Vision-Language
+multimodal = create_multimodal_pipeline(vision_dim=768, text_dim=512, k_max=64)
+fused_output, info = multimodal(vision_tokens, text_tokens)
+
+# Diffusion Models
+diffusion = create_diffusion_pipeline(unet_dim=768, text_dim=512, k_max=32)
+compressed_text, _ = diffusion.compress_text_embeddings(text_embeddings)
+
+# LLM Optimizations
+llm = create_llm_pipeline(model_dim=4096, k_max=128)
+compressed_k, compressed_v = llm.compress_kv_cache(key_cache, value_cache)
+"""
+
+
+def test_quickmergepp_multimodal_applications():
+    torch.manual_seed(0)
+    names = {
+        "vision_tokens": torch.randn(2, 196, 768),
+        "text_tokens": torch.randn(2, 77, 512),
+        "text_embeddings": torch.randn(2, 77, 512),
+        "key_cache": torch.randn(2, 512, 4, 64),
+        "value_cache": torch.randn(2, 512, 4, 64),
+    }
+    run(MULTIMODAL, names)
+    # In the reference the first two do not compress.
+    assert names["fused_output"].shape == (2, 64, 256)
+    assert (names["info"]["input_tokens"], names["info"]["output_tokens"]) == (273, 64)
+    assert names["compressed_text"].shape == (2, 32, 512)
+    assert names["compressed_k"].shape == names["compressed_v"].shape == (2, 128, 4, 64)

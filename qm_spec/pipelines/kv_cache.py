@@ -255,7 +255,8 @@ class QuickMergeCache(Cache):
     read whole before it is merged; afterwards old tokens are merged 16 at a time. While nothing has
     to be merged, the output is that of a DynamicCache.
 
-    Use one cache per batch of sequences; `reset()` empties it.
+    Use one cache per batch of sequences; `reset()` empties it. A batch merges at the same steps, so a
+    short sequence in it may be merged a few steps earlier than alone.
 
     Args:
         model: a causal language model of transformers, with full attention in all layers.

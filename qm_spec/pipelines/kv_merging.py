@@ -46,7 +46,8 @@ class KeyValueMerger:
 
     Args:
         saliency: `norm` (default: of the seeds' scorers the one that costs the reference target
-            least), `entropy` or `inverse_entropy`.
+            least; it says little where a model normalises its keys, as Qwen3 does), `entropy` or
+            `inverse_entropy`.
         grouping: `cosine` or `kmeans`.
         temperature: tau of the selection.
         epsilon: mass of a token that is not selected at all. At 1e-5 (the `quickmergepp` code) the
