@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from cases import Case, Sizes
+from cases import Case
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -56,8 +56,8 @@ class Measurement:
         reference_ms: median of its PyTorch reference.
         alternative_ms: median of the alternative; None where there is none.
         alternative: in words.
-        moved_bytes: inputs and outputs, each once; more of them per second than a copy moves means that they
-            came from the cache.
+        moved_bytes: what must be read and written, each once; more of it per second than a copy moves means that
+            it came from the cache.
         flops: of the products that the result is made of, each once; None where it is bound by memory.
     """
 
@@ -88,27 +88,33 @@ def elapsed_ms(run: Callable[[], Any], device: str) -> float:
     return begin_event.elapsed_time(end_event)
 
 
-def alternate(runs: Iterable[Callable[[], Any]], device: str, rounds: int) -> list[list[float]]:
-    """Time each of `runs` in turn, so that what else the machine does falls on all of them."""
+def alternate(
+    runs: Iterable[Callable[[], Any]], device: str, rounds: int, before: Callable[[], Any] = lambda: None
+) -> list[list[float]]:
+    """Time each of `runs` in turn, so that what else the machine does falls on all of them; call `before` untimed."""
     runs = list(runs)
     for run in runs:
+        before()
         run()
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, spent in zip(runs, times, strict=True):
+            before()
             spent.append(elapsed_ms(run, device))
     return times
 
 
-def measure(case: Case, sizes: Sizes, dtype: torch.dtype, device: str, rounds: int) -> Measurement:
+def measure(case: Case, sizes: Any, dtype: torch.dtype, device: str, rounds: int) -> Measurement:
     """Time a case's operator, reference and alternative."""
     torch.manual_seed(0)
     arguments = tuple(x.to(device) if isinstance(x, Tensor) else x for x in case.arguments(sizes, dtype))
     outputs = case.operator(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     runs = [case.operator, case.reference, *([case.alternative] if case.alternative else [])]
+    before = partial(case.restore, *arguments) if case.restore else lambda: None
     with torch.no_grad():
-        times = alternate([partial(run, *arguments) for run in runs], device, rounds)
+        times = alternate([partial(run, *arguments) for run in runs], device, rounds, before)
+    inputs_and_outputs = sum(x.nbytes for x in (*arguments, *outputs) if isinstance(x, Tensor))
     deciles = statistics.quantiles(times[0], n=10)
     return Measurement(
         case.name,
@@ -120,7 +126,7 @@ def measure(case: Case, sizes: Sizes, dtype: torch.dtype, device: str, rounds: i
         statistics.median(times[1]),
         statistics.median(times[2]) if case.alternative else None,
         case.alternative_name,
-        sum(x.nbytes for x in (*arguments, *outputs) if isinstance(x, Tensor)),
+        case.moved_bytes(sizes, dtype) if case.moved_bytes else inputs_and_outputs,
         case.flops(sizes) if case.flops else None,
     )
 
@@ -137,10 +143,12 @@ def ceilings(device: str, rounds: int) -> tuple[float, float]:
 def table(rows: list[Measurement], bandwidth: float, peak: float) -> Table:
     """Lay the measurements out."""
     title = f"copy {bandwidth / 1e9:.1f} GB/s, torch.mm {peak / 1e9:.0f} GFLOP/s (float32), both measured in this run"
-    result = Table("operator", "sizes", "dtype", title=title)
+    result = Table(title=title)
+    for name in ("operator", "sizes", "dtype"):
+        result.add_column(name, no_wrap=True)
     for name in ("ms", "MB", "of copy", "GFLOP/s", "of torch.mm", "x reference", "x alternative"):
         result.add_column(name, justify="right")
-    result.add_column("alternative")
+    result.add_column("alternative", no_wrap=True)
     for row in rows:
         rate = row.flops / row.time_ms * 1e3 if row.flops else None
         result.add_row(
@@ -170,7 +178,7 @@ def run_cases(names: list[str], device: str, threads: int | None, rounds: int, j
     progress = track(planned, "measuring", console=Console(stderr=True), transient=True)
     rows = [measure(case, sizes, dtype, device, rounds) for case, sizes, dtype in progress]
     # Wide enough for every column, also where there is no terminal.
-    Console(width=max(150, Console().width)).print(table(rows, bandwidth, peak))
+    Console(width=max(170, Console().width)).print(table(rows, bandwidth, peak))
     if json_path is not None:
         record = {
             "command": command(),

@@ -93,6 +93,14 @@ QM_MULTIVERSION void sum_columns(const float* scores, int64_t rows, int64_t colu
   }
 }
 
+// Put the entropies in the place of the largest scores.
+QM_MULTIVERSION void finish(Sums sums, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec total = load(sums.total + i);
+    store(log(total) - load(sums.weighted + i) / total, sums.largest + i);
+  }
+}
+
 Tensor attention_entropy(Tensor tokens, bool causal) {
   tokens = torch::stable::contiguous(tokens);
   const int64_t batch = tokens.size(0), num_tokens = tokens.size(1), dim = tokens.size(2);
@@ -144,11 +152,12 @@ Tensor attention_entropy(Tensor tokens, bool causal) {
             products(
                 from + row * dim, num_rows, panels.get() + b * panel_floats + column * dim,
                 whole_panels(num_columns) / kPanel, dim, scores, kTile);
-            if (column == row || !causal) {
+            // On the diagonal a tile's columns are its rows, and need no sums across lanes.
+            if (causal ? column == row : column != row) {
               sum_rows(scores, num_rows, num_columns, causal, scale, part);
               merge(part, num_rows, own.at(row));
             }
-            if (column == row) continue;
+            if (causal && column == row) continue;
             sum_columns(scores, num_rows, num_columns, scale, part);
             merge(part, num_columns, own.at(column));
           }
@@ -159,8 +168,8 @@ Tensor attention_entropy(Tensor tokens, bool causal) {
       for (int64_t b = begin; b < end; ++b) {
         const Sums all = sums_of(b, 0);
         for (int64_t g = 1; g < groups; ++g) merge(sums_of(b, g), places, all);
-        for (int64_t i = 0; i < num_tokens; ++i)
-          out[(first + b) * num_tokens + i] = std::log(all.total[i]) - all.weighted[i] / all.total[i];
+        finish(all, num_tokens);
+        std::copy_n(all.largest, num_tokens, out + (first + b) * num_tokens);
       }
     });
   }

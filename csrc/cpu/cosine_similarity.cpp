@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "csrc/cpu/products.h"
+#include "csrc/cpu/vec.h"
 
 namespace qm_spec {
 namespace {
@@ -16,6 +17,12 @@ constexpr int64_t kTile = 96;
 QM_MULTIVERSION void divide(const float* x, float divisor, int64_t count, float* out) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = x[i] / divisor;
+}
+
+// The whole tile with rows and columns exchanged.
+QM_MULTIVERSION void mirror(const float* tile, float* mirrored) {
+  for (int64_t r = 0; r < kTile; r += 8)
+    for (int64_t c = 0; c < kTile; c += 8) transpose_8x8(tile + r * kTile + c, kTile, mirrored + c * kTile + r, kTile);
 }
 
 Tensor cosine_similarity(Tensor tokens) {
@@ -40,7 +47,7 @@ Tensor cosine_similarity(Tensor tokens) {
     });
     const int64_t tiles = (num_tokens + kTile - 1) / kTile, groups = (tiles + 1) / 2;
     torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(kTile * kTile + kTile);
+      const Scratch scratch(2 * kTile * kTile);
       float *scores = scratch.get(), *mirrored = scores + kTile * kTile;
       for (int64_t g = begin; g < end; ++g) {
         for_strips(tiles, g, groups, [&](int64_t i) {
@@ -53,10 +60,9 @@ Tensor cosine_similarity(Tensor tokens) {
             for (int64_t r = 0; r < num_rows; ++r)
               out.write((b * num_tokens + row + r) * num_tokens + column, num_columns, scores + r * kTile);
             if (column == row) continue;
-            for (int64_t c = 0; c < num_columns; ++c) {
-              for (int64_t r = 0; r < num_rows; ++r) mirrored[r] = scores[r * kTile + c];
-              out.write((b * num_tokens + column + c) * num_tokens + row, num_rows, mirrored);
-            }
+            mirror(scores, mirrored);
+            for (int64_t c = 0; c < num_columns; ++c)
+              out.write((b * num_tokens + column + c) * num_tokens + row, num_rows, mirrored + c * kTile);
           }
         });
       }

@@ -132,12 +132,13 @@ QM_MULTIVERSION void pack(const float* rows, int64_t num_rows, int64_t dim, floa
   for (int64_t first = 0; first < num_rows; first += kPanel, panels += dim * kPanel) {
     const int64_t count = std::min(kPanel, num_rows - first);
     const int64_t whole_rows = count / 8 * 8, whole_terms = dim / 8 * 8;
+    if (count < kPanel) std::fill_n(panels, dim * kPanel, 0.0f);
     for (int64_t j = 0; j < whole_rows; j += 8)
       for (int64_t k = 0; k < whole_terms; k += 8)
         transpose_8x8(rows + (first + j) * dim + k, dim, panels + k * kPanel + j, kPanel);
     for (int64_t k = 0; k < dim; ++k)
-      for (int64_t j = k < whole_terms ? whole_rows : 0; j < kPanel; ++j)
-        panels[k * kPanel + j] = j < count ? rows[(first + j) * dim + k] : 0.0f;
+      for (int64_t j = k < whole_terms ? whole_rows : 0; j < count; ++j)
+        panels[k * kPanel + j] = rows[(first + j) * dim + k];
   }
 }
 
