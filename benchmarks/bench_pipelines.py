@@ -194,8 +194,8 @@ def cache_methods(model: PreTrainedModel, settings: Llm) -> dict[str, Callable[[
         )
 
     def newest(entries: int) -> QuickMergeCache:
-        # As many more tokens as the bookkeeping of merged entries takes, 16 bytes each.
-        return make(Newest(rotary=rotary), min(entries * (token_bytes + 16) // token_bytes, settings.context))
+        # As many more tokens as the bookkeeping of merged entries takes, 12 bytes each.
+        return make(Newest(rotary=rotary), min(entries * (token_bytes + 12) // token_bytes, settings.context))
 
     scored = partial(KeyValueMerger, settings.saliency)
     return {
@@ -385,18 +385,23 @@ def measure_multimodal(ratios: Sequence[float], images: int, seed: int, progress
         for name, compress in reducers(seed):
             prompt, info = merge_image_tokens(model, int(num_tokens / ratio), ids, pixels, compress=compress)
             error = relative_error(model(**prompt).logits[:, -16:], exact)
-            rows.append({"asked": ratio, "what": "LLaVA's logits", "method": name, "error": error} | numbers(info))
+            row = {"asked": ratio, "method": name} | numbers(info)
+            rows.append(row | {"what": "image tokens", "error": error})
             model.set_attn_implementation(PROPORTIONAL)
             sizes = {"token_sizes": info["token_sizes"], "position_ids": prompt["position_ids"]}
             cache = QuickMergeCache(model, ratio=1.0, **sizes, proportional=True)
             error = relative_error(model(**prompt, past_key_values=cache).logits[:, -16:], exact)
             model.set_attn_implementation("sdpa")
-            rows.append({"asked": ratio, "what": "LLaVA's, weighed", "method": name, "error": error} | numbers(info))
+            rows.append(
+                {"asked": ratio, "what": "image tokens, weighed by size", "method": name, "error": error}
+                | numbers(info)
+            )
             # Each token is given its fused token's output; a dropped one has none.
             pipeline.k_max, pipeline.compressor = int(total / ratio), Reduce(compress)
             fused, info = pipeline(image_tokens, text_tokens)
             error = relative_error(unmerge(fused, info["assignments"]), whole)
-            rows.append({"asked": ratio, "what": "fused tokens", "method": name, "error": error} | numbers(info))
+            row = {"asked": ratio, "method": name} | numbers(info)
+            rows.append(row | {"what": "fused tokens", "error": error})
         progress.advance(task)
     return {"settings": {"images": images, "image_tokens": num_tokens, "text_tokens": 16, "seed": seed}, "rows": rows}
 
@@ -479,14 +484,14 @@ def format_tables(results: dict[str, Any]) -> str:
     parts = []
     if "llm" in results:
         llm = results["llm"]
-        header = ["asked", "method", "MiB", "measured", "perplexity", "nats more", "KL nats"]
+        header = ["method", "asked", "MiB", "measured", "perplexity", "nats more", "KL nats"]
         body = []
         for row in llm["rows"]:
             low, high = row["nats_more_interval"]
             body.append(
                 [
-                    f"{row['ratio']:g}x",
                     row["method"],
+                    f"{row['ratio']:g}x",
                     f"{row['bytes'] / 2**20:.2f}",
                     f"{row['bytes_ratio']:.2f}x",
                     f"{row['perplexity']:.2f}",
@@ -517,9 +522,10 @@ def error_table(part: dict[str, Any]) -> str:
     ratios = sorted({row["asked"] for row in part["rows"]})
     runs = dict.fromkeys((what, method) for what, method, _ in errors)
     body = [
-        [what, method, *(f"{errors[what, method, ratio]:.3f}" for ratio in ratios)] for what, method in sorted(runs)
+        [f"{what}: {method}", *(f"{errors[what, method, ratio]:.3f}" for ratio in ratios)]
+        for what, method in sorted(runs, key=lambda run: run[0])
     ]
-    return format_rows(["merged", "method", *(f"{ratio:g}x" for ratio in ratios)], body)
+    return format_rows(["merged", *(f"{ratio:g}x" for ratio in ratios)], body)
 
 
 if __name__ == "__main__":
