@@ -277,6 +277,12 @@ def test_effective_tokens_counts_different_tokens():
     torch.testing.assert_close(effective_tokens(twice), torch.tensor([16.0]))
 
 
+def test_a_token_of_zeros_is_like_itself_alone():
+    tokens = torch.eye(8).unsqueeze(0)
+    tokens[0, [2, 5]] = 0
+    torch.testing.assert_close(effective_tokens(tokens), torch.tensor([8.0]))
+
+
 def test_effective_tokens_of_different_tokens_is_the_exponential_of_the_saliencys_entropy():
     saliency = torch.rand(1, 16) + 0.01
     p = saliency / saliency.sum()
@@ -467,10 +473,10 @@ def test_kmeans_is_lloyds_algorithm_and_ends_where_nothing_changes():
         weight = F.one_hot(cluster, 6).double() * selection.mass[0].double().unsqueeze(-1)
         centres = weight.T @ x[0] / weight.sum(0).unsqueeze(-1)
     # Also far from the origin, where squared distances would lose most of their digits.
-    grouping = group_by_kmeans((x + 300).float(), selection, num_iterations=50)
+    grouping = group_by_kmeans((x + 2000).float(), selection, num_iterations=50)
     same = grouping.cluster[0].unsqueeze(0) == grouping.cluster[0].unsqueeze(1)
     assert torch.equal(same, cluster.unsqueeze(0) == cluster.unsqueeze(1))
-    assert torch.equal(group_by_kmeans((x + 300).float(), selection, num_iterations=10**9).cluster, grouping.cluster)
+    assert torch.equal(group_by_kmeans((x + 2000).float(), selection, num_iterations=10**9).cluster, grouping.cluster)
 
 
 def test_kmeans_improves_on_its_seeds():
@@ -777,6 +783,9 @@ def test_a_chunk_is_compressed_like_a_sequence_of_its_own(grouping):
         parts = [whole.compress(tokens[:, start : start + 8]) for start in range(0, count, 8)]
         torch.testing.assert_close(merged[b, info["mask"][b]], torch.cat([part for part, _ in parts], 1)[0])
         torch.testing.assert_close(info["saliency"][b, mask[b]], torch.cat([i["saliency"] for _, i in parts], 1)[0])
+    for b in range(2):
+        places = info["places"][b, info["mask"][b]]
+        assert info["assignments"][b, places].tolist() == list(range(len(places)))
     assert (info["assignments"][~mask] == -1).all() and (info["places"][~info["mask"]] == 19).all()
     assert info["mask"].sum(1).tolist() == [9, 6] and (info["places"][1, :6].diff() > 0).all()
 
