@@ -26,17 +26,42 @@ def saliency_merge_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `saliency_merge` in plain PyTorch."""
     check_slots("saliency_merge", cluster, num_slots)
-    padding = cluster < 0
-    # Padding goes to an extra column, which is dropped.
-    label = cluster.masked_fill(padding, num_slots).clamp_max(num_slots).unsqueeze(-1)
-    member = mass.new_zeros(*cluster.shape, num_slots + 1).scatter_(-1, label, 1.0)[..., :num_slots]
+    padding = ((cluster < 0) | (cluster >= num_slots)).unsqueeze(-1)
     # Padding may hold NaN, and a weight of 0 would not silence that.
-    values = tokens.float().masked_fill(padding.unsqueeze(-1), 0.0)
-    weight = member * mass.masked_fill(padding, 0.0).unsqueeze(-1)
-    total = weight.sum(1)
+    weight = mass.unsqueeze(-1).masked_fill(padding, 0.0)
+    values = tokens.float().masked_fill(padding, 0.0)
+    size = sum_by_slot(1.0 - padding.float(), cluster, num_slots)
+    total = sum_by_slot(weight, cluster, num_slots)
+    slot = cluster.unsqueeze(-1).masked_fill(padding, num_slots)
     # Divided first, so that a group of one is copied bit by bit.
-    share = weight / total.masked_fill(total == 0, 1.0).unsqueeze(1)
-    return (share.mT @ values).to(tokens.dtype), member.sum(1), total
+    share = weight / torch.nn.functional.pad(total.masked_fill(total == 0, 1.0), (0, 0, 0, 1), value=1.0).gather(
+        1, slot
+    )
+    return sum_by_slot(share * values, cluster, num_slots).to(tokens.dtype), size.squeeze(-1), total.squeeze(-1)
+
+
+def sum_by_slot(values: Tensor, cluster: Tensor, num_slots: int) -> Tensor:
+    """Sum the rows of each slot, the same way at every call on every device.
+
+    Args:
+        values: `[B, N, X]`.
+        cluster: `[B, N]` int64; a row outside 0..K-1 is dropped.
+        num_slots: K.
+
+    Returns:
+        `[B, K, X]`.
+    """
+    batch, _, width = values.shape
+    # What is dropped goes to an extra slot.
+    slot = cluster.masked_fill((cluster < 0) | (cluster >= num_slots), num_slots)
+    row = (slot + (num_slots + 1) * torch.arange(batch, device=cluster.device).unsqueeze(-1)).flatten()
+    total = values.new_zeros(batch * (num_slots + 1), width)
+    if values.is_cuda:
+        # There index_add adds in whatever order its threads come; this one sorts first.
+        total = total.index_put((row,), values.flatten(0, 1), accumulate=True)
+    else:
+        total = total.index_add(0, row, values.flatten(0, 1))
+    return total.view(batch, num_slots + 1, width)[:, :num_slots].contiguous()
 
 
 torch.library.impl("qm_spec::saliency_merge", "default", saliency_merge_reference)
