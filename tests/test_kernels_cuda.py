@@ -207,6 +207,7 @@ def test_the_emulation_finds_a_missing_barrier(emulation: Emulation) -> None:
         (2, "threads wait at __syncthreads for others that never come"),
         (3, "lanes are at different instructions"),
         (4, "a block wrote behind its shared memory"),
+        (5, "an access is not aligned to its type"),
     ],
 )
 def test_the_emulation_finds_what_would_hang_or_overflow(emulation: Emulation, number: int, message: str) -> None:
@@ -414,16 +415,18 @@ def test_merge_judges_stale_spans_as_the_reference_does(kernels, group, level, c
     assert_same_cache(case, expected)
 
 
-def test_equal_keys_merge_to_themselves(kernels) -> None:
-    case = make_case(40, appended=False)
-    ones = torch.ones_like(case.key)
-    kernels.append_kv_(case.cache, ones, ones, case.slots)
-    kernels.merge_groups_(case.cache, case.table, lens(40), 8, CONFIG)
-    keys, values, state = split_page(case.cache, 8)
-    live = state[..., COUNT] > 0
-    assert state[..., COUNT][live].max() > 1
-    torch.testing.assert_close(keys[live], torch.ones_like(keys[live]))
-    torch.testing.assert_close(values[live], torch.ones_like(values[live]))
+def test_among_equal_keys_the_first_ones_stay_and_the_others_join_the_first(kernels) -> None:
+    # 24 tokens: 3 groups are at the first level, where two entries stay.
+    case = make_case(24, appended=False)
+    kernels.append_kv_(case.cache, torch.ones_like(case.key), case.value, case.slots)
+    kernels.merge_groups_(case.cache, case.table, lens(24), 8, CONFIG)
+    keys, values, state = (x[case.table[0, 0].long()] for x in split_page(case.cache, 8))
+    tokens = case.value.transpose(0, 1)
+    for start in (0, 4, 8):
+        assert (state[:, start : start + 4, COUNT] == torch.tensor([3.0, 1.0, 0.0, 0.0])).all()
+        torch.testing.assert_close(keys[:, start : start + 2], torch.ones(2, 2, 8))
+        assert torch.equal(values[:, start + 1], tokens[:, start + 1])
+        torch.testing.assert_close(values[:, start], tokens[:, [start, start + 2, start + 3]].mean(1))
 
 
 # merged_attention

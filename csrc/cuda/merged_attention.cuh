@@ -83,7 +83,7 @@ struct Shared {
   int* warp_total;      // [warps]
   int* group_position;  // [threads], of the first token, or -1 where merged
   int* entry_position;  // [kEntries], or -1 where merged
-  float* entry_count;   // [kEntries], log of the tokens that a merged entry stands for
+  float* entry_log_count;  // [kEntries], log of the tokens that a merged entry stands for
 
   static int64_t num_bytes(int64_t dim, int64_t threads) {
     const int64_t floats = kQueries * dim + kEntries * (dim + 4) + kEntries * kQueries + kQueries;
@@ -102,7 +102,7 @@ struct Shared {
     warp_total = group_end + threads;
     group_position = warp_total + threads / kWarp;
     entry_position = group_position + threads;
-    entry_count = reinterpret_cast<float*>(entry_position + kEntries);
+    entry_log_count = reinterpret_cast<float*>(entry_position + kEntries);
   }
 };
 
@@ -190,7 +190,7 @@ __device__ void find_entry(const Attention<T>& to, const Shared& shared, int num
   }
   shared.entry_base[lane] = base;
   shared.entry_position[lane] = position;
-  shared.entry_count[lane] = log_count;
+  shared.entry_log_count[lane] = log_count;
 }
 
 // Read the entries' keys (`offset` 0) or values (d); 0 where there is no entry.
@@ -228,7 +228,7 @@ __device__ void weigh_entries(const Attention<T>& to, const Shared& shared, cons
     const bool is_raw = shared.entry_position[lane] >= 0;
     const bool is_seen = shared.entry_base[lane] >= 0 && !(is_raw && distance < 0);
     const float bias = is_raw ? -to.slopes[head] * static_cast<float>(distance)
-                              : to.far_bias[head] + shared.entry_count[lane];
+                              : to.far_bias[head] + shared.entry_log_count[lane];
     const float score = is_seen ? dot * scale + bias : -INFINITY;
 
     Stats stats = shared.stats[i];
@@ -356,7 +356,6 @@ __global__ void combine_kernel(Attention<T> to) {
     float values[kMostDim / kWarp] = {}, sum = 0.0f, weighted = 0.0f;
     for (int split = 0; split < num_splits; ++split) {
       Stats stats = partial[split];
-      if (stats.sum == 0.0f) continue;
       const float factor = stats.rise(largest);
       sum += stats.sum;
       weighted += stats.weighted;

@@ -3,10 +3,11 @@
 // Every CUDA thread is a fibre that runs until it comes to a barrier or to an exchange within its warp. Several blocks
 // are under way at once, and a seed decides which fibre goes on: a kernel that lacks a barrier gives another result
 // for another seed. Shared memory begins as NaN, so what is read before it was written shows. A barrier that some
-// threads never come to, lanes of a warp at different instructions, and too much shared memory are errors.
+// threads never come to, lanes of a warp at different instructions, too much shared memory, and, if it is built with
+// -fsanitize=alignment and linked without, an access that is not aligned are errors.
 //
-// What it does not show: a race between two accesses without a barrier between them on the same side of a switch,
-// weak memory order, and anything of the hardware's own: speed, occupancy, coalescing, alignment of device memory.
+// What it does not show: a race that needs a switch elsewhere than at a barrier or exchange, weak memory order, and
+// anything of the hardware's own: speed, occupancy, coalescing.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +19,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <ucontext.h>
@@ -119,6 +121,11 @@ class Machine {
     running_->state = state;
     running_->at = at;
     if (_setjmp(running_->jump) == 0) _longjmp(home_, 1);
+  }
+  // Called by a fibre, which does not go on.
+  void stop(const char* why) {
+    stopped_ = why;
+    _longjmp(home_, 1);
   }
   // Called by a fibre: every lane's word, once all lanes have come here.
   const uint32_t* exchange(uint32_t word, const char* at) {
@@ -225,6 +232,7 @@ class Machine {
       makecontext(&fibre->context, &Machine::main, 0);
       setcontext(&fibre->context);
     }
+    if (stopped_ != nullptr) throw std::runtime_error(std::string("cuda_on_cpu: ") + std::exchange(stopped_, nullptr));
   }
 
   static void main() {
@@ -241,6 +249,7 @@ class Machine {
   std::vector<std::unique_ptr<Fibre>> idle_;
   Fibre* running_ = nullptr;
   jmp_buf home_;
+  const char* stopped_ = nullptr;
 };
 
 // Launches as the host side of a kernel does.
@@ -270,6 +279,11 @@ Value from_word(uint32_t word) {
 inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
 }  // namespace cuda_on_cpu
+
+// What the compiler calls at an access that is not aligned; the rest of its library is not needed.
+extern "C" __attribute__((weak, visibility("hidden"))) void __ubsan_handle_type_mismatch_v1(void*, uintptr_t) {
+  cuda_on_cpu::Machine::get().stop("an access is not aligned to its type");
+}
 
 inline void __syncthreads() { cuda_on_cpu::Machine::get().wait(cuda_on_cpu::State::kAtBlock, "__syncthreads"); }
 inline void __syncwarp() { cuda_on_cpu::Machine::get().exchange(0, "__syncwarp"); }

@@ -37,8 +37,14 @@ inline void too_far(float* out) {
   out[threadIdx.x] = 0.0f;
 }
 
+// Four numbers at once, from an address that is no multiple of 16 bytes.
+inline void misaligned(float* out) {
+  const float4 four = *reinterpret_cast<const float4*>(qm_spec::shared_memory() + threadIdx.x / 4);
+  out[threadIdx.x] = four.x;
+}
+
 inline void run(int number, float* out) {
-  void (*const kernels[])(float*) = {none, no_barrier, half_a_barrier, split_warp, too_far};
+  void (*const kernels[])(float*) = {none, no_barrier, half_a_barrier, split_warp, too_far, misaligned};
   cuda_on_cpu::Launcher()(kernels[number], dim3(1), dim3(64), 64 * sizeof(float), out);
 }
 
