@@ -41,14 +41,19 @@ class Case:
         alternative: what one would write without this package; None where that is the reference.
         alternative_name: in words.
         flops: of the products that the result is made of, each counted once; None where it is bound by memory.
+        moved_bytes: the least that must be read and written, for `(sizes, dtype)`; None where that is all inputs
+            and outputs.
+        restore: takes the arguments and undoes what a call changes, before each call, untimed.
     """
 
     name: str
-    arguments: Callable[[Sizes, torch.dtype], tuple[Any, ...]]
+    arguments: Callable[[Any, torch.dtype], tuple[Any, ...]]
     reference: Callable[..., Any]
     alternative: Callable[..., Any] | None = None
     alternative_name: str = ""
-    flops: Callable[[Sizes], int] | None = None
+    flops: Callable[[Any], int] | None = None
+    moved_bytes: Callable[[Any, torch.dtype], int] | None = None
+    restore: Callable[..., None] | None = None
 
     @property
     def operator(self) -> Callable[..., Any]:

@@ -97,30 +97,48 @@ struct Block {
 struct Cursor {
   const EntryRun *run, *end;
   int64_t done = 0;
+
+  bool live() const { return run < end; }
+  int64_t slot() const { return run->slot + done; }
+  void advance() {
+    if (++done == run->length) ++run, done = 0;
+  }
 };
+
+// Entries of old spans lie pages apart, where no hardware looks ahead.
+constexpr int64_t kAhead = 24;
+
+QM_INLINE void prefetch(const PagedCache& cache, int64_t head, const Cursor& at) {
+  const char* slot = cache.key(at.run->page, head, at.slot());
+  for (int64_t byte = 0; byte < cache.slot_bytes(); byte += 64) __builtin_prefetch(slot + byte);
+}
 
 // Lay out the next entries, at most kBlock; returns how many, rounded up to whole vectors with entries of count 0.
 template <class T>
 QM_INLINE int64_t fill(
-    const PagedCache& cache, const MergeConfig& config, int64_t head, int64_t width, Cursor& at, Block& block) {
+    const PagedCache& cache, const MergeConfig& config, int64_t head, int64_t width, Cursor& at, Cursor& ahead,
+    Block& block) {
   int64_t num = 0;
-  for (; num < kBlock && at.run < at.end; num += kLanes) {
+  for (; num < kBlock && at.live(); num += kLanes) {
     float count[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       float *key = block.keys + lane * width, *value = block.values + (num + lane) * width;
       count[lane] = 0.0f;
       block.position[num + lane] = -1;
       const T* row = nullptr;
-      if (at.run < at.end) {
-        const EntryRun& run = *at.run;
-        row = reinterpret_cast<const T*>(cache.key(run.page, head, run.slot + at.done));
+      if (at.live()) {
+        row = reinterpret_cast<const T*>(cache.key(at.run->page, head, at.slot()));
         count[lane] = 1.0f;
-        if (run.position >= 0) {
-          block.position[num + lane] = static_cast<int32_t>(run.position + at.done);
+        if (at.run->position >= 0) {
+          block.position[num + lane] = static_cast<int32_t>(at.run->position + at.done);
         } else {
-          count[lane] = bounded_count(cache.state(run.page, head, run.slot + at.done).count, config);
+          count[lane] = bounded_count(cache.state(at.run->page, head, at.slot()).count, config);
         }
-        if (++at.done == run.length) ++at.run, at.done = 0;
+        at.advance();
+      }
+      if (ahead.live()) {
+        prefetch(cache, head, ahead);
+        ahead.advance();
       }
       // An empty slot may hold NaN, which a weight of 0 would not silence.
       if (count[lane] > 0.0f) {
@@ -159,7 +177,12 @@ QM_INLINE void attend_to(
     const PagedCache& cache, const MergeConfig& config, int64_t head, Cursor at, const Queries& queries, Block& block,
     Partial& part) {
   const int64_t rows = queries.rows, width = queries.width;
-  while (const int64_t num = fill<T>(cache, config, head, width, at, block)) {
+  Cursor ahead = at;
+  for (int64_t i = 0; i < kAhead && ahead.live(); ++i) {
+    prefetch(cache, head, ahead);
+    ahead.advance();
+  }
+  while (const int64_t num = fill<T>(cache, config, head, width, at, ahead, block)) {
     for (int64_t i = 0; i < num; i += kLanes)
       multiply(queries.q, rows, width, block.columns + i * width, kLanes, width, false, block.scores + i, kBlock);
     for (int64_t r = 0; r < rows; ++r) {
@@ -312,7 +335,8 @@ std::tuple<Tensor, Tensor, Tensor> merged_attention(
     }
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  const int64_t grain = std::max<int64_t>(1, kGrainProducts * num_tasks / std::max<int64_t>(1, num_products));
+  const int64_t per_task = std::max<int64_t>(1, num_products / std::max<int64_t>(1, num_tasks));
+  const int64_t grain = (kGrainProducts + per_task - 1) / per_task;
   parallel(num_tasks, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       Task& task = tasks[i];

@@ -27,9 +27,9 @@ class PagedCache {
         type(cache.scalar_type()),
         element_bytes(type == ScalarType::Float ? 4 : 2),
         data_(static_cast<char*>(cache.data_ptr())),
-        page_bytes_(cache.stride(0) * element_bytes),
-        head_bytes_(cache.stride(1) * element_bytes),
-        slot_bytes_(cache.stride(2) * element_bytes) {
+        page_stride_bytes_(cache.stride(0) * element_bytes),
+        head_stride_bytes_(cache.stride(1) * element_bytes),
+        slot_stride_bytes_(cache.stride(2) * element_bytes) {
     STD_TORCH_CHECK(
         type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
         op, ": the cache must be float32, float16 or bfloat16, got scalar type ", static_cast<int>(type));
@@ -45,7 +45,7 @@ class PagedCache {
   const int64_t element_bytes;
 
   char* key(int64_t page, int64_t head, int64_t slot) const {
-    return data_ + page * page_bytes_ + head * head_bytes_ + slot * slot_bytes_;
+    return data_ + page * page_stride_bytes_ + head * head_stride_bytes_ + slot * slot_stride_bytes_;
   }
   char* value(int64_t page, int64_t head, int64_t slot) const {
     return key(page, head, slot) + head_dim * element_bytes;
@@ -62,12 +62,14 @@ class PagedCache {
   void set_state(int64_t page, int64_t head, int64_t slot, const SlotState& state) const {
     std::memcpy(state_bytes(page, head, slot), &state, sizeof state);
   }
-  // From one slot of a page to the next: the rows of a group, key, value and state, are strided by this.
-  int64_t slot_stride_bytes() const { return slot_bytes_; }
+  // From one slot of a page to the next.
+  int64_t slot_stride_bytes() const { return slot_stride_bytes_; }
+  // Of key, value and state, side by side.
+  int64_t slot_bytes() const { return 2 * head_dim * element_bytes + static_cast<int64_t>(sizeof(SlotState)); }
 
  private:
   char* data_;
-  int64_t page_bytes_, head_bytes_, slot_bytes_;
+  int64_t page_stride_bytes_, head_stride_bytes_, slot_stride_bytes_;
 };
 
 // A dimension of an int32 or int64 tensor, at any stride.
