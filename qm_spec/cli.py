@@ -138,7 +138,10 @@ def train_command(
 def compress_train_command(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder of the new compressor.")],
-    target: Target = NOVELS_TARGET,
+    target: Annotated[
+        Path,
+        typer.Option(help="Folder of a transformers causal LM; it is not changed.", show_default="the shipped one"),
+    ] = NOVELS_TARGET,
     layer: Annotated[int, typer.Option(min=0, help="Whose states are compressed; 0 = the embeddings.")] = 5,
     keep: Annotated[int, typer.Option(min=1, help="K, tokens kept of each window or chunk.")] = 32,
     chunk_size: Annotated[int | None, typer.Option(min=1, help="Keep K tokens of every so many.")] = None,
@@ -153,7 +156,7 @@ def compress_train_command(
     max_steps: MaxSteps = 600,
     batch_size: BatchSize = 8,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
-    lr: Lr = 0.005,
+    lr: Lr = 0.02,
     adam_lr: AdamLr = 1e-3,
     decay_share: DecayShare = 0.5,
     save_steps: SaveSteps = 100,
