@@ -200,7 +200,7 @@ def cache_methods(model: PreTrainedModel, settings: Llm) -> dict[str, Callable[[
     scored = partial(KeyValueMerger, settings.saliency)
     return {
         "merge": partial(make, scored(rotary=rotary)),
-        "merge, proportional": partial(make, scored(rotary=rotary), proportional=True),
+        "merge, proportional": partial(make, scored(epsilon=0.01, rotary=rotary), proportional=True),
         "merge, rotation ignored": partial(make, scored()),
         "merge, 64 tokens at a time": partial(make, scored(rotary=rotary)),
         "evict, same scores": partial(make, Evict(settings.saliency, rotary=rotary)),

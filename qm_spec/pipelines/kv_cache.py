@@ -269,9 +269,9 @@ class QuickMergeCache(Cache):
         token_sizes: `[B, N]`, in place of `attention_mask` where the prompt's columns hold several
             tokens each (`merge_image_tokens`): tokens in each column, 0 at padding.
         merger: how entries are merged; None takes `KeyValueMerger` with the model's own rotary
-            embedding.
-        proportional: let an entry of n tokens weigh like n in attention. Asks for
-            `model.set_attn_implementation(PROPORTIONAL)` first.
+            embedding, and with an epsilon of 0.01 if `proportional`.
+        proportional: let an entry of n tokens weigh like n in attention, which loses less where the
+            context matters. Asks for `model.set_attn_implementation(PROPORTIONAL)` first.
 
     Raises:
         TypeError: neither or both of `k_max` and `ratio` are given.
@@ -311,9 +311,11 @@ class QuickMergeCache(Cache):
                 f"QuickMergeCache: proportional=True needs attention {PROPORTIONAL!r}, got "
                 f"{config._attn_implementation!r}; call model.set_attn_implementation({PROPORTIONAL!r})"
             )
+        if merger is None:
+            merger = KeyValueMerger(epsilon=0.01 if proportional else 1e-5, rotary=Rotary.from_model(model))
         make_layer = partial(
             QuickMergeLayer,
-            merger=merger or KeyValueMerger(rotary=Rotary.from_model(model)),
+            merger=merger,
             k_max=k_max,
             ratio=ratio,
             window=window,

@@ -51,7 +51,8 @@ class KeyValueMerger:
         grouping: `cosine` or `kmeans`.
         temperature: tau of the selection.
         epsilon: mass of a token that is not selected at all. At 1e-5 (the `quickmergepp` code) the
-            salient token rules a merged entry; at 0.01 thousands of tokens would weigh the same.
+            salient token rules a merged entry, which is best where an entry weighs like one token
+            in attention. Where it weighs like all it holds it must also be their mean: take 0.01.
         rotary: how the keys are rotated; None merges them as they are.
 
     Raises:

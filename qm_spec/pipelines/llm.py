@@ -67,6 +67,7 @@ class LLMPipeline(nn.Module):
             raise ValueError(f"create_llm_pipeline: k_max must be at least 1, got {k_max}")
         self.k_max = k_max
         self.hidden = TokenCompressor(model_dim, saliency=saliency, grouping=grouping, causal=True)
+        self._given_merger = merger
         self.merger = merger or KeyValueMerger()
 
     def compress_kv_cache(self, key: Tensor, value: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -145,10 +146,10 @@ class LLMPipeline(nn.Module):
         attention_mask: Tensor | None = None,
         proportional: bool = False,
     ) -> QuickMergeCache:
-        """Make a cache with this pipeline's `k_max` and merger for `model.generate(past_key_values=cache)`.
+        """Make a cache of this pipeline's `k_max` for `model.generate(past_key_values=cache)`.
 
-        Keys are taken to be rotated as the model does, whatever the pipeline's merger says. For the arguments and
-        errors see `qm_spec.pipelines.kv_cache.QuickMergeCache`; needs transformers.
+        A merger that the pipeline was given is taken, with the model's own rotation. For the
+        arguments and errors see `qm_spec.pipelines.kv_cache.QuickMergeCache`; needs transformers.
         """
         from qm_spec.pipelines.kv_cache import QuickMergeCache
 
@@ -158,7 +159,7 @@ class LLMPipeline(nn.Module):
             window=window,
             sinks=sinks,
             attention_mask=attention_mask,
-            merger=replace(self.merger, rotary=Rotary.from_model(model)),
+            merger=self._given_merger and replace(self._given_merger, rotary=Rotary.from_model(model)),
             proportional=proportional,
         )
 
