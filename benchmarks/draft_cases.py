@@ -19,8 +19,8 @@ from qm_spec.ops.page import slot_elements
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of a prior; as defaults those of the shipped one."""
+class PriorSizes:
+    """Of a prior and its target's vocabulary; as defaults those of the shipped pair."""
 
     hidden: int = 192
     num_heads: int = 6
@@ -29,9 +29,16 @@ class Sizes:
     intermediate: int = 768
     vocabulary: int = 4096
 
+    @property
+    def num_weights(self) -> int:
+        """Weights that every draft step multiplies with; the first one needs no keys and values."""
+        query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        rows = 2 * self.hidden + 3 * query_size + 3 * self.intermediate + 2 * kv_size + self.vocabulary
+        return self.hidden * rows
+
 
 @dataclass
-class Case:
+class DraftCase:
     """The arguments of `draft_tokens` but for K and what to sample with."""
 
     cache: Tensor
@@ -83,10 +90,10 @@ class Case:
         )
         return torch.stack(logits, 1)
 
-    def request(self, number: int) -> Case:
+    def request(self, number: int) -> DraftCase:
         """Return the case of one request alone."""
         one = slice(number, number + 1)
-        return Case(
+        return DraftCase(
             self.cache,
             self.block_table[one],
             self.num_tokens[one],
@@ -98,7 +105,7 @@ class Case:
         )
 
 
-def random_weights(sizes: Sizes, dtype: torch.dtype) -> DraftWeights:
+def random_weights(sizes: PriorSizes, dtype: torch.dtype) -> DraftWeights:
     """Make weights that keep the size of what they multiply, from torch's global generator."""
     hidden, middle = sizes.hidden, sizes.intermediate
     query_size, kv_size = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
@@ -133,12 +140,12 @@ def random_weights(sizes: Sizes, dtype: torch.dtype) -> DraftWeights:
 
 def make_case(
     lengths: Sequence[int],
-    sizes: Sizes | None = None,
+    sizes: PriorSizes | None = None,
     dtype: torch.dtype = torch.float32,
     page_size: int = 16,
     config: MergeConfig | None = None,
     stale: Callable[[Tensor], Tensor] = lambda cache: cache.fill_(float("nan")),
-) -> Case:
+) -> DraftCase:
     """Fill and merge a cache for requests of these many tokens, from torch's global generator.
 
     Args:
@@ -149,7 +156,7 @@ def make_case(
         config: of the merged cache.
         stale: fills the cache with what its previous owners left.
     """
-    sizes, config = sizes or Sizes(), config or MergeConfig()
+    sizes, config = sizes or PriorSizes(), config or MergeConfig()
     batch, groups, head_dim = len(lengths), sizes.num_kv_heads, sizes.head_dim
     # A spare column, whose page nobody wrote.
     columns = max(-(-length // page_size) for length in lengths) + 1
@@ -177,4 +184,4 @@ def make_case(
     )
     state = torch.randn(batch, sizes.hidden).to(dtype)
     next_ids = torch.randint(0, sizes.vocabulary, (batch,))
-    return Case(cache, table, num_tokens, state, next_ids, random_weights(sizes, dtype), config=config)
+    return DraftCase(cache, table, num_tokens, state, next_ids, random_weights(sizes, dtype), config=config)

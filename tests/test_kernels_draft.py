@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from draft_cases import Case, Sizes, make_case
+from draft_cases import DraftCase, PriorSizes, make_case
 from torch import Tensor
 
 from qm_spec.config import MergeConfig
@@ -19,7 +19,7 @@ from qm_spec.ops.draft_tokens import draft_tokens_reference
 
 COMPILED = backend.backend() == "compiled"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SMALL = Sizes(hidden=48, num_heads=4, num_kv_heads=2, head_dim=16, intermediate=96, vocabulary=200)
+SMALL = PriorSizes(hidden=48, num_heads=4, num_kv_heads=2, head_dim=16, intermediate=96, vocabulary=200)
 # Raw and merged to every level, spans across pages.
 SHORT_WINDOW = MergeConfig(window=24, group_size=8, schedule=(4, 2, 1))
 
@@ -31,7 +31,7 @@ def stale_words(cache: Tensor) -> Tensor:
     return cache
 
 
-CASES: dict[str, Callable[[torch.dtype], Case]] = {
+CASES: dict[str, Callable[[torch.dtype], DraftCase]] = {
     "shipped sizes": lambda dtype: make_case([256], dtype=dtype),
     "first tokens": lambda dtype: make_case([1, 2, 3], SMALL, dtype),
     "different lengths": lambda dtype: make_case([5, 460, 16, 17, 1, 131], SMALL, dtype, config=SHORT_WINDOW),
@@ -39,7 +39,7 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "one head for all": lambda dtype: make_case([77, 300], replace(SMALL, num_heads=3, num_kv_heads=1), dtype),
     "no grouping": lambda dtype: make_case([50], replace(SMALL, num_kv_heads=4, head_dim=24), dtype),
     "wide heads": lambda dtype: make_case([40, 90], replace(SMALL, num_heads=2, num_kv_heads=1, head_dim=256), dtype),
-    "odd sizes": lambda dtype: make_case([33, 9], Sizes(35, 3, 3, 10, 51, 73), dtype, config=SHORT_WINDOW),
+    "odd sizes": lambda dtype: make_case([33, 9], PriorSizes(35, 3, 3, 10, 51, 73), dtype, config=SHORT_WINDOW),
     # More columns than are added in a row, and a tail.
     "many columns": lambda dtype: make_case([20], replace(SMALL, hidden=1040, intermediate=2100), dtype),
     "many tokens to choose from": lambda dtype: make_case([20], replace(SMALL, vocabulary=262_144), dtype),
@@ -59,11 +59,11 @@ def outputs_start_as_nan() -> Iterator[None]:
 
 
 @pytest.fixture(params=CASES)
-def make(request: pytest.FixtureRequest) -> Callable[[torch.dtype], Case]:
+def make(request: pytest.FixtureRequest) -> Callable[[torch.dtype], DraftCase]:
     return CASES[request.param]
 
 
-def errors(case: Case, ids: Tensor, logits_or_log_probs: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
+def errors(case: DraftCase, ids: Tensor, logits_or_log_probs: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
     """Return exact values by float64 where the drafts are `ids`, and the error of plain PyTorch in the case's dtype."""
     exact = logits_or_log_probs(case.replay(ids, torch.float64))
     plain = logits_or_log_probs(case.replay(ids, case.state.dtype).double())
@@ -139,7 +139,7 @@ def test_samples_follow_the_distribution():
     """Evenly spaced draws hit each token as often as its probability says, to within one."""
     draws = 500
     case = make_case([40], replace(SMALL, vocabulary=30), config=SHORT_WINDOW)
-    case = Case(
+    case = DraftCase(
         case.cache,
         case.block_table.expand(draws, -1),
         case.num_tokens.expand(draws),
@@ -270,7 +270,7 @@ def test_wrong_arguments_are_refused_by_name():
             arguments.draft(*numbers)
 
 
-def _with(case: Case, **weights: Tensor) -> Case:
+def _with(case: DraftCase, **weights: Tensor) -> DraftCase:
     return replace(case, weights=case.weights._replace(**weights))
 
 

@@ -1,6 +1,7 @@
 #include "csrc/cpu/linear.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "csrc/cpu/vec.h"
 
@@ -9,50 +10,109 @@ namespace {
 
 // Rows of the weight that are one task: a cache line of results.
 constexpr int64_t kRows = 16;
+// Columns read at a time: a vector of bfloat16 in pairs, or two of float32.
+constexpr int64_t kStep = 2 * kLanes;
 // Columns summed before a partial sum is put away: a task's weights stay in the second-level cache for all rows of x,
 // and the error of long sums stays small.
 constexpr int64_t kColumns = 1024;
 // Multiplications that are worth a thread.
 constexpr int64_t kGrain = 1 << 14;
 
-// A few rows of x with their sums [batch, kRows].
+// Rows of x [batch, stride], laid out as the weight's type wants them, with zeros behind the last column, and their
+// sums [batch, kRows].
 struct Rows {
   const float* x;
   int64_t stride, batch;
   float* sums;
 };
 
-// sums[b, i] += w[i] . x[b] over `count` columns, for b and i from 0 on. The kWeights * kBatch sums stay in registers.
+// One half of kStep weights as floats: the first and the second kLanes of them or, of bfloat16, those at even and at
+// odd places, which takes one instruction: they are the upper halves of the floats.
+template <class T>
+QM_INLINE Vec load_half(const T* w, int half) {
+  return load(w + half * kLanes);
+}
+template <>
+QM_INLINE Vec load_half(const BFloat16* w, int half) {
+  const BitVec pairs = read_bytes<BitVec>(w);
+  return (Vec)(half == 0 ? pairs << 16 : pairs & 0xffff0000u);
+}
+
+// Lay a row of x out in the same order.
+void prepare(const float* row, int64_t columns, bool even_first, float* out) {
+  const int64_t padded = (columns + kStep - 1) / kStep * kStep;
+  std::fill(std::copy_n(row, columns, out), out + padded, 0.0f);
+  if (!even_first) return;
+  for (int64_t k = 0; k < padded; k += kStep) {
+    float step[kStep];
+    std::copy_n(out + k, kStep, step);
+    for (int64_t i = 0; i < kLanes; ++i) out[k + i] = step[2 * i], out[k + kLanes + i] = step[2 * i + 1];
+  }
+}
+
+// out[0..3] += the sums of four vectors' lanes; the additions are those of `sum`, four at a time.
+QM_INLINE void add_sums(const Vec* v, float* out) {
+  typedef float Quad __attribute__((vector_size(16)));
+  typedef int32_t Pick __attribute__((vector_size(16)));
+  typedef float Half __attribute__((vector_size(32)));
+  Quad q[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    Half low, high;
+    std::memcpy(&low, &v[i], sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v[i]) + sizeof low, sizeof high);
+    low += high;
+    Quad a, b;
+    std::memcpy(&a, &low, sizeof a);
+    std::memcpy(&b, reinterpret_cast<const char*>(&low) + sizeof a, sizeof b);
+    q[i] = a + b;
+  }
+  const Quad x = __builtin_shuffle(q[0], q[1], Pick{0, 4, 1, 5}) + __builtin_shuffle(q[0], q[1], Pick{2, 6, 3, 7});
+  const Quad y = __builtin_shuffle(q[2], q[3], Pick{0, 4, 1, 5}) + __builtin_shuffle(q[2], q[3], Pick{2, 6, 3, 7});
+  const Quad sums = __builtin_shuffle(x, y, Pick{0, 1, 4, 5}) + __builtin_shuffle(x, y, Pick{2, 3, 6, 7});
+  Quad total;
+  std::memcpy(&total, out, sizeof total);
+  total += sums;
+  std::memcpy(out, &total, sizeof total);
+}
+
+// sums += w[i] . x[b] over kStep columns.
 template <class T, int kWeights, int kBatch>
-QM_INLINE void block(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count, float* out) {
-  Vec sums[kBatch][kWeights] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) {
+QM_INLINE void add_step(const T* w, int64_t w_stride, const float* x, int64_t x_stride, Vec (&sums)[kBatch][kWeights]) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
     Vec weights[kWeights];
 #pragma GCC unroll 8
-    for (int i = 0; i < kWeights; ++i) weights[i] = load(w + i * w_stride + k);
+    for (int i = 0; i < kWeights; ++i) weights[i] = load_half(w + i * w_stride, half);
 #pragma GCC unroll 8
     for (int b = 0; b < kBatch; ++b) {
-      const Vec row = load(x + b * x_stride + k);
+      const Vec row = load(x + b * x_stride + half * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kWeights; ++i) sums[b][i] += weights[i] * row;
     }
   }
+}
+
+// out[b, i] += w[i] . x[b] over `count` columns, for b and i from 0 on. The kWeights * kBatch sums stay in registers.
+template <class T, int kWeights, int kBatch>
+QM_INLINE void block(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count, float* out) {
+  Vec sums[kBatch][kWeights] = {};
+  int64_t k = 0;
+  for (; k + kStep <= count; k += kStep) add_step<T, kWeights, kBatch>(w + k, w_stride, x + k, x_stride, sums);
   if (k < count) {
-    T weights[kLanes] = {};
-    float row[kLanes] = {};
-    for (int b = 0; b < kBatch; ++b) {
-      std::memcpy(row, x + b * x_stride + k, (count - k) * sizeof(float));
-      for (int i = 0; i < kWeights; ++i) {
-        std::memcpy(weights, w + i * w_stride + k, (count - k) * sizeof(T));
-        sums[b][i] += load(weights) * load(row);
-      }
-    }
+    T rest[kWeights][kStep] = {};
+    for (int i = 0; i < kWeights; ++i) std::memcpy(rest[i], w + i * w_stride + k, (count - k) * sizeof(T));
+    add_step<T, kWeights, kBatch>(rest[0], kStep, x + k, x_stride, sums);
   }
 #pragma GCC unroll 8
   for (int b = 0; b < kBatch; ++b) {
+    if constexpr (kWeights % 4 == 0) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kWeights; i += 4) add_sums(sums[b] + i, out + b * kRows + i);
+    } else {
 #pragma GCC unroll 8
-    for (int i = 0; i < kWeights; ++i) out[b * kRows + i] += sum(sums[b][i]);
+      for (int i = 0; i < kWeights; ++i) out[b * kRows + i] += sum(sums[b][i]);
+    }
   }
 }
 
@@ -134,6 +194,8 @@ Task* choose_task() {
 
 int64_t num_tasks(const Matrix& weight) { return (weight.rows + kRows - 1) / kRows; }
 
+int64_t padded_columns(const Matrix& weight) { return (weight.columns + kStep - 1) / kStep * kStep; }
+
 }  // namespace
 
 Matrix::Matrix(const Tensor& weight, const char* op)
@@ -146,21 +208,33 @@ Matrix::Matrix(const Tensor& weight, const char* op)
 
 void multiply(std::initializer_list<Product> products, int64_t batch) {
   static Task* const task = choose_task();
-  int64_t total = 0, columns = 1;
+  int64_t total = 0, columns = 1, floats = 0;
   for (const Product& product : products) {
     total += num_tasks(*product.weight);
     columns = std::max(columns, product.weight->columns);
+    floats += batch * padded_columns(*product.weight);
+  }
+  const Scratch prepared(floats);
+  float* next = prepared.get();
+  std::vector<const float*> rows;
+  for (const Product& product : products) {
+    const Matrix& w = *product.weight;
+    rows.push_back(next);
+    for (int64_t b = 0; b < batch; ++b, next += padded_columns(w))
+      prepare(product.x + b * product.x_stride, w.columns, w.type == ScalarType::BFloat16, next);
   }
   const int64_t grain = std::max<int64_t>(1, kGrain / (kRows * columns * batch));
   torch::stable::parallel_for(0, total, grain, [&](int64_t first, int64_t last) {
     const Scratch sums(batch * kRows);
     int64_t before = 0;
+    const float* const* x = rows.data();
     for (const Product& product : products) {
       const Matrix& w = *product.weight;
+      const Rows all{*x++, padded_columns(w), batch, sums.get()};
       const int64_t end = std::min(last - before, num_tasks(w));
       for (int64_t i = std::max<int64_t>(first - before, 0); i < end; ++i) {
         const int64_t row = i * kRows, count = std::min(kRows, w.rows - row);
-        task(w.type, w.data, row * w.columns, count, w.columns, {product.x, product.x_stride, batch, sums.get()});
+        task(w.type, w.data, row * w.columns, count, w.columns, all);
         for (int64_t b = 0; b < batch; ++b)
           std::copy_n(sums.get() + b * kRows, count, product.out + b * w.rows + row);
       }

@@ -11,6 +11,7 @@ from qm_spec.ops import backend
 from qm_spec.ops.append_kv import append_kv_
 from qm_spec.ops.attention_entropy import attention_entropy
 from qm_spec.ops.cosine_similarity import cosine_similarity
+from qm_spec.ops.draft_tokens import draft_tokens
 from qm_spec.ops.gumbel_softmax import gumbel_softmax
 from qm_spec.ops.masked_attention_entropy import masked_attention_entropy
 from qm_spec.ops.merge_groups import merge_groups_
@@ -22,6 +23,7 @@ __all__ = [
     "append_kv_",
     "attention_entropy",
     "cosine_similarity",
+    "draft_tokens",
     "gumbel_softmax",
     "masked_attention_entropy",
     "merge_groups_",
