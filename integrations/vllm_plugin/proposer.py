@@ -22,7 +22,7 @@ from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
 from qm_spec.ops import merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
 
-# In larger batches the library's products of 16-bit weights are faster than the operator's (benchmarks/bench_draft_tokens.py).
+# In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_draft_tokens.py).
 MOST_REQUESTS_16_BIT = 16
 
 
