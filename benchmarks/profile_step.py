@@ -31,16 +31,16 @@ TIMED = (
 )
 
 
-def timed(owner: Any, name: str, label: str, spent: dict[str, float]) -> None:
+def timed(owner: Any, name: str, label: str, spent: dict[str, float], clock: Callable[[], float]) -> None:
     """Replace `owner.name` by itself with its seconds added to `spent[label]`."""
     original: Callable[..., Any] = getattr(owner, name)
 
     def measured(*args: Any, **kwargs: Any) -> Any:
-        begin = time.perf_counter()
+        begin = clock()
         try:
             return original(*args, **kwargs)
         finally:
-            spent[label] += time.perf_counter() - begin
+            spent[label] += clock() - begin
 
     setattr(owner, name, measured)
 
@@ -50,6 +50,9 @@ def main(
     method: Annotated[str, typer.Option(help="none, qm_spec or qm_spec-reference.")] = "qm_spec",
     context: Annotated[int, typer.Option(help="Prompt tokens.")] = 256,
     steps: Annotated[int, typer.Option(help="Measured decode steps.")] = 100,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="CPU time of one thread, which other load on the machine disturbs less.")
+    ] = False,
 ) -> None:
     """Print the median milliseconds of the parts of a decode step of one request on the CPU.
 
@@ -60,6 +63,8 @@ def main(
     # The engine's libraries are loaded with the process, so it starts once more with their environment.
     if os.environ.get("QM_SPEC_PROFILE") != "1":
         environment = {"VLLM_LOGGING_LEVEL": "ERROR", **method_environment(method, "cpu"), "QM_SPEC_PROFILE": "1"}
+        if cpu_time:
+            environment["OMP_NUM_THREADS"] = "1"
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
     from importlib import import_module
@@ -71,13 +76,14 @@ def main(
 
     config = None if method == "none" else qm_spec.speculative_config(target)
     llm = LLM(str(target), dtype="float32", enforce_eager=True, max_model_len=context + 1024, speculative_config=config)
+    clock = time.thread_time if cpu_time else time.perf_counter
     spent: dict[str, float] = defaultdict(float)
     for label, module, path in TIMED:
         *owners, name = path.split(".")
         owner = import_module(module)
         for part in owners:
             owner = getattr(owner, part)
-        timed(owner, name, label, spent)
+        timed(owner, name, label, spent, clock)
 
     text = json.loads((NOVELS / "prompts.jsonl").read_text().splitlines()[0])["text"]
     ids = AutoTokenizer.from_pretrained(target)(text)["input_ids"][:context]
@@ -87,9 +93,9 @@ def main(
     # The first steps meet new shapes; they are not counted.
     for step in range(steps + 20):
         spent.clear()
-        begin = time.perf_counter()
+        begin = clock()
         llm.llm_engine.step()
-        whole = time.perf_counter() - begin
+        whole = clock() - begin
         if step < 20:
             continue
         for label, *_ in TIMED:
@@ -97,7 +103,8 @@ def main(
         known = sum(spent[label] for label, *_ in TIMED if not label.startswith(" "))
         parts["scheduling, inputs, outputs"].append(1000 * (whole - known))
         parts["whole step"].append(1000 * whole)
-    typer.echo(f"{method}, {context} tokens of context, median of {steps} steps, ms:")
+    kind = "CPU time of one thread" if cpu_time else "wall time"
+    typer.echo(f"{method}, {context} tokens of context, median of {steps} steps, {kind}, ms:")
     for label, values in parts.items():
         typer.echo(f"  {label:34}{statistics.median(values):8.2f}")
 
