@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,8 +184,8 @@ def attention_case(alternative: str) -> Case:
     def sdpa(query: Tensor, *rest: Any) -> Tensor:
         context.key, context.value = context.key.to(query.device), context.value.to(query.device)
         # Keys and values side by side, no bias, no mask: less than a drafter needs.
-        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, context.key, context.value))
-        return F.scaled_dot_product_attention(*heads_first, scale=1 / math.sqrt(query.shape[-1]), enable_gqa=True)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, context.key, context.value))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
     def moved_bytes(sizes: PagedSizes, dtype: torch.dtype) -> int:
         entries = CONFIG.entries_attended(sizes.num_tokens)
