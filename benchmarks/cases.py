@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qm_spec.ops.attention_entropy_op import attention_entropy_reference
+from qm_spec.ops.attention_entropy import attention_entropy_reference
 from qm_spec.ops.cosine_similarity import cosine_similarity_reference
 from qm_spec.ops.gumbel_softmax import gumbel_softmax_reference
 from qm_spec.ops.saliency_merge import saliency_merge_reference

@@ -10,6 +10,21 @@ from torch.autograd.function import once_differentiable
 
 from qm_spec.ops.blocks import over_rows, row_blocks
 
+torch.library.define("qm_spec::attention_entropy", "(Tensor tokens, bool causal) -> Tensor")
+
+
+def attention_entropy_reference(tokens: Tensor, causal: bool) -> Tensor:
+    """Compute the entropy `[B, N]` float32 of the self-attention of `[B, N, D]` in plain PyTorch."""
+    return _entropy(tokens.float(), None, causal)
+
+
+torch.library.impl("qm_spec::attention_entropy", "default", attention_entropy_reference)
+
+
+@torch.library.register_fake("qm_spec::attention_entropy")
+def _attention_entropy_fake(tokens: Tensor, causal: bool) -> Tensor:
+    return tokens.new_empty(tokens.shape[:2], dtype=torch.float32)
+
 
 def attention_entropy(tokens: Tensor) -> Tensor:
     """Return the entropy of each token's self-attention, in nats.
@@ -41,12 +56,10 @@ class RowEntropy(torch.autograd.Function):
         """Return `[..., N]` of `[..., N, D]` float32 and `allowed` `[..., N, N]` bool or None."""
         ctx.save_for_backward(x, allowed)
         ctx.causal = causal
-
-        def block(rows: slice, x: Tensor, allowed: Tensor | None) -> Tensor:
-            z, weight, total = _exponentials(rows, x, allowed, causal)
-            return total.log() - z.mul_(weight).sum(-1, keepdim=True) / total
-
-        return over_rows(block, x, allowed, num_columns=x.shape[-2]).squeeze(-1)
+        if allowed is not None:
+            return _entropy(x, allowed, causal)
+        sets = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+        return torch.ops.qm_spec.attention_entropy(sets, causal).view(x.shape[:-1])
 
     @staticmethod
     @once_differentiable
@@ -63,6 +76,19 @@ class RowEntropy(torch.autograd.Function):
             result[..., rows, :] += by_score @ x[..., seen, :]
             result[..., seen, :] += by_score.mT @ x[..., rows, :]
         return result, None, None
+
+
+def _entropy(x: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
+    """Return `[..., N]` of `[..., N, D]` float32."""
+
+    def block(rows: slice, x: Tensor, allowed: Tensor | None) -> Tensor:
+        z, weight, total = _exponentials(rows, x, allowed, causal)
+        return total.log() - z.mul_(weight).sum(-1, keepdim=True) / total
+
+    # Without tokens there is no largest score.
+    if x.shape[-2] == 0:
+        return x.new_zeros(x.shape[:-1])
+    return over_rows(block, x, allowed, num_columns=x.shape[-2]).squeeze(-1)
 
 
 def _exponentials(rows: slice, x: Tensor, allowed: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:

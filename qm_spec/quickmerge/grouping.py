@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qm_spec.ops import weighted_kmeans_assign, weighted_kmeans_update
 from qm_spec.ops.blocks import over_rows
 from qm_spec.quickmerge.inputs import check_tokens, full_mask
 from qm_spec.quickmerge.selection import Selection
@@ -119,16 +120,12 @@ def group_by_kmeans(
     centres, cluster = _rows(points, selection.index), None
     for _ in range(num_iterations):
         previous = cluster
-        # The smallest |x - c|^2 has the largest x c - |c|^2 / 2.
-        offset = (centres.square().sum(-1) / -2).masked_fill(~live, float("-inf"))
-        cluster = nearest_slot(points, centres, offset).masked_fill(~mask, live.shape[1])
-        cluster = _repair(cluster, points, centres, mass, mask, live)
+        cluster, distance = weighted_kmeans_assign(points, centres, mask, live)
+        cluster, centres = weighted_kmeans_update(points, mass, cluster, distance, live)
         if previous is not None and torch.equal(cluster, previous):
             break
-        total = sum_by_cluster(mass.unsqueeze(-1), cluster, live.shape[1])
-        centres = sum_by_cluster(points * mass.unsqueeze(-1), cluster, live.shape[1]) / total.clamp_min(1e-30)
     assert cluster is not None
-    return _in_order(cluster, mass, mask, live, causal)
+    return _in_order(cluster.masked_fill(~mask, live.shape[1]), mass, mask, live, causal)
 
 
 def nearest_slot(points: Tensor, centres: Tensor, offset: Tensor, place: Tensor | None = None) -> Tensor:
@@ -154,22 +151,6 @@ def nearest_slot(points: Tensor, centres: Tensor, offset: Tensor, place: Tensor 
     return over_rows(block, points, centres, offset, place, num_columns=centres.shape[1]).squeeze(-1)
 
 
-def sum_by_cluster(values: Tensor, cluster: Tensor, num_slots: int) -> Tensor:
-    """Sum the rows of each cluster: `[B, N, X]` to `[B, K, X]`; slot K, which padding has, is dropped.
-
-    Differentiable, and the same at every call on every device.
-    """
-    batch, _, width = values.shape
-    row = cluster + (num_slots + 1) * torch.arange(batch, device=cluster.device).unsqueeze(-1)
-    total = values.new_zeros(batch * (num_slots + 1), width)
-    if values.is_cuda:
-        # There index_add adds in whatever order its threads come; this one sorts first.
-        total = total.index_put((row.flatten(),), values.reshape(-1, width), accumulate=True)
-    else:
-        total = total.index_add(0, row.flatten(), values.reshape(-1, width))
-    return total.view(batch, num_slots + 1, width)[:, :num_slots]
-
-
 def _clean(tokens: Tensor, mask: Tensor) -> Tensor:
     """Return tokens as float32 without gradient; padding, which may hold NaN, as 0."""
     return tokens.detach().float().masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -179,30 +160,6 @@ def _rows(tokens: Tensor, index: Tensor) -> Tensor:
     """Gather `[B, K, D]` at `[B, K]`; an index of N, an empty slot, takes any row."""
     index = index.clamp_max(tokens.shape[1] - 1)
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
-
-def _repair(cluster: Tensor, points: Tensor, centres: Tensor, mass: Tensor, mask: Tensor, live: Tensor) -> Tensor:
-    """Give every live slot without members a token that its own cluster can spare; padding stays in slot K."""
-    num_slots = live.shape[1]
-    members = torch.zeros(len(cluster), num_slots + 1, dtype=torch.int64, device=cluster.device)
-    members.scatter_add_(1, cluster, torch.ones_like(cluster))
-    empty = live & (members[:, :num_slots] == 0)
-    if not bool(empty.any()):
-        return cluster
-    distance = (points - _rows(centres, cluster)).square().sum(-1)
-    # Sorted by cluster and distance within it, the first of each cluster is its nearest member.
-    by_distance = distance.argsort(dim=-1, stable=True)
-    order = by_distance.gather(1, cluster.gather(1, by_distance).argsort(dim=-1, stable=True))
-    label = cluster.gather(1, order)
-    first = torch.ones_like(mask)
-    first[:, 1:] = label[:, 1:] != label[:, :-1]
-    needed = torch.zeros_like(mask).scatter(1, order, first)
-    spare = (mass * distance).masked_fill(needed | ~mask, -1.0).argsort(dim=-1, descending=True, stable=True)
-    # The e-th empty slot takes the e-th spare token; other slots write to an extra column.
-    taken = spare.gather(1, (empty.cumsum(-1) - 1).clamp_min(0))
-    taken = taken.masked_fill(~empty, cluster.shape[1])
-    slot = torch.arange(num_slots, device=cluster.device).expand_as(taken)
-    return F.pad(cluster, (0, 1)).scatter(1, taken, slot)[:, :-1]
 
 
 def _in_order(cluster: Tensor, mass: Tensor, mask: Tensor, live: Tensor, causal: bool) -> Grouping:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qm_spec.ops import saliency_merge
 from qm_spec.quickmerge.budget import fixed_budget
-from qm_spec.quickmerge.grouping import GROUPINGS, Grouping, group_by_cosine, group_by_kmeans, sum_by_cluster
+from qm_spec.quickmerge.grouping import GROUPINGS, Grouping, group_by_cosine, group_by_kmeans
 from qm_spec.quickmerge.inputs import check_choice, check_tokens, full_mask
 from qm_spec.quickmerge.selection import TokenSelection
 
@@ -78,17 +79,7 @@ def merge_groups(tokens: Tensor, mass: Tensor, grouping: Grouping) -> tuple[Tens
 
     Source: QuickMerge++, arXiv 2508.13204.
     """
-    num_slots = grouping.live.shape[1]
-    padding = (grouping.cluster < 0).unsqueeze(-1)
-    cluster = grouping.cluster.masked_fill(grouping.cluster < 0, num_slots)
-    weight = mass.unsqueeze(-1)
-    size = sum_by_cluster(torch.ones_like(weight), cluster, num_slots).squeeze(-1)
-    total = sum_by_cluster(weight, cluster, num_slots).squeeze(-1)
-    # Divided first, so that a group of one is copied bit by bit.
-    share = weight / unmerge(total.unsqueeze(-1), grouping.cluster).masked_fill(padding, 1.0)
-    # Padding may hold NaN, and a weight of 0 would not silence that.
-    values = tokens.float().masked_fill(padding, 0.0)
-    return sum_by_cluster(share * values, cluster, num_slots).to(tokens.dtype), size, total
+    return saliency_merge(tokens, mass, grouping.cluster, grouping.live.shape[1])
 
 
 class DifferentiableTokenMerging(nn.Module):

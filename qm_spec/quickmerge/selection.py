@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qm_spec.ops import gumbel_softmax
 from qm_spec.quickmerge.inputs import full_mask
 
 
@@ -121,12 +122,12 @@ class TokenSelection(nn.Module):
         mask = full_mask("TokenSelection", saliency, token_mask)
         num_tokens = saliency.shape[1]
         saliency = saliency.float().masked_fill(~mask, 0.0)
-        perturbed = saliency
-        if self.noise > 0 and (self.training if sample is None else sample):
-            uniform = torch.rand_like(saliency).clamp_(1e-7, 1 - 1e-7)
-            perturbed = saliency - self.noise * (-uniform.log()).log()
-        logits = (perturbed / self.temperature).masked_fill(~mask, torch.finfo(torch.float32).min)
-        pi = torch.softmax(logits, dim=-1).masked_fill(~mask, 0.0)
+        noise = self.noise if (self.training if sample is None else sample) else 0.0
+        # From torch's generator, so that torch.manual_seed decides the draw; the same on every device.
+        seed = int(torch.randint(1 << 62, ())) if noise else 0
+        logits = saliency.masked_fill(~mask, torch.finfo(torch.float32).min)
+        pi, perturbed = gumbel_softmax(logits, self.temperature, seed=seed, noise=noise)
+        pi = pi.masked_fill(~mask, 0.0)
         # The floor holds where noise drives pi to 1 at a saliency of 0.
         mass = (pi * saliency + (1 - pi) * self.epsilon).clamp_min(1e-3 * self.epsilon).masked_fill(~mask, 0.0)
 
