@@ -389,7 +389,12 @@ def test_an_interrupted_benchmark_says_where_the_results_are(settings, engine_co
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(benchmark, "_keep", keep_then_interrupt)
-    assert load_spec().run_with_progress(benchmark) == 130
+    # A shell starts background jobs with the signal ignored, and the hanging engine would hang the test.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert load_spec().run_with_progress(benchmark) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     output, messages = capsys.readouterr()
     assert len(output.splitlines()) == 3
     assert f"interrupted; what was measured is in {asked.out / 'results.json'}" in messages
