@@ -38,7 +38,7 @@ Examples:
 
     python benchmarks/kernels.py
 
-    python benchmarks/bench_saliency_merge.py --threads 1 --json results/saliency_merge.json
+    python benchmarks/bench_saliency_merge.py --threads 1 --out results/saliency_merge.json
 """
 
 
@@ -167,7 +167,7 @@ def table(rows: list[Measurement], bandwidth: float, peak: float) -> Table:
     return result
 
 
-def run_cases(names: list[str], device: str, threads: int | None, rounds: int, json_path: Path | None) -> None:
+def run_cases(names: list[str], device: str, threads: int | None, rounds: int, out: Path | None) -> None:
     """Measure the operators that `bench_<name>.py` describes, print the table, and keep it where asked."""
     if threads:
         torch.set_num_threads(threads)
@@ -179,7 +179,7 @@ def run_cases(names: list[str], device: str, threads: int | None, rounds: int, j
     rows = [measure(case, sizes, dtype, device, rounds) for case, sizes, dtype in progress]
     # Wide enough for every column, also where there is no terminal.
     Console(width=max(170, Console().width)).print(table(rows, bandwidth, peak))
-    if json_path is not None:
+    if out is not None:
         record = {
             "command": command(),
             "commit": git_commit(),
@@ -192,8 +192,8 @@ def run_cases(names: list[str], device: str, threads: int | None, rounds: int, j
             "mm_float32_flops_per_s": peak,
             "rows": [asdict(row) for row in rows],
         }
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(record, indent=1) + "\n")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def program(names: list[str]) -> None:
@@ -203,11 +203,11 @@ def program(names: list[str]) -> None:
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's own")] = None,
         rounds: Annotated[int, typer.Option(min=3, help="Times that each is measured.")] = 21,
-        json_path: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
+        out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the record here.")] = None,
     ) -> None:
         if device not in ("cpu", "cuda"):
             raise typer.BadParameter(f"device must be cpu or cuda, got {device}")
-        run_cases(names, device, threads, rounds, json_path)
+        run_cases(names, device, threads, rounds, out)
 
     main.__doc__ = f"Measure {', '.join(names)}.\n{EXAMPLES}"
     typer.run(main)
