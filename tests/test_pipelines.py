@@ -1,8 +1,11 @@
 """The pipelines: what they save, what they keep, and that a model's output says so."""
 
+import json
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -814,3 +817,14 @@ def test_bad_tensors_are_refused_by_name():
         create_llm_pipeline(8).compress_kv_cache(torch.randn(1, 9, 2, 4), torch.randn(1, 9, 3, 4))
     with pytest.raises(ValueError, match="dimensions"):
         rotary().rotate(torch.randn(1, 3, 6), torch.zeros(1, 3))
+
+
+@needs_transformers
+def test_the_multimodal_example_prints_and_writes_what_it_measured(tmp_path, monkeypatch, capsys):
+    example = Path(__file__).parents[1] / "examples" / "multimodal.py"
+    monkeypatch.setattr(sys, "argv", ["multimodal.py", "--json", str(tmp_path / "new" / "rows.json")])
+    runpy.run_path(str(example), run_name="__main__")
+    rows = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) == 5
+    assert all(row["output_tokens"] < row["input_tokens"] for row in rows)
+    assert all(row["bytes_after"] < row["bytes_before"] for row in rows)
