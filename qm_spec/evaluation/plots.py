@@ -135,5 +135,5 @@ def _speedup_figure(runs: Sequence[Run]) -> Figure:
     axes.set(xlabel="context in tokens", ylabel=label)
     axes.set_xticks(range(len(contexts)), [str(context) for context in contexts])
     axes.margins(y=0.12)
-    axes.legend(frameon=False, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    axes.legend(frameon=False, ncols=min(len(methods), 3), loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return figure
