@@ -87,6 +87,7 @@ def train_command(
     target: Target,
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder of the new drafter.")],
+    drafter: Annotated[str, typer.Option(help="quickmerge; eagle3 or eagle3-window to compare with.")] = "quickmerge",
     max_steps: MaxSteps = 600,
     batch_size: BatchSize = 8,
     sequence_length: Annotated[int, typer.Option(min=32, help="Tokens per window.")] = 1024,
@@ -106,7 +107,7 @@ def train_command(
     init_from: Annotated[Path | None, typer.Option(help="Go on from this trained drafter.")] = None,
     resume: Resume = False,
 ) -> None:
-    """Train a QuickMerge drafter for a target; the target is frozen.
+    """Train a QuickMerge drafter for a target, or EAGLE-3 with as many parameters; the target is frozen.
 
     Example: `qm-spec train --target my-model --data texts/ --regenerated-tokens 1000000 --out my-model/qm_spec`
     """
@@ -122,6 +123,7 @@ def train_command(
             max_steps, batch_size, lr, adam_lr, decay_share=decay_share, save_steps=save_steps, seed=seed
         ),
         merge=MergeConfig(window, group_size, tuple(int(n) for n in schedule.split(",")), saliency),
+        kind=drafter,
         num_speculative_tokens=num_speculative_tokens,
         intermediate_size=intermediate_size,
         sequence_length=sequence_length,

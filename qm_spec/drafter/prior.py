@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qm_spec.config import ARCHITECTURE
 from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.rows import PriorSequences
 
 NUM_AUX_STATES = 3
 
@@ -137,6 +138,10 @@ class QuickMergePrior(PreTrainedModel):
         super().__init__(config)
         self.layer = PriorLayer(config)
         self.post_init()
+
+    def read(self, aux_states: Tensor, embeddings: Tensor) -> PriorSequences:
+        """Read whole sequences: the target's states `[B, N, 3 D]`; the tokens' embeddings are not looked at."""
+        return PriorSequences(self.layer, self.config.merge, aux_states)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save a drafter folder; its config names vLLM's class, not this one."""

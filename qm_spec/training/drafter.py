@@ -1,4 +1,4 @@
-"""Training of the prior against a frozen target, under the masks of inference."""
+"""Training of a drafter against a frozen target, under the masks of inference."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from qm_spec import provenance
 from qm_spec.config import MergeConfig
 from qm_spec.discovery import target_fingerprint
+from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.losses import AlignmentHeads, distillation_loss, fidelity_loss
-from qm_spec.drafter.memory import Memory, merge_levels
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.ops.draft_attention import draft_attention
+from qm_spec.drafter.rows import Drafter, PriorSequences, read_target
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.loop import LoopSettings, fit
 from qm_spec.training.regenerate import regenerate
@@ -32,6 +34,11 @@ FIDELITY_WEIGHT = 0.1
 # Tokens of one passage that the target writes, its prompt included.
 PASSAGE_LENGTH = 512
 VALID_WINDOWS = 16
+DRAFTERS = ("quickmerge", "eagle3", "eagle3-window")
+# First tokens that EAGLE-3 with a window keeps, as in StreamingLLM (Xiao et al. 2023, arXiv 2309.17453).
+ATTENTION_SINKS = 4
+# EAGLE-3's MLP is a multiple of this: rows of 16 bytes in bfloat16, and within 2 % of any number of parameters.
+MLP_MULTIPLE = 8
 
 
 def default_aux_layers(num_layers: int) -> list[int]:
@@ -43,6 +50,29 @@ def default_aux_layers(num_layers: int) -> list[int]:
     if num_layers < 4:
         raise ValueError(f"train: the target needs at least 4 layers to read states from, got {num_layers}")
     return [max(1, num_layers // 3), 2 * num_layers // 3, num_layers - 1]
+
+
+def _sizes(target: PreTrainedModel, num_speculative_tokens: int, fingerprint: str) -> dict[str, Any]:
+    """Return what the configurations of all drafters of `target` share."""
+    sizes = target.config
+    head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+    heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
+    if heads < 6 and head_dim % 64 == 0:
+        # Few heads cannot look both near and far: halve them.
+        heads, groups, head_dim = 2 * heads, 2 * groups, head_dim // 2
+    return {
+        "target_fingerprint": fingerprint,
+        "eagle_aux_hidden_state_layer_ids": default_aux_layers(sizes.num_hidden_layers),
+        "num_speculative_tokens": num_speculative_tokens,
+        "vocab_size": target.get_output_embeddings().weight.shape[0],
+        "hidden_size": sizes.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": head_dim,
+        "rms_norm_eps": getattr(sizes, "rms_norm_eps", 1e-6),
+        "bos_token_id": sizes.bos_token_id,
+        "eos_token_id": sizes.eos_token_id,
+    }
 
 
 def drafter_config(
@@ -61,47 +91,105 @@ def drafter_config(
         num_speculative_tokens: the depth to unroll in training and to draft by default.
         intermediate_size: of the MLP; the target's when None.
     """
-    sizes = target.config
-    head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-    heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
-    if heads < 6 and head_dim % 64 == 0:
-        # Few heads cannot look both near and far: halve them.
-        heads, groups, head_dim = 2 * heads, 2 * groups, head_dim // 2
     return QuickMergeConfig(
-        target_fingerprint=fingerprint,
-        eagle_aux_hidden_state_layer_ids=default_aux_layers(sizes.num_hidden_layers),
-        num_speculative_tokens=num_speculative_tokens,
+        **_sizes(target, num_speculative_tokens, fingerprint),
         quickmerge=merge.to_dict(),
-        vocab_size=target.get_output_embeddings().weight.shape[0],
-        hidden_size=sizes.hidden_size,
-        intermediate_size=intermediate_size or sizes.intermediate_size,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=head_dim,
-        rms_norm_eps=getattr(sizes, "rms_norm_eps", 1e-6),
-        bos_token_id=sizes.bos_token_id,
-        eos_token_id=sizes.eos_token_id,
+        intermediate_size=intermediate_size or target.config.intermediate_size,
     )
 
 
-class DraftTraining(nn.Module):
-    """The prior beside its frozen target: one call unrolls K draft steps at sampled rows.
+def num_parameters(drafter: type[PreTrainedModel], config: LlamaConfig) -> int:
+    """Count the weights of a drafter without making them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in drafter(config).parameters())
 
-    Keys and values depend on the target's states alone, so a row needs no other row of the prior:
-    the loss is taken at a random subset of positions, each against the memory that inference would
-    hold there.
+
+def eagle3_config(
+    target: PreTrainedModel, prior: QuickMergeConfig, sliding_window: int | None = None, attention_sinks: int = 0
+) -> Eagle3Config:
+    """Return the configuration of an EAGLE-3 drafter with as many parameters as `prior`.
+
+    The head layout, and so the bytes of a key and a value, is the prior's; the MLP takes up the difference.
 
     Args:
-        prior: trained.
+        target: both drafters are its own.
+        prior: the drafter to compare with.
+        sliding_window: see `Eagle3Config`.
+        attention_sinks: see `Eagle3Config`.
+    """
+
+    def sized(intermediate_size: int) -> Eagle3Config:
+        return Eagle3Config(
+            **_sizes(target, prior.num_speculative_tokens, prior.target_fingerprint),
+            sliding_window=sliding_window,
+            attention_sinks=attention_sinks,
+            intermediate_size=intermediate_size,
+            max_position_embeddings=target.config.max_position_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": target.config.rope_parameters["rope_theta"]},
+        )
+
+    difference = num_parameters(QuickMergePrior, prior) - num_parameters(Eagle3Drafter, sized(MLP_MULTIPLE))
+    # Three matrices of the MLP, each of one row or column per unit.
+    steps = round(difference / (3 * prior.hidden_size * MLP_MULTIPLE))
+    return sized((1 + max(0, steps)) * MLP_MULTIPLE)
+
+
+def new_drafter(
+    kind: str, target: PreTrainedModel, prior: QuickMergeConfig, sequence_length: int
+) -> QuickMergePrior | Eagle3Drafter:
+    """Return an untrained drafter.
+
+    Args:
+        kind: one of `DRAFTERS`.
+        target: of the drafter.
+        prior: our drafter's configuration; an EAGLE-3 drafter has as many parameters, and with a window and
+            sinks it attends to as many entries after `sequence_length` tokens.
+        sequence_length: tokens.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+    if kind == "quickmerge":
+        return QuickMergePrior(prior)
+    if kind == "eagle3":
+        return Eagle3Drafter(eagle3_config(target, prior))
+    if kind == "eagle3-window":
+        window = prior.merge.entries_attended(sequence_length) - ATTENTION_SINKS
+        return Eagle3Drafter(eagle3_config(target, prior, window, ATTENTION_SINKS))
+    raise ValueError(f"train: the drafter must be one of {DRAFTERS}, got {kind!r}")
+
+
+class MergingLoss(nn.Module):
+    """What the prior learns besides the target's distribution: alignment and fidelity, with their weights."""
+
+    def __init__(self, config: QuickMergeConfig) -> None:
+        super().__init__()
+        self.alignment = AlignmentHeads(config.num_key_value_heads * config.head_dim)
+
+    def forward(self, sequences: PriorSequences) -> Tensor:
+        """Return the loss of the merged memory of a batch."""
+        # One merged token is the concatenation of its heads, which all have the same order of groups.
+        tokens = sequences.levels[0].values.flatten(2, 3).transpose(1, 2).flatten(2)
+        fidelity = fidelity_loss(sequences.values, sequences.levels)
+        return ALIGNMENT_WEIGHT * self.alignment(tokens) + FIDELITY_WEIGHT * fidelity
+
+
+class DraftTraining(nn.Module):
+    """A drafter beside its frozen target: one call unrolls K draft steps at sampled rows.
+
+    Keys and values of verified tokens need no other row of the drafter, in our prior as in EAGLE-3: the loss is
+    taken at a random subset of positions, each against the memory that inference would hold there.
+
+    Args:
+        drafter: trained.
         target: frozen, any causal LM of transformers that returns its hidden states.
         rows_per_window: positions per window that the loss is taken at.
     """
 
-    def __init__(self, prior: QuickMergePrior, target: PreTrainedModel, rows_per_window: int) -> None:
+    def __init__(self, drafter: Drafter, target: PreTrainedModel, rows_per_window: int) -> None:
         super().__init__()
-        self.prior = prior
-        config = prior.config
-        self.alignment = AlignmentHeads(config.num_key_value_heads * config.head_dim)
+        self.drafter = drafter
+        self.merging = MergingLoss(drafter.config) if isinstance(drafter, QuickMergePrior) else None
         self.rows_per_window = rows_per_window
         target.requires_grad_(False).eval()
         # In a tuple it is no submodule: checkpoints hold what is trained and nothing else.
@@ -115,9 +203,7 @@ class DraftTraining(nn.Module):
     @torch.no_grad()
     def read_target(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the target's auxiliary states `[B, N, 3 D]` and logits `[B, N, V]`."""
-        out = self.target(input_ids=input_ids, output_hidden_states=True, use_cache=False)
-        layers = self.prior.config.eagle_aux_hidden_state_layer_ids
-        return torch.cat([out.hidden_states[layer] for layer in layers], -1).float(), out.logits
+        return read_target(self.target, input_ids, self.drafter.config.eagle_aux_hidden_state_layer_ids)
 
     def unroll(self, aux_states: Tensor, input_ids: Tensor, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         """Run all draft steps at the given positions, fed with the text's own tokens.
@@ -129,42 +215,18 @@ class DraftTraining(nn.Module):
 
         Returns:
             K tensors of draft logits `[B, T, V]` (step j predicts token t + 2 + j), and the loss of
-            merging: alignment and fidelity with their weights.
+            merging: alignment and fidelity with their weights, 0 for a drafter that merges nothing.
         """
-        layer, config = self.prior.layer, self.prior.config
         embed, head = self.target.get_input_embeddings(), self.target.get_output_embeddings()
-        fused = layer.fuse(aux_states)
-        keys, values = (x.transpose(1, 2) for x in layer.keys_values(fused))
-        levels = merge_levels(keys, values, config.merge)
-        memory = Memory.build(keys, values, levels, config.merge)
-        bias = memory.bias(rows, layer.slopes, layer.far_bias)
-        raw_slopes = layer.slopes.view(-1, 1, 1) * memory.entries.raw[:, None, None]
-
-        state = fused.gather(1, rows.unsqueeze(-1).expand(-1, -1, fused.shape[-1]))
-        draft_keys = keys.new_zeros(*rows.shape, 0, layer.num_kv_heads, layer.head_dim)
-        draft_values = draft_keys
+        embeddings = embed(input_ids).float()
+        sequences = self.drafter.read(aux_states, embeddings)
+        drafts = sequences.rows(rows)
         logits = []
-        for step in range(config.num_speculative_tokens):
-            if step > 0:
-                own_key, own_value = layer.keys_values(state)
-                draft_keys = torch.cat([draft_keys, own_key.unsqueeze(2)], 2)
-                draft_values = torch.cat([draft_values, own_value.unsqueeze(2)], 2)
-            query, residual = layer.query(embed(input_ids.gather(1, rows + 1 + step)).float(), state)
-            attended = draft_attention(
-                query,
-                memory.entries.keys,
-                memory.entries.values,
-                bias - step * raw_slopes,
-                draft_keys,
-                draft_values,
-                layer.slopes,
-            )
-            output, state = layer.finish(attended, residual)
+        for step in range(self.drafter.config.num_speculative_tokens):
+            index = (rows + 1 + step).unsqueeze(-1).expand(-1, -1, embeddings.shape[-1])
+            output = drafts.step(embeddings.gather(1, index))
             logits.append(head(output.to(head.weight.dtype)))
-        # One merged token is the concatenation of its heads, which all have the same order of groups.
-        tokens = levels[0].values.flatten(2, 3).transpose(1, 2).flatten(2)
-        merging = ALIGNMENT_WEIGHT * self.alignment(tokens) + FIDELITY_WEIGHT * fidelity_loss(values, levels)
-        return logits, merging
+        return logits, aux_states.new_zeros(()) if self.merging is None else self.merging(sequences)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return `loss` and `accepted` `[B, T]`, the drafted tokens that greedy verification would keep.
@@ -173,7 +235,7 @@ class DraftTraining(nn.Module):
             input_ids: `[B, N]` int64.
             labels: ignored; the target's distribution is the label.
         """
-        steps = self.prior.config.num_speculative_tokens
+        steps = self.drafter.config.num_speculative_tokens
         num_rows = input_ids.shape[1] - steps
         if self.training:
             picks = torch.rand(input_ids.shape[0], num_rows, device=input_ids.device)
@@ -216,6 +278,7 @@ def train_drafter(
     *,
     loop: LoopSettings,
     merge: MergeConfig,
+    kind: str = "quickmerge",
     num_speculative_tokens: int = 4,
     intermediate_size: int | None = None,
     sequence_length: int = 1024,
@@ -232,6 +295,7 @@ def train_drafter(
         out: folder of the drafter; checkpoints and regenerated text are kept in `out/work`.
         loop: see `LoopSettings`.
         merge: the merging schedule.
+        kind: one of `DRAFTERS`; for EAGLE-3 the other settings describe the prior it is compared with.
         num_speculative_tokens: draft steps unrolled, and the default K of the drafter.
         intermediate_size: of the prior's MLP; the target's when None.
         sequence_length: tokens per window.
@@ -243,7 +307,7 @@ def train_drafter(
 
     Raises:
         FileNotFoundError: target or data missing.
-        ValueError: sizes that do not fit, too little text.
+        ValueError: an unknown drafter, sizes that do not fit, too little text.
     """
     started, commit = time.time(), provenance.git_commit()
     set_seed(loop.seed)
@@ -253,16 +317,20 @@ def train_drafter(
     if torch.cuda.is_available():
         target.cuda()
     config = drafter_config(target, fingerprint, merge, num_speculative_tokens, intermediate_size)
-    prior = (
-        QuickMergePrior(config)
-        if init_from is None
-        else QuickMergePrior.from_pretrained(init_from, dtype=torch.float32)
-    )
-    if prior.config.target_fingerprint != fingerprint:
-        raise ValueError(
-            f"train: {init_from} was trained for the target {prior.config.target_fingerprint}, "
-            f"and {target_dir} is {fingerprint}; leave --init-from out"
-        )
+    drafter = new_drafter(kind, target, config, sequence_length)
+    if init_from is not None:
+        known = load_drafter(init_from)
+        if known.config.architectures != drafter.config.architectures:
+            raise ValueError(
+                f"train: {init_from} holds a {known.config.architectures[0]}, and a drafter {kind!r} is a "
+                f"{drafter.config.architectures[0]}; leave --init-from out"
+            )
+        if known.config.target_fingerprint != fingerprint:
+            raise ValueError(
+                f"train: {init_from} was trained for the target {known.config.target_fingerprint}, "
+                f"and {target_dir} is {fingerprint}; leave --init-from out"
+            )
+        drafter = known
     files = find_files(data)
     token_ids = tokenize(tokenizer, read_documents(files))
     work = out / "work"
@@ -282,12 +350,14 @@ def train_drafter(
     train_set = TokenWindows(text, sequence_length)
     needed = loop.max_steps * loop.batch_size
     train_set.token_ids = _mix(train_set.token_ids, written[held_out:], needed, loop.seed)
-    model = DraftTraining(prior, target, rows_per_window)
+    model = DraftTraining(drafter, target, rows_per_window)
     metrics = fit(model, train_set, valid_set, loop, work / "checkpoints", "drafter", resume, _acceptance)
-    prior.to(torch.bfloat16).save_pretrained(out)
+    drafter.to(torch.bfloat16).save_pretrained(out)
     stage = {
         "command": provenance.command(),
         "commit": commit,
+        "drafter": kind,
+        "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
         "target_fingerprint": fingerprint,
         "data_sha256": sha256_of(files),
         "regenerated_tokens": int(written.size),
