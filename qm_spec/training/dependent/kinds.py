@@ -42,8 +42,11 @@ class Kind(ABC):
         """Write something that only earlier text tells."""
 
     def fill(self) -> None:
-        """Write prose that nothing comes back to."""
-        self.out.write(self.prose.passage(min(self.longest, self.rng.randint(80, 500))) + self.rng.choice(" \n"))
+        """Write prose that nothing comes back to, and end the line."""
+        self.out.write(self._passage() + "\n")
+
+    def _passage(self) -> str:
+        return self.prose.passage(min(self.longest, self.rng.randint(80, 500)))
 
     def _list(self, words: list[str]) -> str:
         return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
@@ -224,6 +227,10 @@ class Needle(_Secrets):
         for _ in range(self.rng.randrange(4)):
             self.fill()
 
+    def fill(self) -> None:
+        """Write prose in which a fact may stand."""
+        self.out.write(self._passage() + self.rng.choice(" \n"))
+
     def state(self) -> None:
         """Write one fact."""
         self._tell(f"{self.vocabulary.secret()} of the {self.vocabulary.creature()}")
@@ -333,9 +340,11 @@ class Words(Kind):
         if name in self._unasked and self.rng.random() < 0.5:
             self._unasked.remove(name)
             count = Counter(fact.value for fact in facts)
-            first = {fact.value: fact for fact in reversed(facts) if count[fact.value] > 1}
+            first: dict[str, Fact] = {}
+            for fact in facts:
+                first.setdefault(fact.value, fact)
             self.out.write(f"More than once in list {name}: ")
-            self._write(list(reversed(first.values())), self.out.echo)
+            self._write([fact for word, fact in first.items() if count[word] > 1], self.out.echo)
         else:
             self.out.write(self.rng.choice((f"List {name} again: ", f"Once more list {name}: ", f"{name}: ")))
             self._write(facts, self.out.repeat)
