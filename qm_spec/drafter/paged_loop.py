@@ -1,0 +1,149 @@
+"""The draft loop over the paged cache itself: no value read on the host, no shape that depends on one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qm_spec.config import MergeConfig
+from qm_spec.ops import merge_groups_, merged_attention
+from qm_spec.ops.draft_tokens import LEAST_TEMPERATURE, DenseLayer, DraftWeights
+
+
+class DraftInputs(NamedTuple):
+    """What changes from one decode step to the next.
+
+    Attributes:
+        block_table: `[B, columns]` int32.
+        num_tokens: `[B]` int32, verified tokens in the cache; 0 marks padding, whose drafts mean nothing.
+        state: `[B, D]`, fused state of the newest of them.
+        next_ids: `[B]` int32 or int64, the token that follows it.
+        temperature: `[B]` float32; None drafts greedily, and so do rows below 1e-5.
+        uniform: `[B, K]` float64 in 0..1 without 1, what to sample with; None with no temperature.
+    """
+
+    block_table: Tensor
+    num_tokens: Tensor
+    state: Tensor
+    next_ids: Tensor
+    temperature: Tensor | None = None
+    uniform: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PagedLoop:
+    """Drafts what `draft_tokens` drafts, in operators that a CUDA graph can hold.
+
+    `draft_tokens` gathers the entries of the memory, as many as there are; here every step attends to the pages, and
+    the provisional keys join by the log-sum-exp of that attention.
+
+    Attributes:
+        weights: all in the state's dtype.
+        eps: of the norms.
+        cache: `[pages, G, P, C]`.
+        config: of the merged cache.
+    """
+
+    weights: DraftWeights
+    eps: float
+    cache: Tensor
+    config: MergeConfig
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a captured graph reads at the addresses it had at capture."""
+        return self.cache, *self.weights
+
+    def draft(self, inputs: DraftInputs, num_drafts: int) -> tuple[Tensor, Tensor]:
+        """Merge what has grown old, then draft.
+
+        Args:
+            inputs: of B requests.
+            num_drafts: K, at least 1.
+
+        Returns:
+            Token ids `[B, K]` int64, and the distributions that they were drawn from `[B, K, V]` float32, at
+            temperature 1 in greedy rows; `[B, 0, V]` without a temperature.
+        """
+        weights, layer = self.weights, DenseLayer(self.weights, self.eps)
+        # Only verified tokens count here, so nothing provisional is merged. With no tokens, as in padding, nothing is.
+        merge_groups_(self.cache, inputs.block_table, inputs.num_tokens, layer.head_dim, self.config)
+        # An id out of range would stop a GPU for good.
+        state, token_ids = inputs.state, inputs.next_ids.clamp(0, len(weights.embedding) - 1)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        drafted: list[Tensor] = []
+        probs: list[Tensor] = []
+        for step in range(num_drafts):
+            if step > 0:
+                own_key, own_value = layer.keys_values(state)
+                keys.append(own_key)
+                values.append(own_value)
+            query, residual = layer.query(F.embedding(token_ids, weights.embedding), state)
+            output, state = layer.finish(self._attend(query, inputs, keys, values), residual)
+            logits = F.linear(output, weights.head)
+            if inputs.temperature is None or inputs.uniform is None:
+                token_ids = logits.argmax(-1)
+            else:
+                token_ids, distribution = draw(logits, inputs.temperature, inputs.uniform[:, step])
+                probs.append(distribution)
+            drafted.append(token_ids)
+        no_probs = state.new_empty(len(state), 0, len(weights.head), dtype=torch.float32)
+        return torch.stack(drafted, 1), torch.stack(probs, 1) if probs else no_probs
+
+    def _attend(self, query: Tensor, inputs: DraftInputs, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """Attend to the memory and to the J drafted tokens: `[B, H, d]`; keys and values are J times `[B, G, d]`."""
+        slopes, far_bias = self.weights.slopes.float(), self.weights.far_bias.float()
+        batch, _, head_dim = query.shape
+        num_drafted = len(keys)
+        # The operator's row stands at the newest verified token, this one `num_drafted` tokens later. That takes
+        # slope * num_drafted off the score of each raw entry: as much as to add it to the merged ones, then take it
+        # off all.
+        memory, lse, _ = merged_attention(
+            query,
+            self.cache,
+            inputs.block_table,
+            inputs.num_tokens,
+            torch.arange(batch + 1, dtype=torch.int32, device=query.device),
+            slopes,
+            far_bias + num_drafted * slopes,
+            1,
+            self.config,
+        )
+        # A softmax over nothing is NaN.
+        memory = memory.masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
+        if not keys:
+            return memory
+        own_keys, own_values = torch.stack(keys, 1).float(), torch.stack(values, 1).float()
+        grouped = query.float().view(batch, own_keys.shape[2], -1, head_dim)
+        scores = torch.einsum("bgmd,bjgd->bgmj", grouped, own_keys).flatten(1, 2) * head_dim**-0.5
+        scores = scores - slopes.unsqueeze(-1) * torch.arange(num_drafted - 1, -1, -1, device=query.device)
+        memory_score = (lse - num_drafted * slopes).unsqueeze(-1)
+        shares = torch.cat([memory_score, scores], -1).softmax(-1)
+        far, near = shares.split([1, num_drafted], -1)
+        near = near.view(*grouped.shape[:3], num_drafted)
+        own = torch.einsum("bgmj,bjgd->bgmd", near, own_values).flatten(1, 2)
+        return (far * memory + own).to(query.dtype)
+
+
+def draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token of each row, by inverting its distribution.
+
+    Args:
+        logits: `[B, V]`.
+        temperature: `[B]` float32; rows below 1e-5 take the best token.
+        uniform: `[B]` float64 in 0..1 without 1.
+
+    Returns:
+        `[B]` int64 token ids and `[B, V]` float32 distributions, at temperature 1 in greedy rows.
+    """
+    greedy = temperature < LEAST_TEMPERATURE
+    distribution = (logits.float() / temperature.masked_fill(greedy, 1.0).unsqueeze(-1)).softmax(-1)
+    shares = distribution.double().cumsum(-1)
+    # The first token up to which the shares add to more than the number drawn.
+    drawn = (shares <= uniform.unsqueeze(-1) * shares[:, -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)
+    return torch.where(greedy, logits.argmax(-1), drawn), distribution
