@@ -1,4 +1,4 @@
-"""A CUDA graph's double on the CPU: it repeats operators on the tensors they had, and runs no Python of the caller."""
+"""What stands for CUDA graphs on the CPU: a double that repeats operators, and a check that a graph can hold them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def tensors_of(tree: Any) -> Iterator[Tensor]:
@@ -17,7 +17,10 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
 
 
 class RecordedGraph(TorchDispatchMode):
-    """Records operators while it is entered. What was read on the host, or chosen by it, stays as it was then."""
+    """A CUDA graph's double: repeats operators on the tensors they had, and runs no Python of the caller.
+
+    What was read on the host while it was recorded, or chosen by it, stays as it was then.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,3 +71,18 @@ class Recorder:
         graph.poison()
         self.graphs.append(graph)
         return graph.replay
+
+
+class WithoutHost(TorchDispatchMode):
+    """Refuses operators that take or make a tensor on the CPU, such as a copy to where the others are."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_of((args, kwargs, result)):
+            assert tensor.device.type == "meta", f"{func} has a tensor on the {tensor.device}"
+        return result
+
+
+def without_values(*trees: Any) -> tuple[Any, ...]:
+    """Move tensors to a device that keeps shapes and strides and no values: what asks for one raises."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), trees)

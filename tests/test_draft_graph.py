@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 import torch
 from draft_cases import DraftCase, PriorSizes, make_case
-from recorded_graph import Recorder, tensors_of
+from recorded_graph import Recorder, WithoutHost, without_values
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.cuda_graph import CudaCapture, operators_replay
@@ -116,21 +114,6 @@ def test_a_drawn_token_has_the_distribution_it_is_returned_with() -> None:
 
 
 # Nothing is read on the host
-
-
-class WithoutHost(TorchDispatchMode):
-    """Refuses operators that take or make a tensor on the CPU, such as a copy to where the others are."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_of((args, kwargs, result)):
-            assert tensor.device.type == "meta", f"{func} has a tensor on the {tensor.device}"
-        return result
-
-
-def without_values(*trees: Any) -> tuple[Any, ...]:
-    """Move tensors to a device that keeps shapes and strides and no values: what asks for one raises."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), trees)
 
 
 @pytest.mark.parametrize("sampled", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +13,26 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
 from draft_cases import PriorSizes, make_case
+from recorded_graph import Recorder, WithoutHost, without_values
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.integrations.vllm_plugin import cuda_graphs
 from qm_spec.integrations.vllm_plugin import proposer as plugin
+from qm_spec.integrations.vllm_plugin.attention import QuickMergeImpl, QuickMergeMetadata, QuickMergeMetadataBuilder
+from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
+from qm_spec.ops.draft_tokens import draft_tokens
+from qm_spec.ops.page import slot_elements
 
 pytestmark = pytest.mark.vllm
 
@@ -78,7 +88,7 @@ def model() -> Any:
 
 
 def test_plain_weights_are_taken_without_their_padding(model):
-    weights = plugin.plain_weights(model, 1)
+    weights = plugin.plain_weights(model)
     assert weights is not None
     assert weights.head.shape == weights.embedding.shape == (SIZES.vocabulary, SIZES.hidden)
     assert weights.head.data_ptr() == model.lm_head.weight.data_ptr(), "not copied"
@@ -124,19 +134,30 @@ def weight_packed_away(model: Any) -> None:
 )
 def test_vllms_layers_draft_for_a_target_with_more_than_plain_weights(model, change: Callable[[Any], None]):
     change(model)
-    assert plugin.plain_weights(model, 1) is None
+    assert plugin.plain_weights(model) is None
 
 
-def test_large_batches_of_16_bit_weights_are_left_to_the_library(model):
+def test_large_batches_of_16_bit_weights_are_left_to_the_library(model, monkeypatch):
+    model.case.cache = model.model.attn.kv_cache = model.case.cache.new_zeros(
+        *model.case.cache.shape[:-1], slot_elements(SIZES.head_dim, torch.bfloat16), dtype=torch.bfloat16
+    )
     model.model.layer.bfloat16()
     for module in (model.model.embed_tokens, model.lm_head):
         module.weight = module.weight.bfloat16()
+    model.model.embed_tokens.forward = lambda ids: model.model.embed_tokens.weight[ids]
+    model.compute_logits = lambda hidden: hidden @ model.lm_head.weight[: SIZES.vocabulary].T
     model.logits_processor.head_dtype = None
-    assert plugin.plain_weights(model, plugin.MOST_REQUESTS_16_BIT) is not None
-    assert plugin.plain_weights(model, plugin.MOST_REQUESTS_16_BIT + 1) is None
+    calls = []
+    monkeypatch.setattr(plugin, "draft_tokens", lambda *args: calls.append(args) or draft_tokens(*args))
+    for most, by_operator in ((3, 1), (2, 1)):
+        monkeypatch.setattr(plugin, "MOST_REQUESTS_16_BIT", most)
+        propose(model, 2, None, greedy)
+        assert len(calls) == by_operator
 
 
-def propose(model: Any, num_drafts: int, sampling: Any, sampler: Callable[..., Any]) -> tuple[torch.Tensor, Any]:
+def propose(
+    model: Any, num_drafts: int, sampling: Any, sampler: Callable[..., Any], graphs: DraftGraphs | None = None
+) -> tuple[torch.Tensor, Any]:
     """Draft after one step in which requests 0, 1 and 2 had 2, 0 and 1 of their 2 drafts rejected."""
     case = model.case
     torch.manual_seed(1)
@@ -152,7 +173,10 @@ def propose(model: Any, num_drafts: int, sampling: Any, sampler: Callable[..., A
         _last_draft_probs="stale",
         _enable_probabilistic_draft_probs=sampling is not None,
         _sample_from_logits=sampler,
+        device=torch.device("cpu"),
     )
+    if graphs is not None:
+        proposer._qm_spec_graphs = graphs
     common = SimpleNamespace(
         slot_mapping=slots.flatten(),
         query_start_loc=starts,
@@ -162,7 +186,7 @@ def propose(model: Any, num_drafts: int, sampling: Any, sampler: Callable[..., A
     drafted = plugin.propose(
         proposer,
         num_drafts,
-        torch.randn(9, 3 * SIZES.hidden),
+        torch.randn(9, 3 * SIZES.hidden).to(model.model.layer.slopes.dtype),
         case.next_ids.int(),
         starts[1:] - 1 - rejected,
         common,
@@ -201,3 +225,129 @@ def test_sampled_drafts_come_with_their_distributions(model):
     assert (probs.gather(-1, drafted.unsqueeze(-1)) > 0).all()
     sampling.all_greedy = True
     assert propose(model, 3, sampling, greedy)[1] is None
+
+
+# On a GPU
+
+
+@pytest.mark.parametrize("temperatures", [None, [0.0, 0.8, 1.2]])
+def test_graphs_draft_what_the_operator_drafts(model, temperatures):
+    sampling = temperatures and SimpleNamespace(all_greedy=False, temperature=torch.tensor(temperatures))
+    drafted, probs = propose(model, 4, sampling, greedy)
+    recorder = Recorder()
+    graphs = DraftGraphs(recorder, [4])
+    # Captured at the first call, replayed at both; the rejected rows are written again, with the same states.
+    for _ in range(2):
+        replayed, replayed_probs = propose(model, 4, sampling, greedy, graphs)
+        assert torch.equal(replayed, drafted)
+        if temperatures is None:
+            assert replayed_probs is None
+        else:
+            torch.testing.assert_close(replayed_probs, probs)
+    assert len(recorder.graphs) == 1
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A proposer as vLLM's on a GPU, of which only settings are read, with compiled kernels."""
+    monkeypatch.setattr(plugin, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(plugin.backend, "backend", lambda device="cpu": "compiled")
+    monkeypatch.setattr(plugin, "plain_weights", lambda model: object())
+    return SimpleNamespace(
+        model=bare(QuickMergeForCausalLM),
+        device=torch.device("cuda"),
+        vllm_config=vllm_config(),
+        use_heterogeneous_vocab=False,
+        supports_mm_inputs=False,
+    )
+
+
+def vllm_config(device: str = "cuda", mode: Any = CUDAGraphMode.FULL_AND_PIECEWISE, **settings: Any) -> Any:
+    drafter = QuickMergeConfig(hidden_size=192, num_attention_heads=6, num_key_value_heads=2, head_dim=32)
+    settings = {"vocabulary": 100_000, "max_num_seqs": 64, "shards": 1, "replicas": 1} | settings
+    return SimpleNamespace(
+        device_config=SimpleNamespace(device_type=device),
+        model_config=SimpleNamespace(dtype=torch.bfloat16, get_vocab_size=lambda: settings["vocabulary"]),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=settings["shards"], data_parallel_size=settings["replicas"]
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=settings["max_num_seqs"]),
+        compilation_config=SimpleNamespace(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 2, 4, 8, 16, 24, 128]),
+        speculative_config=SimpleNamespace(
+            draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(model=drafter))
+        ),
+    )
+
+
+def test_our_loop_drafts_on_a_gpu_with_kernels_and_plain_weights(gpu, monkeypatch):
+    assert plugin.can_draft(gpu)
+    with monkeypatch.context() as patch:
+        patch.setattr(plugin, "plain_weights", lambda model: None)
+        assert not plugin.can_draft(gpu)
+    with monkeypatch.context() as patch:
+        patch.setattr(plugin.backend, "backend", lambda device="cpu": "reference")
+        assert not plugin.can_draft(gpu)
+        gpu.device = torch.device("cpu")
+        assert plugin.can_draft(gpu), "on a CPU the references draft"
+    gpu.vllm_config = vllm_config(replicas=2)
+    assert not plugin.can_draft(gpu), "its ranks wait for each other in vLLM's loop"
+
+
+def tries(monkeypatch: pytest.MonkeyPatch, outcome: bool) -> list[Any]:
+    """Replace the try on the GPU by its outcome, and return what it is asked for."""
+    asked: list[Any] = []
+    cuda_graphs._tried.cache_clear()
+    monkeypatch.setattr(cuda_graphs, "operators_replay", lambda capture, *sizes: asked.append(sizes) or outcome)
+    return asked
+
+
+def test_vllm_may_capture_the_attention_where_a_try_on_this_gpu_worked(gpu, monkeypatch):
+    support = QuickMergeMetadataBuilder.get_cudagraph_support
+    theirs = inspect.signature(AttentionMetadataBuilder.get_cudagraph_support).parameters
+    assert inspect.signature(support).parameters == theirs
+    asked = tries(monkeypatch, True)
+    for _ in range(2):
+        assert support(vllm_config(shards=2), None) == AttentionCGSupport.ALWAYS
+    assert asked == [("cuda", torch.bfloat16, 3, 1, 32, MergeConfig())], "tried once"
+    asked = tries(monkeypatch, False)
+    assert support(vllm_config(), None) == AttentionCGSupport.NEVER and len(asked) == 1
+    asked = tries(monkeypatch, True)
+    assert support(vllm_config("cpu"), None) == AttentionCGSupport.NEVER
+    monkeypatch.setattr(cuda_graphs.backend, "backend", lambda device="cpu": "reference")
+    assert support(vllm_config(), None) == AttentionCGSupport.NEVER
+    assert not asked, "tried where it could not work"
+
+
+def test_the_sizes_that_vllm_captures_are_taken_up_to_the_batch_and_what_memory_allows(gpu, monkeypatch):
+    tries(monkeypatch, True)
+    assert cuda_graphs.graph_sizes(vllm_config()) == [1, 2, 4, 8, 16, 24]
+    assert cuda_graphs.graph_sizes(vllm_config(vocabulary=1000)) == [1, 2, 4, 8, 16, 24, 128]
+    assert cuda_graphs.graph_sizes(vllm_config(max_num_seqs=5)) == [1, 2, 4, 8]
+    assert cuda_graphs.graph_sizes(vllm_config(max_num_seqs=8)) == [1, 2, 4, 8]
+    assert cuda_graphs.graph_sizes(vllm_config(mode=CUDAGraphMode.NONE)) == []
+    tries(monkeypatch, False)
+    assert cuda_graphs.graph_sizes(vllm_config()) == []
+
+
+def test_the_attention_layer_reads_no_value_on_the_host_and_copies_none_from_it(model):
+    """As vLLM captures it: padded rows of a batch of fixed size, in its full graphs and in those of its draft loop."""
+    case, rows = model.case, 8
+    impl = QuickMergeImpl(4, 16, 0.25, 2, None, None, "auto", merge=MERGE, max_rows=5)
+    query, key, value = torch.randn(rows, 64), torch.randn(rows, 32), torch.randn(rows, 32)
+    tensors = (
+        torch.tensor([0, 2, 4, 5], dtype=torch.int32),
+        case.num_tokens,
+        case.block_table,
+        torch.arange(rows - 1),
+        query.view(rows, 4, 16),
+        key.view(rows, 2, 16),
+        value.view(rows, 2, 16),
+        case.cache,
+        torch.empty(rows, 4, 16),
+        model.model.layer.slopes,
+        model.model.layer.far_bias,
+    )
+    starts, lengths, table, slots, query, key, value, cache, out, impl.slopes, impl.far_bias = without_values(*tensors)
+    metadata = QuickMergeMetadata(rows - 1, starts, lengths, table, slots)
+    with WithoutHost():
+        assert impl.forward(None, query, key, value, cache, metadata, out) is out

@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from qm_spec.config import MergeConfig
+from qm_spec.integrations.vllm_plugin.cuda_graphs import can_capture
 from qm_spec.ops import append_kv_, merge_groups_, merged_attention
 from qm_spec.ops.page import slot_elements
 
@@ -46,9 +47,6 @@ class QuickMergeMetadata:
 class QuickMergeMetadataBuilder(AttentionMetadataBuilder[QuickMergeMetadata]):
     """Hands the common metadata through."""
 
-    # The reference operators read values on the host, which a captured graph cannot. vLLM then lowers the
-    # target's graphs to piecewise ones too; kernels without host reads will say ALWAYS here.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
     supports_draft_decode_metadata_update: ClassVar[bool] = True
 
     def __init__(
@@ -59,6 +57,15 @@ class QuickMergeMetadataBuilder(AttentionMetadataBuilder[QuickMergeMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        """Return `ALWAYS` where a try on this GPU has shown that the operators hold in a graph, else `NEVER`.
+
+        The reference operators read values on the host, which no graph can. `NEVER` makes vLLM lower the target's
+        graphs to piecewise ones too.
+        """
+        return AttentionCGSupport.ALWAYS if can_capture(vllm_config) else AttentionCGSupport.NEVER
 
     def build(
         self,
@@ -118,10 +125,10 @@ class QuickMergeImpl(AttentionImpl[QuickMergeMetadata]):
         """
         starts, ends = metadata.query_start_loc[:-1].long(), metadata.query_start_loc[1:].long()
         num_rows = ends - starts
-        drafts = torch.where(num_rows > self.max_rows, 0, num_rows - 1)
+        drafts = (num_rows - 1).masked_fill(num_rows > self.max_rows, 0)
         slots = metadata.slot_mapping
         padded = slots[starts.clamp_max(len(slots) - 1)] < 0
-        return torch.where(padded | (num_rows <= 0), 0, metadata.seq_lens - drafts).int()
+        return (metadata.seq_lens - drafts).masked_fill(padded | (num_rows <= 0), 0).int()
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Drafting in one call: our operator in place of vLLM's loop, which builds metadata anew for each step."""
+"""Drafting in one call, on a GPU in one graph, in place of vLLM's loop, which builds metadata anew for each step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from qm_spec.drafter.cuda_graph import CudaCapture
+from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.loop import DraftLoop, dense_weights
+from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop
+from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
-from qm_spec.ops import merge_groups_
+from qm_spec.ops import backend, merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
 
 # In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_draft_tokens.py).
@@ -29,32 +33,38 @@ MOST_REQUESTS_16_BIT = 16
 def can_draft(proposer: Any) -> bool:
     """Tell whether our loop can draft for this proposer; if not, vLLM's own loop does.
 
-    It runs on the CPU and on one rank. Multimodal rotary positions do not matter to it, token ids
-    of another vocabulary do.
+    It runs on one rank, on the CPU, and on a GPU with compiled kernels and a target of plain weights.
+    Ranks of data parallelism run vLLM's loop, in which they wait for each other. Multimodal rotary
+    positions do not matter to ours, token ids of another vocabulary do.
     """
     return (
         isinstance(proposer.model, QuickMergeForCausalLM)
-        and proposer.device.type == "cpu"
+        and (proposer.device.type == "cpu" or _can_draft_on_gpu(proposer))
         and get_tensor_model_parallel_world_size() == 1
+        and proposer.vllm_config.parallel_config.data_parallel_size == 1
         and not proposer.use_heterogeneous_vocab
         and not proposer.supports_mm_inputs
     )
 
 
-def plain_weights(model: QuickMergeForCausalLM, num_requests: int) -> DraftWeights | None:
-    """Return the weights for drafting in one operator, None where `DraftLoop` and vLLM's own layers must draft.
+def _can_draft_on_gpu(proposer: Any) -> bool:
+    return (
+        proposer.device.type == "cuda"
+        and backend.backend("cuda") == "compiled"
+        and plain_weights(proposer.model) is not None
+    )
 
-    That is so for targets with more than plain weights: quantised or LoRA layers, a head of another type,
-    scaled or capped logits. And for large batches in 16 bits, where the library's products are faster.
+
+def plain_weights(model: QuickMergeForCausalLM) -> DraftWeights | None:
+    """Return the weights of a drafter whose target has plain ones, None where vLLM's own layers must draft.
+
+    They must for quantised or LoRA layers, a head of another type, scaled or capped logits.
 
     Args:
         model: the drafter, with the target's embedding and head in place.
-        num_requests: B.
     """
     embed, head, processor = model.model.embed_tokens, model.lm_head, model.logits_processor
     dtype = model.model.layer.slopes.dtype
-    if num_requests > MOST_REQUESTS_16_BIT and dtype.itemsize == 2:
-        return None
     # Of these very classes: what wraps or replaces them computes something else.
     if not (
         {type(embed), type(head)} <= {VocabParallelEmbedding, ParallelLMHead}
@@ -74,6 +84,15 @@ def plain_weights(model: QuickMergeForCausalLM, num_requests: int) -> DraftWeigh
         if tensor.shape != (vocabulary, model.config.hidden_size) or tensor.dtype != dtype:
             return None
     return dense_weights(model.model.layer, embedding, weight)
+
+
+def draft_graphs(proposer: Any) -> DraftGraphs | None:
+    """Return the proposer's draft graphs, made at its first step; None on a CPU."""
+    if not hasattr(proposer, "_qm_spec_graphs"):
+        on_gpu = proposer.device.type == "cuda"
+        graphs = DraftGraphs(CudaCapture(), graph_sizes(proposer.vllm_config)) if on_gpu else None
+        proposer._qm_spec_graphs = graphs
+    return proposer._qm_spec_graphs
 
 
 def propose(
@@ -118,26 +137,35 @@ def propose(
     if num_rejected_tokens_gpu is not None:
         verified = verified - num_rejected_tokens_gpu
 
-    weights = plain_weights(model, len(next_token_ids))
+    weights, graphs = plain_weights(model), draft_graphs(proposer)
+    if graphs is None and len(state) > MOST_REQUESTS_16_BIT and state.dtype.itemsize == 2:
+        weights = None
     sampled = proposer._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
     with torch.inference_mode():
         if weights is not None:
-            temperature = sampling_metadata.temperature if sampled else None
-            uniform = torch.rand(len(state), num_speculative_tokens, dtype=torch.float64) if sampled else None
-            merge_groups_(cache, table, verified, layer.head_dim, merge)
-            drafted, probs = draft_tokens(
-                cache,
-                table,
-                verified,
-                state,
-                next_token_ids,
-                weights,
-                num_speculative_tokens,
-                layer.norm.eps,
-                merge,
-                temperature,
-                uniform,
-            )
+            temperature = uniform = None
+            if sampled:
+                temperature = sampling_metadata.temperature
+                uniform = torch.rand(len(state), num_speculative_tokens, dtype=torch.float64, device=state.device)
+            if graphs is not None:
+                paged = PagedLoop(weights, layer.norm.eps, cache, merge)
+                inputs = DraftInputs(table, verified, state, next_token_ids, temperature, uniform)
+                drafted, probs = graphs.draft(paged, inputs, num_speculative_tokens)
+            else:
+                merge_groups_(cache, table, verified, layer.head_dim, merge)
+                drafted, probs = draft_tokens(
+                    cache,
+                    table,
+                    verified,
+                    state,
+                    next_token_ids,
+                    weights,
+                    num_speculative_tokens,
+                    layer.norm.eps,
+                    merge,
+                    temperature,
+                    uniform,
+                )
             if sampled:
                 proposer._last_draft_probs = probs
             return drafted
