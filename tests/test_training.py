@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from qm_spec.cli import app
 from qm_spec.config import MergeConfig
 from qm_spec.discovery import check_drafter
+from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.losses import AlignmentHeads, distillation_loss, fidelity_loss
 from qm_spec.drafter.memory import merge_levels
 from qm_spec.training.data import TokenWindows, find_files, read_documents
@@ -62,6 +63,25 @@ def test_the_drafter_learns_and_fits_its_target(folder, tmp_path):
     # On a text of one sentence even a short training predicts most tokens.
     assert record["valid_acceptance_length_teacher_forced"] > 1.5
     assert record["regenerated_tokens"] > 0
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle3-window"])
+def test_the_same_trainer_makes_eagle3(folder, tmp_path, kind):
+    done = train(folder, tmp_path / "drafter", "--drafter", kind, "--max-steps", 40, "--regenerated-tokens", 3000)
+    assert done.exit_code == 0, done.output
+    drafter = load_drafter(tmp_path / "drafter")
+    record = json.loads((tmp_path / "drafter" / "provenance.json").read_text())["stages"][0]
+    assert record["valid_acceptance_length_teacher_forced"] > 1.5
+    assert record["drafter"] == kind and record["parameters"] == drafter.num_parameters()
+    # Window 24, groups of 8 as 4 and 1 entries: after 96 tokens 3 raw groups, 3 of 4, 6 of 1.
+    assert drafter.config.sliding_window == {"eagle3": None, "eagle3-window": 42 - 4}[kind]
+    refused = train(folder, tmp_path / "ours", "--max-steps", 2, "--init-from", tmp_path / "drafter")
+    assert isinstance(refused.exception, ValueError) and "leave --init-from out" in str(refused.exception)
+
+
+def test_an_unknown_drafter_is_refused(folder, tmp_path):
+    refused = train(folder, tmp_path / "drafter", "--drafter", "eagle2", "--max-steps", 2)
+    assert isinstance(refused.exception, ValueError) and "got 'eagle2'" in str(refused.exception)
 
 
 def test_training_goes_on_from_a_drafter_of_the_same_target_only(folder, tmp_path):
