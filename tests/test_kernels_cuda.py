@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import draft_cases
 import pytest
 import torch
 from cuda_emulation import Emulation, build
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from qm_spec import ops
 from qm_spec.config import MergeConfig
+from qm_spec.drafter import paged_loop
+from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop
 from qm_spec.ops.append_kv import append_kv_reference
 from qm_spec.ops.entries import entry_bias, gather_entries
 from qm_spec.ops.merge_groups import merge_groups_reference
@@ -622,6 +625,33 @@ def test_launches_depend_on_shapes_alone(emulation: Emulation) -> None:
     assert launches[0] == launches[1] == launches[2]
     # Appending; levels and three doublings; attention and its end.
     assert len(launches[0].splitlines()) == 1 + 4 + 2
+
+
+def test_the_draft_loop_over_these_kernels_drafts_what_the_operator_drafts(kernels, monkeypatch) -> None:
+    sizes = draft_cases.PriorSizes(48, 4, 2, 16, 96, 200)
+    torch.manual_seed(0)
+    case = draft_cases.make_case([70, 9, 130], sizes, config=MergeConfig(window=10_000, group_size=4, schedule=(2, 1)))
+    case.config = CONFIG
+    # Behind the requests a row of padding, whose state and id are left over.
+    table = torch.cat([case.block_table, torch.zeros_like(case.block_table[:1])])
+    state = torch.cat([case.state, torch.full_like(case.state[:1], float("nan"))])
+    next_ids, num_tokens = torch.cat([case.next_ids, lens(-1)]), torch.cat([case.num_tokens, lens(0)])
+    uniform = torch.rand(4, 3, dtype=torch.float64)
+    temperature = torch.tensor([0.0, 0.7, 1.3, 0.0])
+    inputs = DraftInputs(table, num_tokens, state, next_ids, temperature, uniform)
+    merged = case.cache.clone()
+    merge_reference(merged, case.block_table, case.num_tokens, 16, CONFIG)
+
+    monkeypatch.setattr(paged_loop, "merge_groups_", kernels.merge_groups_)
+    monkeypatch.setattr(paged_loop, "merged_attention", kernels.merged_attention)
+    ids, probs = PagedLoop(case.weights, case.eps, case.cache, CONFIG).draft(inputs, 3)
+    levels, wanted = (split_page(cache, 16)[2][..., LEVEL].nan_to_num(-7.0) for cache in (case.cache, merged))
+    assert torch.equal(levels, wanted) and (levels > 2).any()
+    case.cache = merged
+    expected_ids, expected_probs = case.draft(3, temperature[:3], uniform[:3])
+    assert torch.equal(ids[:3], expected_ids)
+    torch.testing.assert_close(probs[:3], expected_probs, rtol=1e-3, atol=1e-6)
+    assert ((ids >= 0) & (ids < sizes.vocabulary)).all()
 
 
 @pytest.mark.gpu
