@@ -14,6 +14,9 @@ class FloatRows {
   // `count` elements from `offset` on: where they stand if they are float32, else converted into `scratch`.
   const float* read(int64_t offset, int64_t count, float* scratch) const;
 
+  // Ask for `count` elements from `offset` on, which are read soon; they need not be there.
+  void prefetch(int64_t offset, int64_t count) const;
+
  private:
   const void* data_;
   ScalarType type_;

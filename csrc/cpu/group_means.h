@@ -5,14 +5,16 @@
 
 namespace qm_spec {
 
-// The slots of B sequences of N tokens, and the members of each in their order.
+// The slots of B sequences of N tokens, and who belongs to them.
 struct Groups {
   // `slot` is [batch, num_tokens], -1 at padding; `op` is named where it holds anything outside -1..num_slots-1.
   Groups(const int64_t* slot, int64_t batch, int64_t num_tokens, int64_t num_slots, const char* op);
 
+  int64_t num_tokens, num_slots;  // of a sequence
   int64_t num_groups;  // batch * num_slots
+  std::unique_ptr<int64_t[]> group;  // [batch * num_tokens]: of each token, -1 at padding
   std::unique_ptr<int64_t[]> begin;  // [num_groups + 1], into `member`
-  std::unique_ptr<int64_t[]> member;  // tokens, counted over all sequences
+  std::unique_ptr<int64_t[]> member;  // tokens, counted over all sequences, of each group in their order
 };
 
 // Write sum_j m_j x_j / sum_j m_j of each group to `out` [num_groups, dim], and its sum of masses to `masses`
