@@ -6,11 +6,13 @@ every CUDA thread as a fibre, in an order that a seed decides. `gpu` calls the r
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +20,14 @@ import draft_cases
 import pytest
 import torch
 from cuda_emulation import Emulation, build
+from cuda_emulation.host import Host, link
+from recorded_graph import Recorder
 from torch import Tensor
 
 from qm_spec import ops
 from qm_spec.config import MergeConfig
 from qm_spec.drafter import paged_loop
+from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop
 from qm_spec.ops.append_kv import append_kv_reference
 from qm_spec.ops.entries import entry_bias, gather_entries
@@ -36,6 +41,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Where layers, pages, heads, slots and elements of a cache stand in memory: vLLM's four block-compact layouts.
 LAYOUTS = {"LBHNC": (0, 1, 2, 3, 4), "LBNHC": (0, 1, 3, 2, 4), "BLHNC": (1, 0, 2, 3, 4), "BLNHC": (1, 0, 3, 2, 4)}
 SENTINEL = 0.1234
+OPERATORS = ("append_kv", "merge_groups", "merged_attention")
+CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
 
 class Gpu:
@@ -683,15 +690,127 @@ def test_the_operators_are_captured_in_a_graph_and_replayed_on_other_lengths() -
             torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["append_kv", "merge_groups", "merged_attention"])
-def test_nvcc_compiles_the_kernels_for_every_architecture(root: Path, tmp_path: Path, name: str) -> None:
-    nvcc = shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
+# The host code, by nvcc
+
+
+@pytest.fixture(scope="session")
+def compile_cuda(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Compile an operator's `.cu` for every architecture, once, without a warning; returns the object's path."""
+    nvcc = shutil.which(str(CUDA_HOME / "bin/nvcc"))
     if nvcc is None:
         pytest.skip("there is no nvcc; set CUDA_HOME to the folder of the CUDA toolkit")
+    folder = tmp_path_factory.mktemp("nvcc")
     architectures = ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"]
-    include = Path(torch.__file__).parent / "include"
-    command = [nvcc, "-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{root}", "-isystem"]
-    command += [str(include), *(f"-gencode=arch={a}" for a in architectures), "-Werror=all-warnings", "--fatbin"]
-    command += [str(root / f"csrc/cuda/{name}.cu"), "-o", str(tmp_path / "kernels.fatbin")]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+
+    @functools.cache
+    def compiled(name: str) -> Path:
+        command = [nvcc, "-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{root}", "-isystem"]
+        command += [str(Path(torch.__file__).parent / "include"), *(f"-gencode=arch={a}" for a in architectures)]
+        command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings", "-c"]
+        command += [str(root / f"csrc/cuda/{name}.cu"), "-o", str(folder / f"{name}.o")]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        return folder / f"{name}.o"
+
+    return compiled
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nvcc_compiles_the_kernels_for_every_architecture(compile_cuda: Callable[[str], Path], name: str) -> None:
+    assert compile_cuda(name).exists()
+
+
+@pytest.fixture(scope="session")
+def linked(emulation: Emulation, compile_cuda: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Host:
+    if torch.version.cuda:
+        pytest.skip("this torch has CUDA, whose operators must not be replaced")
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return Host(link(compiler, CUDA_HOME, map(compile_cuda, OPERATORS), tmp_path_factory.mktemp("host")), emulation)
+
+
+@pytest.fixture
+def host(linked: Host) -> Iterator[Host]:
+    """The operators' host code over emulated kernels; what it allocates begins as NaN."""
+    linked.kernels.seed = linked.kernels.num_splits = 0
+    torch.use_deterministic_algorithms(True)
+    yield linked
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_host_code_hands_the_kernels_what_the_emulation_hands_them(host: Host, layout: str, dtype) -> None:
+    # Head sizes with and without a multiple of four; strides of all kinds.
+    case = make_case(300, 16, 2, 8, dtype, layout, appended=False)
+    expected = case.copy()
+    lengths, starts = lens(300, 0, 99)[::2], lens(0, 3, 4)
+    table = case.table.expand(2, -1)
+    query = torch.randn(4, 8, 2, 8).to(dtype)[:, ::2].flatten(1, 2)
+    # As they come from a drafter in 16 bits.
+    slopes, far_bias = torch.rand(8).to(dtype), torch.randn(8).to(dtype)
+    outcomes = []
+    for now, kernels, mode in ((case, ops, host), (expected, host.kernels, contextlib.nullcontext())):
+        with mode:
+            kernels.append_kv_(now.cache, now.key, now.value, now.slots)
+            kernels.merge_groups_(now.cache, table, lengths, 8, CONFIG)
+            biases = (slopes, far_bias) if kernels is ops else (slopes.float(), far_bias.float())
+            outcomes.append(kernels.merged_attention(query, now.cache, table, lengths, starts, *biases, 5, CONFIG))
+    assert torch.equal(raw_bytes(case.buffer), raw_bytes(expected.buffer))
+    for got, wanted in zip(*outcomes, strict=True):
+        assert got.dtype == wanted.dtype and torch.isfinite(wanted).all()
+        assert torch.equal(raw_bytes(got), raw_bytes(wanted))
+
+
+def test_the_host_code_drafts_with_the_settings_it_is_given(host: Host) -> None:
+    """Every number of a config, so that one in the place of another would be seen."""
+    case = make_case(150)
+    for config in (
+        CONFIG,
+        MergeConfig(window=20, group_size=8, schedule=(5, 3)),
+        MergeConfig(window=24, group_size=8, schedule=(4, 2, 1), saliency="inverse_entropy", doublings=1),
+        MergeConfig(window=12, group_size=4, schedule=(2, 1), temperature=0.1, epsilon=0.3, doublings=2),
+    ):
+        got, wanted = case.copy(), case.copy()
+        query, rest = torch.randn(6, 4, 8), (lens(150), lens(0, 6), torch.rand(4), torch.randn(4))
+        with host:
+            ops.merge_groups_(got.cache, case.table, lens(150), 8, config)
+            attended = ops.merged_attention(query, got.cache, case.table, *rest, 3, config)
+        merge_reference(wanted.cache, case.table, lens(150), 8, config)
+        expected = attend_reference(query, wanted.cache, case.table, *rest, 3, config)
+        for ours, theirs in zip(attended, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert_same_cache(got, wanted)
+
+
+def test_graphs_over_the_host_code_draft_what_the_operator_drafts(host: Host) -> None:
+    """All of the way on a GPU but for the GPU: padding, the loop, the dispatcher, checks, launches, kernels."""
+    sizes = draft_cases.PriorSizes(48, 4, 2, 16, 96, 200)
+    torch.manual_seed(0)
+    case = draft_cases.make_case([70, 9, 130], sizes, torch.bfloat16, config=CONFIG)
+    loop, recorder = PagedLoop(case.weights, case.eps, case.cache, CONFIG), Recorder()
+    graphs = DraftGraphs(recorder, [4])
+    for _ in range(2):
+        case.state = torch.randn(3, sizes.hidden).to(torch.bfloat16)
+        with host:
+            ids, _ = graphs.draft(loop, DraftInputs(case.block_table, case.num_tokens, case.state, case.next_ids), 3)
+        exact = case.replay(ids, torch.float64)
+        plain_error = (case.replay(ids, torch.bfloat16).double() - exact).abs().max().item()
+        behind = exact.max(-1).values - exact.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        assert behind.max().item() <= 4 * plain_error, "other than near ties"
+    assert len(recorder.graphs) == 1
+
+
+def test_the_host_code_refuses_with_a_sentence(host: Host) -> None:
+    case = make_case(20)
+    rest = (torch.rand(4), torch.rand(4), 5, CONFIG)
+    with host:
+        with pytest.raises(RuntimeError, match="frontier must be one-dimensional and int32"):
+            ops.merge_groups_(case.cache, case.table, lens(20).long(), 8, CONFIG)
+        with pytest.raises(RuntimeError, match="query must have the dtype of the cache"):
+            ops.merged_attention(torch.randn(1, 4, 8).half(), case.cache, case.table, lens(20), lens(0, 1), *rest)
+        with pytest.raises(RuntimeError, match="block_table must be"):
+            ops.merge_groups_(case.cache, case.table.long(), lens(20), 8, CONFIG)
+        # Nothing to do.
+        ops.append_kv_(case.cache, case.key[:0], case.value[:0], case.slots[:0])
+        out, lse, _ = ops.merged_attention(torch.randn(0, 4, 8), case.cache, case.table, lens(20), lens(0, 0), *rest)
+    assert out.shape == (0, 4, 8) and lse.shape == (0, 4)

@@ -68,6 +68,11 @@ class Emulation:
         """List the grids, blocks and shared memory of the last call's launches, one a line."""
         return self._library.launches().decode()
 
+    @property
+    def launch(self) -> ctypes._CFuncPtr:
+        """Run a kernel as `host.cpp` asks for it."""
+        return self._library.launch
+
     def fault(self, number: int) -> Tensor:
         """Run a kernel of `faults.h` and return what it writes."""
         out = torch.full((64,), float("nan"))

@@ -69,9 +69,48 @@ const char* dispatch(int type, uint64_t seed, Run&& run) {
   return nullptr;
 }
 
+// Launch a kernel by its mangled name, which holds its own and its type's; false if it is not of this type.
+template <typename T>
+bool launch_as(const char* type, const std::string& name, dim3 grid, dim3 block, size_t shared_bytes, void** arguments) {
+  const cuda_on_cpu::Launcher launch;
+  const auto is = [&](const char* kernel) { return name.find(std::string(kernel) + "I" + type + "E") != name.npos; };
+  const auto& merge = *static_cast<const Merge<T>*>(arguments[0]);
+  const auto& attention = *static_cast<const Attention<T>*>(arguments[0]);
+  if (is("append_kv_kernel")) {
+    launch(append_kv_kernel<T>, grid, block, shared_bytes, *static_cast<const Append<T>*>(arguments[0]));
+  } else if (is("merge_levels_kernel")) {
+    launch(merge_levels_kernel<T>, grid, block, shared_bytes, merge);
+  } else if (is("merge_spans_kernel")) {
+    launch(merge_spans_kernel<T>, grid, block, shared_bytes, merge, *static_cast<const int*>(arguments[1]));
+  } else if (is("attend_kernel")) {
+    launch(attend_kernel<T>, grid, block, shared_bytes, attention);
+  } else if (is("combine_kernel")) {
+    launch(combine_kernel<T>, grid, block, shared_bytes, attention);
+  } else {
+    return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 extern "C" {
+
+// For host.cpp; returns the error, or null.
+const char* launch(
+    const char* name, const unsigned* grid, const unsigned* block, uint64_t shared_bytes, void** arguments) {
+  const dim3 blocks(grid[0], grid[1], grid[2]), threads(block[0], block[1], block[2]);
+  try {
+    if (!launch_as<float>("f", name, blocks, threads, shared_bytes, arguments) &&
+        !launch_as<__half>("6__half", name, blocks, threads, shared_bytes, arguments) &&
+        !launch_as<__nv_bfloat16>("13__nv_bfloat16", name, blocks, threads, shared_bytes, arguments))
+      throw std::runtime_error(std::string("there is no emulated kernel ") + name);
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    return error.c_str();
+  }
+  return nullptr;
+}
 
 // Of the last call.
 const char* launches() { return cuda_on_cpu::Machine::get().launches.c_str(); }
