@@ -92,4 +92,8 @@ void FloatRowsOut::write(int64_t offset, int64_t count, const float* values) con
   }
 }
 
+float* FloatRowsOut::in_place(int64_t offset) const {
+  return type_ == ScalarType::Float ? static_cast<float*>(data_) + offset : nullptr;
+}
+
 }  // namespace qm_spec

@@ -28,6 +28,9 @@ class FloatRowsOut {
   FloatRowsOut(Tensor& tensor, const char* op);
   void write(int64_t offset, int64_t count, const float* values) const;
 
+  // Where the element at `offset` stands if it is float32, else null.
+  float* in_place(int64_t offset) const;
+
  private:
   void* data_;
   ScalarType type_;

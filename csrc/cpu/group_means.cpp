@@ -108,9 +108,10 @@ void group_means(
       const int64_t last_group = group_at(last_row);
       for (int64_t first = group_at(first_row); first < last_group; first += kGroups) {
         const int64_t last = std::min(first + kGroups, last_group);
+        // Summed where the result stands, if it may: pages of scratch memory that are not touched cost nothing.
         const auto sum_of = [&](int64_t k) {
-          float* at = scratch.get() + 2 * (k - first) * kColumns;
-          return Sum{at, at + kColumns};
+          float *total = scratch.get() + (k - first) * kColumns, *run = out.in_place(k * dim + column);
+          return Sum{total, run != nullptr ? run : total + kGroups * kColumns};
         };
         const int64_t first_token = first / groups.num_slots * groups.num_tokens;
         const int64_t last_token = ((last - 1) / groups.num_slots + 1) * groups.num_tokens;
@@ -127,8 +128,10 @@ void group_means(
           const float* row = x.read(members[j] * dim + column, count, converted);
           sum_of(k).add(place - begin_of[k], row, shares.get()[place], count);
         }
-        for (int64_t k = first; k < last; ++k)
-          out.write(k * dim + column, count, sum_of(k).finish(begin_of[k + 1] - begin_of[k], count));
+        for (int64_t k = first; k < last; ++k) {
+          const float* sum = sum_of(k).finish(begin_of[k + 1] - begin_of[k], count);
+          if (sum != out.in_place(k * dim + column)) out.write(k * dim + column, count, sum);
+        }
       }
     }
   });
