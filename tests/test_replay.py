@@ -19,7 +19,7 @@ from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.rows import read_target
 from qm_spec.evaluation import replay as replay_module
 from qm_spec.evaluation.metrics import DraftCounts
-from qm_spec.evaluation.replay import Replay, expected_replay, replay, write_continuations
+from qm_spec.evaluation.replay import Replay, expected_replay, read_text, replay, write_continuations
 from qm_spec.ops.page import slot_elements
 from qm_spec.training.drafter import DraftTraining
 
@@ -133,12 +133,13 @@ def test_the_counts_are_those_of_decoding_step_by_step(target, name, monkeypatch
     for prompt, text in zip(prompts, texts, strict=True):
         decoded, accepted = decode(drafter, target, prompt, num_tokens)
         assert decoded[:num_tokens] == text[:num_tokens], "decoding with drafts changed the text"
-        assert replay(drafter, target, prompt, text, STEPS).accepted == accepted
+        read = read_text(target, prompt, text, LAYERS)
+        assert replay(drafter, read, STEPS).accepted == accepted
         seen.update(accepted)
         with monkeypatch.context() as patch:
             # Rows one by one.
             patch.setattr(replay_module, "_MAX_SCORES", 1)
-            assert replay(drafter, target, prompt, text, STEPS).accepted == accepted
+            assert replay(drafter, read, STEPS).accepted == accepted
     assert len(seen) >= 3, f"only the counts {seen} came up: the cases show little"
 
 
@@ -165,8 +166,9 @@ def test_continuations_are_the_targets_own_and_batches_change_nothing(target):
 def test_near_temperature_zero_the_expectation_is_the_replay(target, name):
     drafter, prompt = make_drafter(name), [1, 2, 3]
     [text] = write_continuations(target, [prompt], 80)
-    counts = replay(drafter, target, prompt, text, STEPS).counts
-    expected = expected_replay(drafter, target, prompt, text, STEPS, temperature=1e-5)
+    read = read_text(target, prompt, text, LAYERS)
+    counts = replay(drafter, read, STEPS).counts
+    expected = expected_replay(drafter, read, STEPS, temperature=1e-5)
     assert expected.steps == pytest.approx(counts.drafts, abs=1e-3)
     assert expected.acceptance_length == pytest.approx(counts.acceptance_length, abs=1e-3)
 
@@ -194,7 +196,7 @@ def test_expectations_average_to_those_of_rejection_sampling(target, name):
     for text in itertools.product(range(VOCAB), repeat=3):
         ids = [*prompt, *text]
         first, second, third = (p_of(ids[: len(prompt) + number])[text[number]] for number in range(3))
-        value = expected_replay(drafter, target, prompt, text, 2, temperature)
+        value = expected_replay(drafter, read_text(target, prompt, text, LAYERS), 2, temperature)
         assert value.steps == pytest.approx(1)
         average += float(first * second * third) * value.accepted
         near = torch.minimum(second, q_of(ids[:-2], 0)[text[1]])
@@ -223,12 +225,16 @@ def test_walks_are_weighted_by_their_probability():
 
 
 def test_texts_that_hold_no_step_are_refused(target):
-    drafter = make_drafter("eagle3")
-    for prompt, text in (([], [1, 2, 3, 0]), ([1], [1, 2, 3])):
-        with pytest.raises(ValueError, match=rf"got {len(prompt)} and {len(text)} tokens with K = 3"):
-            replay(drafter, target, prompt, text, STEPS)
+    drafter, text = make_drafter("eagle3"), read_text(target, [1], [1, 2, 3, 0], LAYERS)
+    for num_drafts in (0, 4):
+        with pytest.raises(ValueError, match=rf"K must be in 1..3 for a continuation of 4 tokens, got {num_drafts}"):
+            replay(drafter, text, num_drafts)
     with pytest.raises(ValueError, match="got 0; use replay"):
-        expected_replay(drafter, target, [1], [1, 2, 3, 0], STEPS, temperature=0)
+        expected_replay(drafter, text, STEPS, temperature=0)
+    with pytest.raises(ValueError, match=r"reads layers \(1, 2, 3\), the text was read for \(0, 1, 2\)"):
+        replay(drafter, read_text(target, [1], [1, 2, 3, 0], [0, 1, 2]), STEPS)
+    with pytest.raises(ValueError, match="got 0 and 2 tokens"):
+        read_text(target, [], [1, 2], LAYERS)
 
 
 ZOO = Path(qm_spec.__file__).parent / "zoo" / "novels"
@@ -290,7 +296,7 @@ def test_vllm_accepts_what_the_replay_says(novels, texts, name, tmp_path):
 
     drafter, total = load_drafter(folder).eval(), DraftCounts()
     for (prompt, text), counters in zip(texts, run["counters"], strict=True):
-        total = total + replay(drafter, novels, prompt, text, NUM_DRAFTS).counts
+        total = total + replay(drafter, read_text(novels, prompt, text, [6, 13, 19]), NUM_DRAFTS).counts
         got = [counters[f"vllm:spec_decode_num_{what}"] for what in ("drafts", "draft_tokens", "accepted_tokens")]
         assert got == [total.drafts, total.draft_tokens, total.accepted_tokens]
     assert total.accepted_tokens > 20, "the drafts are hardly ever right: equal counts show little"

@@ -9,7 +9,7 @@ The drafts are argmaxes, as vLLM drafts by default. Against them vLLM's sampler 
 only if it is the token that is emitted, so `replay` is exact for a sampled text, too. For drafts that are drawn
 from the drafter's distribution see `expected_replay`.
 
-Letters: N tokens of prompt and continuation, R rows, K drafted tokens, V vocabulary, D hidden.
+Letters: N tokens of prompt and continuation, C of the continuation, T rows, K drafted tokens, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from qm_spec.drafter.rows import Drafter, DraftSequences, read_target
+from qm_spec.drafter.rows import Drafter, DraftRows, read_target
 from qm_spec.evaluation.metrics import DraftCounts
 
 # Scores held at a time, over heads, rows and entries: 16 MiB in float32, in a few copies.
@@ -121,37 +121,74 @@ def _batches_of_one_length(prompts: Sequence[Sequence[int]], batch_size: int) ->
             yield numbers[start : start + batch_size]
 
 
+@dataclass(frozen=True)
+class ReadText:
+    """A text as the target has read it, for any number of drafters; see `read_text`.
+
+    Attributes:
+        target: lends its embedding and head to the drafters.
+        token_ids: `[1, N]` int64, prompt and continuation.
+        num_prompt: tokens of the prompt.
+        layers: of the states.
+        aux_states: `[1, N, 3 D]` float32.
+        logits: `[C, V]` at the C tokens of the continuation.
+    """
+
+    target: PreTrainedModel
+    token_ids: Tensor
+    num_prompt: int
+    layers: tuple[int, ...]
+    aux_states: Tensor
+    logits: Tensor
+
+
 @torch.inference_mode()
-def replay(
-    drafter: Drafter, target: PreTrainedModel, prompt: Sequence[int], continuation: Sequence[int], num_drafts: int
-) -> Replay:
-    """Return what greedy drafts would do for a text that the target wrote itself.
+def read_text(
+    target: PreTrainedModel, prompt: Sequence[int], continuation: Sequence[int], layers: Sequence[int]
+) -> ReadText:
+    """Run the target over a text that it wrote itself: the one costly part of a replay.
+
+    Args:
+        target: a causal LM of transformers.
+        prompt: token ids.
+        continuation: what the target wrote, token ids.
+        layers: `eagle_aux_hidden_state_layer_ids` of the drafters.
+
+    Raises:
+        ValueError: the prompt or the continuation is empty.
+    """
+    if not (prompt and continuation):
+        raise ValueError(
+            f"read_text: neither prompt nor continuation may be empty, got {len(prompt)} and {len(continuation)} tokens"
+        )
+    token_ids = torch.tensor([[*prompt, *continuation]], device=target.device)
+    aux_states, logits = read_target(target, token_ids, layers, logits_to_keep=len(continuation))
+    return ReadText(target, token_ids, len(prompt), tuple(layers), aux_states, logits[0])
+
+
+@torch.inference_mode()
+def replay(drafter: Drafter, text: ReadText, num_drafts: int) -> Replay:
+    """Return what greedy drafts would do for a text.
 
     A step is replayed only where all K tokens that it would draft can be compared: C tokens of continuation hold
     the steps of an engine that is asked for C - K + 1 tokens.
 
     Args:
         drafter: `QuickMergePrior` or `Eagle3Drafter` of this target, in float32.
-        target: a causal LM of transformers.
-        prompt: token ids.
-        continuation: what the target wrote, C token ids.
+        text: decoded greedily, or sampled.
         num_drafts: K.
 
     Raises:
-        ValueError: the prompt is empty, or the continuation is not longer than K.
+        ValueError: K is below 1 or not below C, or the drafter reads other layers.
     """
-    positions, token_ids = _positions(target, prompt, continuation, num_drafts)
-    sequences, _ = _read(drafter, target, token_ids)
-    embed, head = target.get_input_embeddings(), target.get_output_embeddings()
     accepted = []
-    for rows in _chunks(drafter, sequences, positions):
-        drafts, next_ids = sequences.rows(rows), token_ids[:, rows[0] + 1]
-        agreed = torch.ones_like(rows, dtype=torch.bool)
-        count = torch.zeros_like(rows)
+    for rows, drafts in _chunks(drafter, text, num_drafts):
+        next_ids = text.token_ids[:, rows + 1]
+        agreed = torch.ones_like(next_ids, dtype=torch.bool)
+        count = torch.zeros_like(next_ids)
         for step in range(num_drafts):
-            output = drafts.step(embed(next_ids).float())
-            next_ids = head(output.to(head.weight.dtype)).argmax(-1)
-            agreed &= next_ids == token_ids[:, rows[0] + 2 + step]
+            next_ids = _draft_logits(text, drafts, next_ids).argmax(-1)
+            agreed &= next_ids == text.token_ids[:, rows + 2 + step]
             count += agreed
         accepted += count[0].tolist()
     # The first token comes from the prompt's own pass; each step adds what it accepted and one token more.
@@ -163,14 +200,7 @@ def replay(
 
 
 @torch.inference_mode()
-def expected_replay(
-    drafter: Drafter,
-    target: PreTrainedModel,
-    prompt: Sequence[int],
-    continuation: Sequence[int],
-    num_drafts: int,
-    temperature: float = 1.0,
-) -> ExpectedReplay:
+def expected_replay(drafter: Drafter, text: ReadText, num_drafts: int, temperature: float = 1.0) -> ExpectedReplay:
     """Return what drafts drawn from the drafter do on average for a text that the target sampled.
 
     A step emits token x with a draft accepted with probability min(p(x), q(x)), and in all with p(x). So, given the
@@ -180,14 +210,12 @@ def expected_replay(
 
     Args:
         drafter: see `replay`.
-        target: see `replay`.
-        prompt: token ids.
-        continuation: token ids sampled by the target at this temperature; steps as in `replay`.
+        text: sampled by the target at this temperature; steps as in `replay`.
         num_drafts: K.
         temperature: of target and drafter, above 0.
 
     Raises:
-        ValueError: the temperature is not above 0, the prompt is empty, the continuation is not longer than K.
+        ValueError: the temperature is not above 0, or as in `replay`.
 
     Source: Leviathan et al. 2023, arXiv 2211.17192; conditioning on the text is ours.
     """
@@ -195,29 +223,57 @@ def expected_replay(
         raise ValueError(
             f"expected_replay: temperature must be above 0, got {temperature}; use replay for greedy drafts"
         )
-    positions, token_ids = _positions(target, prompt, continuation, num_drafts)
-    # Of the tokens that drafts are compared with, x_{t+2} of the first row being the first.
-    sequences, logits = _read(drafter, target, token_ids, len(continuation))
-    embed, head = target.get_input_embeddings(), target.get_output_embeddings()
-    first = len(prompt)
-    log_p = torch.log_softmax(logits[0, :-1].float() / temperature, -1)
-    log_p = log_p.gather(-1, token_ids[0, first + 1 :, None])[:, 0]
+    # p of x_{t+2}, the first token that the first row's drafts are compared with, and of those behind it.
+    compared = text.token_ids[0, text.num_prompt + 1 :]
+    log_p = _log_probability(text.logits[:-1], compared, temperature)
     chances = []
-    for rows in _chunks(drafter, sequences, positions):
-        drafts, ratio, row_chances = sequences.rows(rows), torch.ones(rows.shape[1], dtype=torch.float64), []
+    for rows, drafts in _chunks(drafter, text, num_drafts):
+        log_chance, row_chances = log_p.new_zeros(len(rows)), []
         for step in range(num_drafts):
-            output = drafts.step(embed(token_ids[:, rows[0] + 1 + step]).float())
-            log_q = torch.log_softmax(head(output.to(head.weight.dtype))[0].float() / temperature, -1)
-            text = rows[0] + 2 + step
-            log_q = log_q.gather(-1, token_ids[0, text, None])[:, 0]
-            ratio = ratio * (log_q - log_p[text - first - 1]).clamp_max(0).double().exp().cpu()
-            row_chances.append(ratio)
+            logits = _draft_logits(text, drafts, text.token_ids[:, rows + 1 + step])[0]
+            place = rows + 1 + step - text.num_prompt
+            log_q = _log_probability(logits, compared[place], temperature)
+            log_chance = log_chance + (log_q - log_p[place]).clamp_max(0)
+            row_chances.append(log_chance.exp())
         chances.append(torch.stack(row_chances, -1))
-    return _expected_walk(torch.cat(chances))
+    return _expected_walk(torch.cat(chances).cpu())
+
+
+def _draft_logits(text: ReadText, drafts: DraftRows, token_ids: Tensor) -> Tensor:
+    """Feed rows their next tokens `[1, T]`; return logits `[1, T, V]`."""
+    embed, head = text.target.get_input_embeddings(), text.target.get_output_embeddings()
+    return head(drafts.step(embed(token_ids).float()).to(head.weight.dtype))
+
+
+def _log_probability(logits: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
+    """Return the log-probabilities `[T]`, float64, of tokens `[T]` under logits `[T, V]`."""
+    log_probabilities = torch.log_softmax(logits.float() / temperature, -1)
+    return log_probabilities.gather(-1, token_ids.unsqueeze(-1))[:, 0].double()
+
+
+def _chunks(drafter: Drafter, text: ReadText, num_drafts: int) -> Iterator[tuple[Tensor, DraftRows]]:
+    """Yield positions `[T]` to draft from, from the prompt's last token on, and the rows there.
+
+    All scores of a chunk are held at once.
+    """
+    num_rows = len(text.logits) - num_drafts
+    if num_drafts < 1 or num_rows < 1:
+        raise ValueError(
+            f"replay: K must be in 1..{len(text.logits) - 1} for a continuation of {len(text.logits)} tokens, "
+            f"got {num_drafts}"
+        )
+    layers = tuple(drafter.config.eagle_aux_hidden_state_layer_ids)
+    if layers != text.layers:
+        raise ValueError(f"replay: the drafter reads layers {layers}, the text was read for {text.layers}")
+    sequences = drafter.read(text.aux_states, text.target.get_input_embeddings()(text.token_ids).float())
+    size = max(1, _MAX_SCORES // (drafter.config.num_attention_heads * sequences.num_entries))
+    first = text.num_prompt - 1
+    for rows in torch.arange(first, first + num_rows, device=text.token_ids.device).split(size):
+        yield rows, sequences.rows(rows[None])
 
 
 def _expected_walk(chances: Tensor) -> ExpectedReplay:
-    """Sum over all walks; `chances` `[R, K]` hold the probability that at least k tokens are accepted at a row."""
+    """Sum over all walks; `chances` `[T, K]` hold the probability that at least k tokens are accepted at a row."""
     num_rows, num_drafts = chances.shape
     at_least = torch.cat([chances.new_ones(num_rows, 1), chances, chances.new_zeros(num_rows, 1)], -1)
     exactly = at_least[:, :-1] - at_least[:, 1:]
@@ -227,32 +283,3 @@ def _expected_walk(chances: Tensor) -> ExpectedReplay:
         begins[row + 1 : row + num_drafts + 2] += begins[row] * exactly[row]
     visited = begins[:num_rows]
     return ExpectedReplay(float(visited.sum()), float((visited * chances.sum(-1)).sum()))
-
-
-def _positions(
-    target: PreTrainedModel, prompt: Sequence[int], continuation: Sequence[int], num_drafts: int
-) -> tuple[Tensor, Tensor]:
-    """Return the positions of all rows `[1, R]` and the text `[1, N]`."""
-    if not prompt or num_drafts < 1 or len(continuation) <= num_drafts:
-        raise ValueError(
-            f"replay: a prompt, K of at least 1 and a continuation of more than K tokens are needed, got "
-            f"{len(prompt)} and {len(continuation)} tokens with K = {num_drafts}"
-        )
-    token_ids = torch.tensor([[*prompt, *continuation]], device=target.device)
-    first = len(prompt) - 1
-    positions = torch.arange(first, first + len(continuation) - num_drafts, device=target.device)
-    return positions[None], token_ids
-
-
-def _read(
-    drafter: Drafter, target: PreTrainedModel, token_ids: Tensor, logits_to_keep: int = 1
-) -> tuple[DraftSequences, Tensor]:
-    layers = drafter.config.eagle_aux_hidden_state_layer_ids
-    aux_states, logits = read_target(target, token_ids, layers, logits_to_keep=logits_to_keep)
-    return drafter.read(aux_states, target.get_input_embeddings()(token_ids).float()), logits
-
-
-def _chunks(drafter: Drafter, sequences: DraftSequences, positions: Tensor) -> tuple[Tensor, ...]:
-    """Cut the rows so that their scores fit into memory."""
-    scores_per_row = drafter.config.num_attention_heads * sequences.num_entries
-    return positions.split(max(1, _MAX_SCORES // scores_per_row), dim=1)
