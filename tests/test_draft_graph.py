@@ -175,17 +175,19 @@ def test_other_depths_and_ways_to_sample_get_graphs_of_their_own() -> None:
 
 def test_recording_and_padding_touch_no_page() -> None:
     case, capture = make_unmerged(), Recorder()
-    graphs, loop = DraftGraphs(capture, [4]), loop_of(case)
+    graphs, loop = DraftGraphs(capture, [2, 4]), loop_of(case)
     before = case.cache.clone()
     young = inputs_of(case, 4, 2)._replace(num_tokens=torch.full((4,), 9, dtype=torch.int32))
     graphs.draft(loop, young, 2)
     assert torch.equal(case.cache.nan_to_num(), before.nan_to_num()), "recording merged pages"
-    graphs.draft(loop, inputs_of(case, 4, 2), 2)
-    # The rows of that batch are still in the buffers, and their pages are due again.
-    case.cache.copy_(before)
-    graphs.draft(loop, young._replace(**{name: x[:1] for name, x in young._asdict().items() if x is not None}), 2)
-    assert torch.equal(case.cache.nan_to_num(), before.nan_to_num()), "padding merged pages"
-    assert len(capture.graphs) == 1
+    for batch, captured in ((3, 1), (1, 2)):
+        graphs.draft(loop, inputs_of(case, 4, 2), 2)
+        # The rows of that batch are still in the buffers, and their pages are due again.
+        case.cache.copy_(before)
+        first = {name: x[:batch] for name, x in young._asdict().items() if x is not None}
+        graphs.draft(loop, young._replace(**first), 2)
+        assert torch.equal(case.cache.nan_to_num(), before.nan_to_num()), "padding or recording merged pages"
+        assert len(capture.graphs) == captured
 
 
 def test_drafts_are_the_callers_own() -> None:
