@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REFERENCE_METHOD = "none"
+# Plain decoding measured a second time: what differs between the two is the noise floor.
+NOISE_METHOD = "none-again"
 WINDOW_METHOD = "qm_spec-window"
 # The drafter on the PyTorch references, without the compiled operators.
 UNCOMPILED_METHOD = "qm_spec-reference"

@@ -13,10 +13,17 @@ from qm_spec.evaluation.metrics import DraftCounts
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """A prompt as the target's token ids."""
+    """A prompt as the target's token ids.
+
+    Args:
+        category: task that it belongs to, None where the prompts have none.
+        arrival_s: second of the trace at which it is handed in, None for "as soon as there is room".
+    """
 
     prompt_id: str
     token_ids: tuple[int, ...]
+    category: str | None = None
+    arrival_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class ShardSpec:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ShardSpec:
         """Return the spec that `to_json` wrote."""
-        prompts = tuple(TokenPrompt(row["prompt_id"], tuple(row["token_ids"])) for row in fields["prompts"])
+        prompts = tuple(TokenPrompt(**{**row, "token_ids": tuple(row["token_ids"])}) for row in fields["prompts"])
         return cls(**{**fields, "engine": EngineSpec(**fields["engine"]), "prompts": prompts})
 
 
