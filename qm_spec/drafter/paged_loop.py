@@ -114,7 +114,7 @@ class PagedLoop:
             1,
             self.config,
         )
-        # A softmax over nothing is NaN.
+        # The reference's softmax over nothing is NaN.
         memory = memory.masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
         if not keys:
             return memory
