@@ -63,16 +63,18 @@ def target():
     return model
 
 
-def make_drafter(name):
+def make_drafter(kind):
     torch.manual_seed(1)
-    settings = DRAFTERS[name]
+    settings = DRAFTERS[kind]
     if "schedule" in settings:
         merge = MergeConfig(window=24, group_size=8, **settings)
         drafter = QuickMergePrior(QuickMergeConfig(quickmerge=merge.to_dict(), **SIZES))
     else:
         drafter = Eagle3Drafter(Eagle3Config(**settings, **SIZES))
-    for parameter in drafter.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    for name, parameter in drafter.named_parameters():
+        if "norm" not in name:
+            # Small beside the embedding: the drafts must depend on the tokens that rows are fed with.
+            torch.nn.init.normal_(parameter, std=0.02 if "fc" in name else 0.4)
     if "schedule" in settings:
         torch.nn.init.constant_(drafter.layer.far_bias, 0.5)
         torch.nn.init.uniform_(drafter.layer.slopes, 0.0, 0.05)
@@ -143,6 +145,13 @@ def test_the_counts_are_those_of_decoding_step_by_step(target, name, monkeypatch
     assert len(seen) >= 3, f"only the counts {seen} came up: the cases show little"
 
 
+def test_what_a_drafter_remembers_shows_in_the_counts(target):
+    """The two priors share their weights, as do the three EAGLE-3 drafters; only their memories differ."""
+    prompt = torch.randint(0, VOCAB, (180,), generator=torch.Generator().manual_seed(6)).tolist()
+    text = read_text(target, prompt, write_continuations(target, [prompt], 60)[0], LAYERS)
+    assert len({replay(make_drafter(name), text, STEPS).accepted for name in DRAFTERS}) == len(DRAFTERS)
+
+
 def test_counts_are_vllms():
     counts = Replay((2, 0, 3, 1), 3).counts
     assert counts == DraftCounts(4, 12, 6, (3, 2, 1)) and counts.acceptance_length == 2.5
@@ -203,7 +212,7 @@ def test_expectations_average_to_those_of_rejection_sampling(target, name):
         far = torch.minimum(third, q_of(ids[:-1], 1)[text[2]])
         # The first drafted token is counted once for all texts that share it.
         exact += float(first * near * (1 / VOCAB + far))
-    assert average == pytest.approx(exact, rel=1e-4) and 0.1 < exact < 2
+    assert average == pytest.approx(exact, rel=1e-4) and 0.05 < exact < 2
 
 
 def test_walks_are_weighted_by_their_probability():
