@@ -39,8 +39,11 @@ def lossless_cell(run: Run) -> str:
 
 def format_table(runs: Sequence[Run]) -> str:
     """Return one row per run, the method to the left and numbers to the right; "-" for what is not known."""
-    header = [name for name, _ in _COLUMNS]
-    rows = [[cell(run) for _, cell in _COLUMNS] for run in runs]
+    return align_table([name for name, _ in _COLUMNS], [[cell(run) for _, cell in _COLUMNS] for run in runs])
+
+
+def align_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table whose first column stands to the left and the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [_line(header, widths), _rule(widths), *(_line(row, widths) for row in rows)]
     return "\n".join(lines)
