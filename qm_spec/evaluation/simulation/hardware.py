@@ -12,7 +12,7 @@ from typing import Any
 from qm_spec.discovery.files import read_json
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1}
-_SHIPPED = Path(__file__).parent / "hardware"
+_SHIPPED = Path(__file__).parent / "machines"
 _SHARES = ("memory_share", "compute_share")
 _RATES = ("memory_bytes_per_s", "memory_bytes")
 

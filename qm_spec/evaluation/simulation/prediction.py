@@ -170,7 +170,8 @@ def _traffic_row(scenario: Scenario, settings: TrafficSettings, context: int, de
     if capacity < 1:
         raise ValueError(
             f"traffic: not one request of {context} + {settings.output_tokens} tokens fits "
-            f"{scenario.tensor_parallel} x {scenario.hardware.name} beside the weights; raise --tensor-parallel or lower --context"
+            f"{scenario.tensor_parallel} x {scenario.hardware.name} beside the weights; "
+            "raise --tensor-parallel or lower --context"
         )
     prefill_s = model.prefill_s(context, speculative)
     # A request is on average half way through its output.
