@@ -47,6 +47,14 @@ class RequestGroups {
     return cache_.state(at.page, 0, at.slot);
   }
 
+  // Fetch the state that `first_state` reads.
+  void prefetch(int64_t group) const {
+    const int64_t column = is_power_ ? group >> shift_ : group / groups_per_page_, page = pages_[column];
+    // What is wrong with the table is said when the group is read.
+    if (page < 0 || page >= cache_.num_pages) return;
+    __builtin_prefetch(cache_.state_bytes(page, 0, (group - column * groups_per_page_) * config_.group_size));
+  }
+
   // Whether the 2^log2 groups from `group` on are one span, of which only `group` can have an entry.
   //
   // The span's head has the level even where this request parts from the one that merged it (they share its first

@@ -5,6 +5,7 @@
 // takes all its levels at once, in the first-level cache, and is rounded to the cache's type between them, as if each
 // had been stored; so the result does not depend on when a group is visited.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <string>
 #include <unordered_map>
@@ -66,6 +67,7 @@ class Plan {
     const SlotState first = groups_.first_state(group);
     const int64_t level = RequestGroups::level(first, config_);
     if (log2 == 0) {
+      if (group + kGrainGroups < due_[1]) groups_.prefetch(group + kGrainGroups);
       const Place at = groups_.place(group);
       // The null page is nobody's.
       if (at.page == 0) return -1;
@@ -92,30 +94,73 @@ struct Entries {
   Entries(int64_t group_size, int64_t head_dim)
       : width(to_lanes(head_dim)),
         most(to_lanes(group_size)),
-        scratch(5 * most * width + most * most + 5 * most),
+        scratch(4 * most * width + most * most + 5 * most),
         cluster(most),
-        centre(most) {
+        centre(most + 1),
+        other(most + 1),
+        begin(most),
+        member(most) {
     float* next = scratch.get();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
     keys = take(most * width), values = take(most * width);
     new_keys = take(most * width), new_values = take(most * width);
-    columns = take(most * width), gram = take(most * most);
+    gram = take(most * most);
     mass = take(most), count = take(most), new_mass = take(most), new_count = take(most), weight = take(most);
+    // Products of four with four may take rows behind the last entry.
+    std::fill(keys, next, 0.0f);
   }
 
   const int64_t width, most;
   Scratch scratch;
-  float *keys, *values, *new_keys, *new_values, *columns, *gram, *mass, *count, *new_mass, *new_count, *weight;
-  std::vector<int32_t> cluster, centre;
+  float *keys, *values, *new_keys, *new_values, *gram, *mass, *count, *new_mass, *new_count, *weight;
+  std::vector<int32_t> cluster, centre, other, begin, member;
 };
 
-// gram[i, j] = keys[i] . keys[j] of `num` entries; rows are to_lanes(num) apart.
+const IntVec kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// gram[i, j] = key i . key j of `num` entries; rows are to_lanes(num) apart, lanes from `num` on hold anything.
 QM_INLINE void gram_matrix(Entries& e, int64_t num) {
   const int64_t lanes = to_lanes(num);
-  std::fill(e.keys + num * e.width, e.keys + lanes * e.width, 0.0f);
-  for (int64_t j = 0; j < lanes; j += kLanes) {
-    transpose_16(e.keys + j * e.width, e.width, e.columns);
-    multiply(e.keys, num, e.width, e.columns, kLanes, e.width, false, e.gram + j, lanes);
+  const auto rows = [&](int64_t i) __attribute__((always_inline)) {
+    const float* first = e.keys + i * e.width;
+    return std::array<const float*, 4>{first, first + e.width, first + 2 * e.width, first + 3 * e.width};
+  };
+  alignas(64) float block[16];
+  const auto copy = [&](float* to) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < 4; ++r) std::memcpy(to + r * lanes, block + 4 * r, 4 * sizeof(float));
+  };
+  for (int64_t i = 0; i < num; i += 4) {
+    multiply_4x4<true>(rows(i).data(), rows(i).data(), e.width, block);
+    copy(e.gram + i * lanes + i);
+    for (int64_t j = i + 4; j < num; j += 4) {
+      multiply_4x4<false>(rows(i).data(), rows(j).data(), e.width, block);
+      copy(e.gram + i * lanes + j);
+      transpose_4x4(block, e.gram + j * lanes + i, lanes);
+    }
+  }
+}
+
+// The part of the same that the assignment needs: the products of centres with other entries and with themselves.
+QM_INLINE void centre_products(Entries& e, int64_t num, int64_t keep) {
+  const int64_t lanes = to_lanes(num), rest = num - keep;
+  const int32_t *centre = e.centre.data(), *other = e.other.data();
+  // What is left of a block repeats its last entry.
+  const auto rows = [&](const int32_t* list, int64_t i, int64_t count) __attribute__((always_inline)) {
+    std::array<const float*, 4> row;
+    for (int64_t r = 0; r < 4; ++r) row[r] = e.keys + list[std::min(i + r, count - 1)] * e.width;
+    return row;
+  };
+  alignas(64) float block[16];
+  for (int64_t i = 0; i < keep; i += 4) {
+    const auto centres = rows(centre, i, keep);
+    multiply_4x4<true>(centres.data(), centres.data(), e.width, block);
+    for (int64_t r = i; r < std::min(i + 4, keep); ++r) e.gram[centre[r] * (lanes + 1)] = block[5 * (r - i)];
+    for (int64_t j = 0; j < rest; j += 4) {
+      multiply_4x4<false>(centres.data(), rows(other, j, rest).data(), e.width, block);
+      for (int64_t r = i; r < std::min(i + 4, keep); ++r)
+        for (int64_t c = j; c < std::min(j + 4, rest); ++c)
+          e.gram[centre[r] * lanes + other[c]] = block[4 * (r - i) + c - j];
+    }
   }
 }
 
@@ -123,7 +168,7 @@ QM_INLINE void gram_matrix(Entries& e, int64_t num) {
 QM_INLINE void saliency_mass(Entries& e, int64_t num, int64_t head_dim, const Rule& rule) {
   const int64_t lanes = to_lanes(num);
   const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  float low = INFINITY, high = -INFINITY;
+  Vec lows = all(INFINITY), highs = all(-INFINITY);
   for (int64_t i = 0; i < lanes; i += kLanes) {
     Vec most = load(e.gram + i);
     for (int64_t j = 1; j < num; ++j) {
@@ -132,93 +177,156 @@ QM_INLINE void saliency_mass(Entries& e, int64_t num, int64_t head_dim, const Ru
     }
     Vec total{}, weighted{};
     for (int64_t j = 0; j < num; ++j) {
-      const Vec z = (load(e.gram + j * lanes + i) - most) * scale, p = exp(z);
+      const Vec z = (load(e.gram + j * lanes + i) - most) * scale, p = exp_of_negative(z);
       total += p;
       weighted += z * p;
     }
-    const Vec entropy = log(total) - weighted / total;
-    store(rule.inverse ? -entropy : entropy, e.mass + i);
+    Vec entropy = log(total) - weighted / total;
+    entropy = rule.inverse ? -entropy : entropy;
+    store(entropy, e.mass + i);
+    const IntVec live = kLane < static_cast<int32_t>(num - i);
+    lows = live & (entropy < lows) ? entropy : lows;
+    highs = live & (entropy > highs) ? entropy : highs;
   }
-  for (int64_t i = 0; i < num; ++i) low = std::min(low, e.mass[i]), high = std::max(high, e.mass[i]);
-  const float spread = high - low;
+  const float low = smallest(lows), spread = largest(highs) - low;
   const bool alike = !(spread > 1e-6f);
-  float total = 0.0f;
+  const float slope = 1.0f / spread, steepness = 1.0f / rule.temperature;
+  Vec total{};
   for (int64_t i = 0; i < lanes; i += kLanes) {
-    const Vec s = alike ? all(0.5f) : (load(e.mass + i) - low) / spread;
+    const Vec s = alike ? all(0.5f) : (load(e.mass + i) - low) * slope;
+    const Vec p = exp((s - (alike ? 0.5f : 1.0f)) * steepness);
     store(s, e.mass + i);
-    store(exp((s - (alike ? 0.5f : 1.0f)) / rule.temperature), e.weight + i);
+    store(p, e.weight + i);
+    total += kLane < static_cast<int32_t>(num - i) ? p : Vec{};
   }
-  for (int64_t i = 0; i < num; ++i) total += e.weight[i];
+  const float share = 1.0f / sum(total);
   for (int64_t i = 0; i < lanes; i += kLanes) {
-    const Vec pi = load(e.weight + i) / total;
+    const Vec pi = load(e.weight + i) * share;
     store(pi * load(e.mass + i) + (1.0f - pi) * rule.epsilon, e.mass + i);
   }
 }
 
-// cluster[i] of `num` entries: the `keep` of the highest mass stay in order (ties: the earlier), the others join the
-// one of the nearest key by cosine similarity.
-QM_INLINE void assign(Entries& e, int64_t num, int64_t keep) {
-  int32_t *cluster = e.cluster.data(), *centre = e.centre.data();
-  if (keep == 1) {
-    std::fill(cluster, cluster + num, 0);
-    return;
-  }
+// List the `keep` entries of the highest mass, in order (ties: the earlier), and the others.
+QM_INLINE void choose(Entries& e, int64_t num, int64_t keep) {
   const int64_t lanes = to_lanes(num);
-  int32_t* rank = cluster;
-  std::fill(rank, rank + lanes, 0);
-  for (int32_t j = 0; j < num; ++j) {
-    const float other = e.mass[j];
-#pragma omp simd
-    for (int32_t i = 0; i < lanes; ++i)
-      rank[i] += static_cast<int32_t>(other > e.mass[i]) | (static_cast<int32_t>(other == e.mass[i]) & (j < i));
+  // Masses are positive, so their bits are in the same order, and those of stale bytes in some order too.
+  int32_t *order = e.begin.data(), *rank = e.cluster.data();
+  for (int64_t i = 0; i < lanes; i += kLanes) {
+    const BitVec bits = read_bytes<BitVec>(e.mass + i) & 0x7fffffffu;
+    std::memcpy(order + i, &bits, sizeof bits);
   }
-  // Never more than `keep`, whatever a mass of stale bytes compares to.
-  int32_t kept = 0;
-  for (int32_t i = 0; i < num; ++i)
-    if (rank[i] < keep && kept < keep) centre[kept++] = i;
-  float* best = e.weight;
-  std::fill(best, best + lanes, -INFINITY);
-  std::fill(cluster, cluster + lanes, 0);
-  for (int32_t k = 0; k < kept; ++k) {
-    const float* products = e.gram + centre[k] * lanes;
-    // The norm of the entry that looks for a centre changes nothing about which is nearest.
-    const float scale = 1.0f / std::max(std::sqrt(products[centre[k]]), 1e-12f);
-#pragma omp simd
-    for (int32_t i = 0; i < lanes; ++i) {
-      const float similarity = products[i] * scale;
-      cluster[i] = similarity > best[i] ? k : cluster[i];
-      best[i] = similarity > best[i] ? similarity : best[i];
-    }
+  for (int64_t i = 0; i < lanes; i += kLanes) {
+    const IntVec own = read_bytes<IntVec>(order + i), number = kLane + static_cast<int32_t>(i);
+    IntVec before{};
+    for (int32_t j = 0; j < num; ++j) before -= order[j] > own + (j < number);
+    std::memcpy(rank + i, &before, sizeof before);
   }
-  for (int32_t k = 0; k < kept; ++k) cluster[centre[k]] = k;
+  int32_t *centre = e.centre.data(), *other = e.other.data();
+  for (int32_t i = 0; i < num; ++i) {
+    const bool stays = rank[i] < keep;
+    *centre = *other = i;
+    centre += stays, other += !stays;
+  }
 }
 
-// Take `num` entries to `keep`: keys and values become the mean of each cluster weighted by mass, masses and counts
-// add up.
-template <class T>
-QM_INLINE void merge(Entries& e, int64_t num, int64_t keep) {
-  assign(e, num, keep);
+// cluster[i] of `num` entries: those listed stay, the others join the one of the nearest key by cosine similarity.
+QM_INLINE void assign(Entries& e, int64_t num, int64_t keep) {
+  const int64_t lanes = to_lanes(num);
+  int32_t *cluster = e.cluster.data(), *centre = e.centre.data();
+  // The norm of the entry that looks for a centre changes nothing about which is nearest.
+  float* scale = e.weight;
+  for (int64_t k = 0; k < keep; ++k) scale[k] = e.gram[centre[k] * (lanes + 1)];
+  for (int64_t k = 0; k < keep; k += kLanes) {
+    const Vec norm = sqrt(load(scale + k));
+    store(1.0f / (norm > 1e-12f ? norm : all(1e-12f)), scale + k);
+  }
+  for (int64_t i = 0; i < lanes; i += kLanes) {
+    Vec best = all(-INFINITY);
+    IntVec nearest{};
+    for (int32_t k = 0; k < keep; ++k) {
+      const Vec similarity = load(e.gram + centre[k] * lanes + i) * scale[k];
+      const IntVec nearer = similarity > best;
+      nearest = nearer ? IntVec{} + k : nearest;
+      best = nearer ? similarity : best;
+    }
+    std::memcpy(cluster + i, &nearest, sizeof nearest);
+  }
+  for (int32_t k = 0; k < keep; ++k) cluster[centre[k]] = k;
+}
+
+// List the members of each cluster in order, add up their masses and counts, and set weight[i] to the share of entry i
+// in the mass of its cluster.
+QM_INLINE void divide(Entries& e, int64_t num, int64_t keep) {
   const int32_t* cluster = e.cluster.data();
-  std::fill(e.new_mass, e.new_mass + keep, 0.0f);
-  std::fill(e.new_count, e.new_count + keep, 0.0f);
-  for (int64_t i = 0; i < num; ++i) {
-    e.new_mass[cluster[i]] += e.mass[i];
-    e.new_count[cluster[i]] += e.count[i];
+  int32_t* begin = e.begin.data();
+  for (int64_t i = 0; i < keep; i += kLanes) {
+    const IntVec number = kLane + static_cast<int32_t>(i);
+    Vec mass{}, count{};
+    IntVec before{};
+    for (int64_t j = 0; j < num; ++j) {
+      const IntVec mine = number == cluster[j];
+      mass = mine ? mass + e.mass[j] : mass;
+      count = mine ? count + e.count[j] : count;
+      before -= cluster[j] < number;
+    }
+    store(mass, e.new_mass + i);
+    store(count, e.new_count + i);
+    std::memcpy(begin + i, &before, sizeof before);
+  }
+  for (int32_t i = 0; i < num; ++i) {
+    e.member[begin[cluster[i]]++] = i;
+    e.weight[i] = e.new_mass[cluster[i]];
   }
   // Divided first, so that an entry by itself is copied bit by bit.
-  for (int64_t i = 0; i < num; ++i) e.weight[i] = e.mass[i] / e.new_mass[cluster[i]];
-  const auto mean = [&](const float* rows, float* out) __attribute__((always_inline)) {
-    std::fill(out, out + keep * e.width, 0.0f);
-    for (int64_t i = 0; i < num; ++i) {
-      float* to = out + cluster[i] * e.width;
-      for (int64_t c = 0; c < e.width; c += kLanes)
-        store(load(to + c) + e.weight[i] * load(rows + i * e.width + c), to + c);
+  for (int64_t i = 0; i < num; i += kLanes) store(load(e.mass + i) / load(e.weight + i), e.weight + i);
+}
+
+// Rows of elements as floats or as they lie in their slots.
+template <class V>
+struct Rows {
+  const char* first;
+  int64_t stride_bytes;
+  const V* operator[](int64_t i) const { return reinterpret_cast<const V*>(first + i * stride_bytes); }
+};
+
+// kVectors of the means of keys and values of each cluster, from column `c` on.
+template <class T, int kVectors, class V>
+QM_INLINE void means(Entries& e, const Rows<V>& values, int64_t keep, int64_t c) {
+  const int32_t* member = e.member.data();
+  for (int64_t k = 0; k < keep; ++k) {
+    const int32_t* end = e.member.data() + e.begin[k];
+    Vec key_sum[kVectors], value_sum[kVectors];
+    const float* key = e.keys + *member * e.width + c;
+    const V* value = values[*member] + c;
+    float weight = e.weight[*member];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      key_sum[v] = weight * load(key + v * kLanes);
+      value_sum[v] = weight * load(value + v * kLanes);
     }
-    for (int64_t c = 0; c < keep * e.width; c += kLanes)
-      store(rounded_to(load(out + c), static_cast<const T*>(nullptr)), out + c);
-  };
-  mean(e.keys, e.new_keys);
-  mean(e.values, e.new_values);
+    for (++member; member < end; ++member) {
+      key = e.keys + *member * e.width + c, value = values[*member] + c, weight = e.weight[*member];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        key_sum[v] += weight * load(key + v * kLanes);
+        value_sum[v] += weight * load(value + v * kLanes);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t to = k * e.width + c + v * kLanes;
+      store(rounded_to(key_sum[v], static_cast<const T*>(nullptr)), e.new_keys + to);
+      store(rounded_to(value_sum[v], static_cast<const T*>(nullptr)), e.new_values + to);
+    }
+  }
+}
+
+// Take the entries to `keep`: keys and values become the mean of each cluster weighted by mass.
+template <class T, class V>
+QM_INLINE void merge(Entries& e, const Rows<V>& values, int64_t keep) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= e.width; c += 4 * kLanes) means<T, 4>(e, values, keep, c);
+  for (; c < e.width; c += kLanes) means<T, 1>(e, values, keep, c);
   std::swap(e.keys, e.new_keys);
   std::swap(e.values, e.new_values);
   std::swap(e.mass, e.new_mass);
@@ -232,8 +340,8 @@ struct Slots {
 
   char* key(int64_t i) const { return first + i * stride; }
   char* value(int64_t i) const { return key(i) + value_offset; }
-  void prefetch(int64_t num) const {
-    for (int64_t i = 0; i < num; ++i)
+  void prefetch(int64_t from, int64_t to) const {
+    for (int64_t i = from; i < to; ++i)
       for (int64_t byte = 0; byte < state_offset; byte += 64) __builtin_prefetch(key(i) + byte, 1);
   }
   SlotState state(int64_t i) const { return read_bytes<SlotState>(key(i) + state_offset); }
@@ -241,35 +349,82 @@ struct Slots {
 };
 
 template <class T>
-QM_INLINE void merge_group_of(const Slots& slots, int64_t head_dim, int64_t from, int64_t to, const Rule& rule, Entries& e) {
-  int64_t num = rule.config.held(from);
-  const int64_t left = rule.config.held(to);
-  if (left > 0) {
-    for (int64_t i = 0; i < num; ++i) {
-      load_row(reinterpret_cast<const T*>(slots.key(i)), head_dim, e.keys + i * e.width);
-      load_row(reinterpret_cast<const T*>(slots.value(i)), head_dim, e.values + i * e.width);
-      const SlotState state = slots.state(i);
-      e.mass[i] = state.mass, e.count[i] = state.count;
-    }
-    for (int64_t level = from + 1; level <= to; ++level) {
-      const int64_t keep = rule.config.held(level);
-      // Scores for the entropy, similarities for the assignment.
-      if (level == 1 || keep > 1) gram_matrix(e, num);
-      if (level == 1) saliency_mass(e, num, head_dim, rule);
-      merge<T>(e, num, keep);
-      num = keep;
-    }
+QM_INLINE void read_entries(const Slots& slots, int64_t num, int64_t head_dim, Entries& e) {
+  for (int64_t i = 0; i < num; ++i) {
+    load_row(reinterpret_cast<const T*>(slots.key(i)), head_dim, e.keys + i * e.width);
+    // Whole vectors of values are read where they stand, once.
+    if (head_dim < e.width) load_row(reinterpret_cast<const T*>(slots.value(i)), head_dim, e.values + i * e.width);
+    const SlotState state = slots.state(i);
+    e.mass[i] = state.mass, e.count[i] = state.count;
   }
-  for (int64_t i = 0; i < rule.config.group_size; ++i) {
-    SlotState state{};
-    if (i < left) {
-      store_row(e.keys + i * e.width, head_dim, reinterpret_cast<T*>(slots.key(i)));
-      store_row(e.values + i * e.width, head_dim, reinterpret_cast<T*>(slots.value(i)));
-      state.mass = e.mass[i], state.count = e.count[i];
-    }
-    if (i == 0) state.level = static_cast<float>(to);
-    slots.set_state(i, state);
+}
+
+template <class T>
+QM_INLINE void write_entries(
+    const Entries& e, int64_t num, int64_t head_dim, int64_t group_size, int64_t level, const Slots& slots) {
+  for (int64_t i = 0; i < num; ++i) {
+    store_row(e.keys + i * e.width, head_dim, reinterpret_cast<T*>(slots.key(i)));
+    store_row(e.values + i * e.width, head_dim, reinterpret_cast<T*>(slots.value(i)));
+    slots.set_state(i, {e.mass[i], e.count[i], i == 0 ? static_cast<float>(level) : 0.0f, 0.0f});
   }
+  for (int64_t i = num; i < group_size; ++i)
+    slots.set_state(i, {0.0f, 0.0f, i == 0 ? static_cast<float>(level) : 0.0f, 0.0f});
+}
+
+// Groups merged side by side: one waits for its numbers while another is computed.
+constexpr int64_t kBatch = 4;
+
+struct Batch {
+  Batch(int64_t group_size, int64_t head_dim) {
+    for (int64_t b = 0; b < kBatch; ++b) entries.emplace_back(group_size, head_dim);
+  }
+
+  int64_t size = 0, from = 0, to = 0;
+  Slots slots[kBatch];
+  // Those of a later batch, to be fetched meanwhile.
+  int64_t num_later = 0;
+  Slots later[kBatch];
+  std::vector<Entries> entries;
+};
+
+template <class T>
+QM_INLINE void merge_batch_of(Batch& batch, int64_t head_dim, const Rule& rule) {
+  const int64_t left = rule.config.held(batch.to);
+  int64_t num = rule.config.held(batch.from);
+  Entries* e = batch.entries.data();
+  for (int64_t b = 0; left > 0 && b < batch.size; ++b) read_entries<T>(batch.slots[b], num, head_dim, e[b]);
+  for (int64_t level = batch.from + 1; left > 0 && level <= batch.to; ++level) {
+    const int64_t keep = rule.config.held(level);
+    if (level == 1) {
+      // Scores for the entropy, and similarities for the assignment.
+      for (int64_t b = 0; b < batch.size; ++b) gram_matrix(e[b], num);
+      for (int64_t b = 0; b < batch.size; ++b) saliency_mass(e[b], num, head_dim, rule);
+    }
+    if (keep > 1) {
+      for (int64_t b = 0; b < batch.size; ++b) choose(e[b], num, keep);
+      for (int64_t b = 0; level > 1 && b < batch.size; ++b) centre_products(e[b], num, keep);
+      for (int64_t b = 0; b < batch.size; ++b) assign(e[b], num, keep);
+    } else {
+      for (int64_t b = 0; b < batch.size; ++b) std::fill_n(e[b].cluster.data(), num, 0);
+    }
+    for (int64_t b = 0; b < batch.size; ++b) divide(e[b], num, keep);
+    // A part at each level, so that memory is never waited for.
+    const int64_t slots = rule.config.held(batch.from), levels = batch.to - batch.from, done = level - batch.from;
+    for (int64_t b = 0; b < batch.num_later; ++b)
+      batch.later[b].prefetch(slots * (done - 1) / levels, slots * done / levels);
+    for (int64_t b = 0; b < batch.size; ++b) {
+      const Rows<float> values{reinterpret_cast<const char*>(e[b].values), e[b].width * int64_t{sizeof(float)}};
+      const Rows<T> in_slots{batch.slots[b].value(0), batch.slots[b].stride};
+      if (level == batch.from + 1 && head_dim == e[b].width) {
+        merge<T>(e[b], in_slots, keep);
+      } else {
+        merge<T>(e[b], values, keep);
+      }
+    }
+    num = keep;
+  }
+  for (int64_t b = 0; b < batch.size; ++b)
+    write_entries<T>(e[b], left, head_dim, rule.config.group_size, batch.to, batch.slots[b]);
 }
 
 // One entry joins another: the mean weighted by mass.
@@ -295,11 +450,10 @@ QM_INLINE void merge_pair_of(const Slots& head, const Slots& tail, int64_t head_
   tail.set_state(0, {0.0f, 0.0f, static_cast<float>(to), 0.0f});
 }
 
-QM_MULTIVERSION void merge_group(
-    const Slots& slots, ScalarType type, int64_t head_dim, int64_t from, int64_t to, const Rule& rule, Entries& e) {
-  if (type == ScalarType::Float) merge_group_of<float>(slots, head_dim, from, to, rule, e);
-  if (type == ScalarType::BFloat16) merge_group_of<BFloat16>(slots, head_dim, from, to, rule, e);
-  if (type == ScalarType::Half) merge_group_of<Float16>(slots, head_dim, from, to, rule, e);
+QM_MULTIVERSION void merge_batch(Batch& batch, ScalarType type, int64_t head_dim, const Rule& rule) {
+  if (type == ScalarType::Float) merge_batch_of<float>(batch, head_dim, rule);
+  if (type == ScalarType::BFloat16) merge_batch_of<BFloat16>(batch, head_dim, rule);
+  if (type == ScalarType::Half) merge_batch_of<Float16>(batch, head_dim, rule);
 }
 
 QM_MULTIVERSION void merge_pair(const Slots& head, const Slots& tail, ScalarType type, int64_t head_dim, int64_t to) {
@@ -326,21 +480,38 @@ void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan
   const int64_t row = cache.head_dim * cache.element_bytes;
   // All parts of a head one after the other: the heads of a slot may lie side by side in memory.
   parallel(num_tasks * cache.num_heads, grain, [&](int64_t first, int64_t last) {
-    Entries entries(rule.config.group_size, cache.head_dim);
+    Batch batch(rule.config.group_size, cache.head_dim);
+    std::vector<const Step*> pairs;
     for (int64_t task = first; task < last; ++task) {
       const int64_t head = task % cache.num_heads;
       const auto slots = [&](const Place& at) {
         return Slots{cache.key(at.page, head, at.slot), cache.slot_stride_bytes(), row, 2 * row};
       };
+      const auto flush = [&] {
+        if (batch.size > 0) merge_batch(batch, cache.type, cache.head_dim, rule);
+        batch.size = batch.num_later = 0;
+        for (const Step* pair : pairs)
+          merge_pair(slots(pair->head), slots(pair->tail), cache.type, cache.head_dim, pair->to);
+        pairs.clear();
+      };
       const Task& part = tasks[task / cache.num_heads];
+      const Step* later = part.begin;
+      for (int64_t groups = 0; later < part.end && (later->tail.page >= 0 || groups++ < kBatch);) ++later;
       for (const Step* step = part.begin; step < part.end; ++step) {
-        if (step + 1 < part.end && step[1].tail.page < 0) slots(step[1].head).prefetch(rule.config.held(step[1].from));
-        if (step->tail.page < 0) {
-          merge_group(slots(step->head), cache.type, cache.head_dim, step->from, step->to, rule, entries);
-        } else {
-          merge_pair(slots(step->head), slots(step->tail), cache.type, cache.head_dim, step->to);
+        // A pair needs the groups and the pairs before it, and no group needs a pair.
+        if (step->tail.page >= 0) {
+          pairs.push_back(step);
+          continue;
         }
+        if (batch.size == kBatch || (batch.size > 0 && (batch.from != step->from || batch.to != step->to))) flush();
+        batch.from = step->from, batch.to = step->to;
+        batch.slots[batch.size++] = slots(step->head);
+        if (later == part.end) continue;
+        batch.later[batch.num_later++] = slots(later->head);
+        do ++later;
+        while (later < part.end && later->tail.page >= 0);
       }
+      flush();
     }
   });
 }
