@@ -55,7 +55,6 @@ def train_target_command(
     save_steps: SaveSteps = 100,
     seed: int = 0,
     init_from: Annotated[Path | None, typer.Option(help="Go on from this trained target.")] = None,
-    freeze: Annotated[str | None, typer.Option(help="Regular expression of parameters that are not trained.")] = None,
     resume: Resume = False,
 ) -> None:
     """Train a small deep Llama on a folder of text.
@@ -78,7 +77,6 @@ def train_target_command(
         context=context,
         sequence_length=sequence_length,
         init_from=init_from,
-        freeze=freeze,
         resume=resume,
     )
     typer.echo(f"saved {out}: {stage['valid_loss_nats_per_token']:.3f} nats per token")

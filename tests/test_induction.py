@@ -1,10 +1,13 @@
 """Layers that copy, wired by hand."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qm_spec.training.induction import CODE, plant_induction
+from qm_spec.training.induction import CODE, HISTORY, plant_induction, protect_induction
+from qm_spec.training.optimizer import Muon
 
 VOCAB, DEPTH = 512, 2
 
@@ -74,3 +77,22 @@ def test_other_shapes_are_refused(old: LlamaForCausalLM) -> None:
     )
     with pytest.raises(ValueError, match="one key/value head and a head size of 64"):
         plant_induction(LlamaForCausalLM(config), torch.zeros(1, 4, dtype=torch.long), keep_layers=[0], depth=1)
+
+
+def test_training_keeps_the_wiring(planted: LlamaForCausalLM) -> None:
+    model = copy.deepcopy(planted).train()
+    protect_induction(model)
+    optimizer = Muon(model.named_parameters(), lr=0.1, adam_lr=0.1)
+    input_ids = torch.randint(VOCAB, (2, 32))
+    model(input_ids, labels=input_ids).loss.backward()
+    optimizer.step()
+    reserved = slice(192, 192 + CODE + 1 + HISTORY)
+    for name, before in planted.named_parameters():
+        after = model.get_parameter(name)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            assert torch.equal(after[reserved], before[reserved]), name
+        if name.startswith(f"model.layers.{DEPTH}.self_attn") or name.startswith(f"model.layers.{DEPTH + 1}.self_attn"):
+            assert torch.equal(after, before), name
+    table, before = model.get_input_embeddings().weight, planted.get_input_embeddings().weight
+    assert torch.equal(table[:, reserved], before[:, reserved])
+    assert not torch.equal(table[:, :192], before[:, :192])

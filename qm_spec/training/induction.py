@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qm_spec import provenance
@@ -134,6 +134,8 @@ def plant_induction(
             "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
         }
     )
+    config.copying_layers = [depth, depth + 1]
+    config.copying_channels = [old.hidden_size, old.hidden_size + CODE + 1 + HISTORY]
     planted = LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(seed)
     # RMSNorm now divides by the mean over more channels.
@@ -157,6 +159,27 @@ def plant_induction(
     planted.model.norm.weight[old.hidden_size + CODE :] = 0
     _wire(remember, copy, config, level * shrink, rope_theta, generator)
     return planted
+
+
+def protect_induction(model: PreTrainedModel) -> None:
+    """Keep the copying layers and their channels as they were wired while the rest of `model` is trained.
+
+    The old layers write a thousand times more into the stream than the codes hold, so one step of theirs into
+    these channels would drown them. They may read them. A model without copying layers is left alone.
+    """
+    for layer in getattr(model.config, "copying_layers", ()):
+        model.model.layers[layer].self_attn.requires_grad_(False)
+        model.model.layers[layer].input_layernorm.requires_grad_(False)
+    reserved = slice(*getattr(model.config, "copying_channels", (0, 0)))
+
+    def spare_rows(gradient: Tensor) -> Tensor:
+        return gradient.index_fill(0, torch.arange(*reserved.indices(len(gradient)), device=gradient.device), 0)
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.register_hook(spare_rows)
+    table = model.get_input_embeddings().weight
+    table.register_hook(lambda gradient: spare_rows(gradient.T).T)
 
 
 def _widen_norm(weight: Tensor, shrink: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import (
 
 from qm_spec import provenance
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
+from qm_spec.training.induction import protect_induction
 from qm_spec.training.loop import LoopSettings, fit
 
 END_OF_TEXT = "<|endoftext|>"
@@ -84,7 +84,6 @@ def train_target(
     context: int = 4096,
     sequence_length: int = 256,
     init_from: Path | None = None,
-    freeze: str | None = None,
     resume: bool = False,
 ) -> dict:
     """Train a causal LM on `data` and save it in bf16 under `out`; return this stage's provenance.
@@ -101,12 +100,11 @@ def train_target(
         context: tokens, the model's declared limit.
         sequence_length: tokens per training window.
         init_from: folder of a trained target to go on from, e.g. at a longer `sequence_length`.
-        freeze: regular expression; parameters with a match in their names are not trained.
         resume: go on from the last checkpoint under `out`.
 
     Raises:
         FileNotFoundError: data or `init_from` is missing.
-        ValueError: sizes that do not fit together, or nothing to freeze.
+        ValueError: sizes that do not fit together.
     """
     if init_from is not None and not (init_from / "config.json").is_file():
         raise FileNotFoundError(f"train-target: {init_from} holds no config.json")
@@ -120,13 +118,7 @@ def train_target(
     else:
         tokenizer = train_tokenizer(files, vocab_size)
         model = LlamaForCausalLM(target_config(len(tokenizer), hidden_size, num_layers, intermediate_size, context))
-    if freeze is not None:
-        frozen = [parameter for name, parameter in model.named_parameters() if re.search(freeze, name)]
-        if not frozen:
-            names = ", ".join(name for name, _ in list(model.named_parameters())[:4])
-            raise ValueError(f"train-target: no parameter to freeze matches {freeze!r}; the first are {names}")
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    protect_induction(model)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     train_set = TokenWindows(tokenize(tokenizer, read_documents(files)), sequence_length)
