@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -35,24 +37,29 @@ def measure_hardware(name: str, device: str = "cpu", repeats: int = 15) -> Hardw
         raise ValueError(f"measure_hardware: device must be cpu, or cuda where torch finds a GPU, got {device}")
     source = torch.ones(_COPIED_BYTES, dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
-    copied_s = _fastest_s(lambda: copy.copy_(source), device, repeats)
+    copied_s, unrest = _fastest_s(lambda: copy.copy_(source), device, repeats)
     flops_per_s = {}
     for dtype in _DTYPES[device]:
         matrix = torch.randn(_MATRIX[device], _MATRIX[device], device=device, dtype=getattr(torch, dtype))
-        multiplied_s = _fastest_s(lambda matrix=matrix: matrix @ matrix, device, 10 * repeats)  # type: ignore[misc]
+        multiply: Callable[[], object] = partial(torch.matmul, matrix, matrix)
+        multiplied_s, ratio = _fastest_s(multiply, device, 10 * repeats)
+        unrest = max(unrest, ratio)
         flops_per_s[dtype] = 2 * _MATRIX[device] ** 3 / multiplied_s
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     return Hardware(
         name=name,
         source=f"measured with torch {torch.__version__}{threads}: copy of {_COPIED_BYTES >> 20} MiB, "
-        f"product of matrices of {_MATRIX[device]}; overheads not measured",
+        f"product of matrices of {_MATRIX[device]}, the fastest of many (the median took up to {unrest:.1f} times "
+        "as long); overheads not measured",
         flops_per_s=flops_per_s,
         memory_bytes_per_s=2 * _COPIED_BYTES / copied_s,
         memory_bytes=float(_memory_bytes(device)),
     )
 
 
-def _fastest_s(action: Callable[[], object], device: str, repeats: int) -> float:
+def _fastest_s(action: Callable[[], object], device: str, repeats: int) -> tuple[float, float]:
+    """Return the seconds of the fastest of the repeats, and how many times as long the median took."""
+
     def elapsed_s() -> float:
         begin = time.perf_counter()
         action()
@@ -61,7 +68,8 @@ def _fastest_s(action: Callable[[], object], device: str, repeats: int) -> float
         return time.perf_counter() - begin
 
     elapsed_s()
-    return min(elapsed_s() for _ in range(repeats))
+    times = [elapsed_s() for _ in range(repeats)]
+    return min(times), statistics.median(times) / min(times)
 
 
 def _memory_bytes(device: str) -> int:
