@@ -109,7 +109,8 @@ def eagle3_config(
 ) -> Eagle3Config:
     """Return the configuration of an EAGLE-3 drafter with as many parameters as `prior`.
 
-    The head layout, and so the bytes of a key and a value, is the prior's; the MLP takes up the difference.
+    The head layout, and so the bytes of a key and a value, is the prior's; the MLP takes up the difference. The
+    rotary base is the target's, without its scaling.
 
     Args:
         target: both drafters are its own.
@@ -117,6 +118,7 @@ def eagle3_config(
         sliding_window: see `Eagle3Config`.
         attention_sinks: see `Eagle3Config`.
     """
+    rotary = getattr(target.config, "rope_parameters", None) or {}
 
     def sized(intermediate_size: int) -> Eagle3Config:
         return Eagle3Config(
@@ -125,7 +127,7 @@ def eagle3_config(
             attention_sinks=attention_sinks,
             intermediate_size=intermediate_size,
             max_position_embeddings=target.config.max_position_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": target.config.rope_parameters["rope_theta"]},
+            rope_parameters={"rope_type": "default", "rope_theta": rotary.get("rope_theta", 10000.0)},
         )
 
     difference = num_parameters(QuickMergePrior, prior) - num_parameters(Eagle3Drafter, sized(MLP_MULTIPLE))
