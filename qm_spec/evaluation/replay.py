@@ -167,16 +167,16 @@ def read_text(
 
 
 @torch.inference_mode()
-def replay(drafter: Drafter, text: ReadText, num_drafts: int) -> Replay:
-    """Return what greedy drafts would do for a text.
-
-    A step is replayed only where all K tokens that it would draft can be compared: C tokens of continuation hold
-    the steps of an engine that is asked for C - K + 1 tokens.
+def accepted_everywhere(drafter: Drafter, text: ReadText, num_drafts: int) -> list[int]:
+    """Return how many greedy drafts, 0..K, would be accepted at each position of a text.
 
     Args:
         drafter: `QuickMergePrior` or `Eagle3Drafter` of this target, in float32.
         text: decoded greedily, or sampled.
         num_drafts: K.
+
+    Returns:
+        One count per position from the prompt's last token on, as far as K tokens can be compared.
 
     Raises:
         ValueError: K is below 1 or not below C, or the drafter reads other layers.
@@ -191,12 +191,32 @@ def replay(drafter: Drafter, text: ReadText, num_drafts: int) -> Replay:
             agreed &= next_ids == text.token_ids[:, rows + 2 + step]
             count += agreed
         accepted += count[0].tolist()
+    return accepted
+
+
+def walk(accepted: Sequence[int], num_drafts: int) -> Replay:
+    """Return the steps of an engine that would accept `accepted[i]` tokens at position i."""
     # The first token comes from the prompt's own pass; each step adds what it accepted and one token more.
     steps, position = [], 0
     while position < len(accepted):
         steps.append(accepted[position])
         position += accepted[position] + 1
     return Replay(tuple(steps), num_drafts)
+
+
+def replay(drafter: Drafter, text: ReadText, num_drafts: int) -> Replay:
+    """Return what greedy drafts would do for a text.
+
+    A step is replayed only where all K tokens that it would draft can be compared: C tokens of continuation hold
+    the steps of an engine that is asked for C - K + 1 tokens.
+
+    Args:
+        drafter, text, num_drafts: see `accepted_everywhere`.
+
+    Raises:
+        ValueError: see `accepted_everywhere`.
+    """
+    return walk(accepted_everywhere(drafter, text, num_drafts), num_drafts)
 
 
 @torch.inference_mode()

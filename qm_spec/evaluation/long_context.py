@@ -1,0 +1,215 @@
+"""Acceptance over the length of the context, drafters side by side on the same texts.
+
+For each domain and length the target continues some prompts greedily; every drafter is then replayed on
+these texts (`replay.py`), which gives the acceptance that a lossless engine would count.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qm_spec.evaluation.lookup import lookup_drafts
+from qm_spec.evaluation.replay import Replay, accepted_everywhere, read_text, walk, write_continuations
+from qm_spec.evaluation.statistics import Estimate, Resamples
+from qm_spec.training.data import find_files, read_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qm_spec.drafter.rows import Drafter
+
+DOMAINS = ("novels", "quotations", "code")
+LOOKUP = "lookup"
+# A suffix of so many tokens is taken as a sign that the text repeats itself.
+HYBRID_LENGTH = 4
+# A quoted passage, and how much of it stands in the prompt when it is quoted again; tokens.
+_PASSAGE, _QUOTED = 160, 24
+_INTRODUCTION = '\n\nAs it was written before: "'
+
+
+class PromptWriter:
+    """Writes prompts of exact lengths in tokens.
+
+    Args:
+        tokenizer: the target's.
+        text: files or folders of prose that nothing was trained on.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: Sequence[Path]) -> None:
+        self._tokenizer = tokenizer
+        self._prose = [self._tokens(document) for document in read_documents(find_files(text))]
+        self._code: list[list[int]] = []
+
+    def _tokens(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _cut(self, texts: Sequence[list[int]], length: int, rng: Random, what: str) -> list[int]:
+        long_enough = [text for text in texts if len(text) > length]
+        if not long_enough:
+            raise ValueError(
+                f"long_context: no text of {what} has {length} tokens, the longest {max(map(len, texts))}; "
+                "pass longer text or lower the lengths"
+            )
+        text = rng.choice(long_enough)
+        start = rng.randrange(len(text) - length)
+        return text[start : start + length]
+
+    def write(self, domain: str, length: int, seed: int) -> list[int]:
+        """Return `length` token ids, the same ones for the same arguments.
+
+        novels: prose as it stands. quotations: prose in which a passage is quoted again at the end, from
+        anywhere in the first half; the prompt ends some tokens into the quotation. code: a file of Python's
+        standard library.
+
+        Raises:
+            ValueError: the domain is unknown, or no text is long enough.
+        """
+        rng = Random(f"{domain} {length} {seed}")
+        if domain == "novels":
+            return self._cut(self._prose, length, rng, "prose")
+        if domain == "code":
+            if not self._code:
+                folder = Path(sysconfig.get_paths()["stdlib"])
+                self._code = [self._tokens(file.read_text(errors="replace")) for file in sorted(folder.glob("*.py"))]
+            return self._cut(self._code, length, rng, "code")
+        if domain == "quotations":
+            introduction = self._tokens(_INTRODUCTION)
+            before = self._cut(self._prose, length - len(introduction) - _QUOTED, rng, "prose")
+            start = rng.randrange(max(1, len(before) // 2 - _PASSAGE))
+            return before + introduction + before[start : start + _QUOTED]
+        raise ValueError(f"long_context: domains are {', '.join(DOMAINS)}, got {domain!r}")
+
+
+@dataclass(frozen=True)
+class LongContextRow:
+    """One drafter at one length of one domain.
+
+    Attributes:
+        domain: of `DOMAINS`.
+        context: tokens of each prompt.
+        drafter: its name.
+        acceptance_length: tokens per step, the target's own one included, with a 95 % interval over prompts.
+        accepted_per_position: share of steps that keep the draft at each position.
+        num_prompts, num_steps: what it is over.
+        copied: share of the continuation that goes on with the quoted passage; quotations only.
+    """
+
+    domain: str
+    context: int
+    drafter: str
+    acceptance_length: Estimate
+    accepted_per_position: tuple[float, ...]
+    num_prompts: int
+    num_steps: int
+    copied: float | None
+
+
+def measure_acceptance(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafters: Mapping[str, Drafter],
+    text: Sequence[Path],
+    *,
+    domains: Sequence[str] = DOMAINS,
+    lengths: Sequence[int],
+    num_prompts: int,
+    num_tokens: int,
+    num_drafts: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_progress: Callable[[str, int, int], None] = lambda domain, length, number: None,
+) -> Iterator[list[LongContextRow]]:
+    """Yield the rows of each domain and length: every drafter, suffix lookup, and the hybrids of the two.
+
+    A hybrid takes the lookup's drafts where it found at least `HYBRID_LENGTH` tokens again, and the drafter's
+    elsewhere.
+
+    Args:
+        target: a causal LM of transformers, float32.
+        tokenizer: its own.
+        drafters: by name; all read the same layers.
+        text: prose that nothing was trained on.
+        domains: of `DOMAINS`.
+        lengths: tokens of the prompts.
+        num_prompts: of each domain and length.
+        num_tokens: that the target writes behind each.
+        num_drafts: K.
+        temperature: of the target's writing; drafts are greedy.
+        seed: of prompts and sampling.
+        on_progress: called with domain, length and number of each finished prompt.
+    """
+    writer = PromptWriter(tokenizer, text)
+    layers = next(iter(drafters.values())).config.eagle_aux_hidden_state_layer_ids
+    for domain in domains:
+        for length in lengths:
+            replays: dict[str, list[Replay]] = {}
+            copied = []
+            for number in range(num_prompts):
+                prompt = writer.write(domain, length, seed + number)
+                (continuation,) = write_continuations(
+                    target, [prompt], num_tokens, temperature=temperature, seed=seed + number
+                )
+                if domain == "quotations":
+                    copied.append(_share_copied(prompt, continuation))
+                read = read_text(target, prompt, continuation, layers)
+                accepted = {name: accepted_everywhere(drafter, read, num_drafts) for name, drafter in drafters.items()}
+                for name, counts in _with_lookup(accepted, [*prompt, *continuation], len(prompt), num_drafts).items():
+                    replays.setdefault(name, []).append(walk(counts, num_drafts))
+                on_progress(domain, length, number)
+            share = float(np.mean(copied)) if copied else None
+            yield [_row(domain, length, name, found, share, seed) for name, found in replays.items()]
+
+
+def _share_copied(prompt: list[int], continuation: list[int]) -> float:
+    """Share of the continuation, up to the passage's length, that is the passage's own."""
+    quoted = prompt[-_QUOTED:]
+    start = next(i for i in range(len(prompt)) if prompt[i : i + _QUOTED] == quoted) + _QUOTED
+    passage = prompt[start : start + min(len(continuation), _PASSAGE - _QUOTED)]
+    return float(np.mean([a == b for a, b in zip(passage, continuation, strict=False)]))
+
+
+def _with_lookup(
+    accepted: dict[str, list[int]], token_ids: list[int], num_prompt: int, num_drafts: int
+) -> dict[str, list[int]]:
+    """Add the accepted counts of suffix lookup and of the hybrids to those of the drafters."""
+    num_rows = len(next(iter(accepted.values())))
+    found = lookup_drafts(token_ids, num_prompt - 1, num_rows, num_drafts)
+    matched = []
+    for row, lookup in enumerate(found):
+        expected = token_ids[num_prompt + 1 + row :]
+        count = 0
+        while count < len(lookup.drafts) and lookup.drafts[count] == expected[count]:
+            count += 1
+        matched.append(count)
+    sure = [lookup.length >= HYBRID_LENGTH for lookup in found]
+    hybrids = {
+        f"{name}+{LOOKUP}": [m if s else c for m, s, c in zip(matched, sure, counts, strict=True)]
+        for name, counts in accepted.items()
+    }
+    return {**accepted, LOOKUP: matched, **hybrids}
+
+
+def _row(domain: str, length: int, name: str, replays: list[Replay], copied: float | None, seed: int) -> LongContextRow:
+    steps = np.array([len(replay.accepted) for replay in replays], dtype=np.float64)
+    tokens = steps + np.array([sum(replay.accepted) for replay in replays])
+    estimate = Resamples({"tokens": tokens, "steps": steps}, seed).ratio({"tokens": 1, "steps": -1})
+    assert estimate is not None
+    counts = [replay.counts for replay in replays]
+    total = sum(counts[1:], start=counts[0])
+    return LongContextRow(
+        domain,
+        length,
+        name,
+        estimate,
+        tuple(total.acceptance_per_position),
+        len(replays),
+        int(steps.sum()),
+        copied,
+    )

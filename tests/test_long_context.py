@@ -1,0 +1,85 @@
+"""Acceptance over the context: prompts, lookup, hybrids, rows."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.evaluation.long_context import LOOKUP, PromptWriter, measure_acceptance
+from qm_spec.evaluation.lookup import lookup_drafts
+from qm_spec.evaluation.replay import read_text, replay, write_continuations
+
+NOVELS = Path(__file__).parents[1] / "qm_spec" / "zoo" / "novels"
+PROSE = [NOVELS / "prompts.jsonl"]
+
+
+def test_lookup_takes_the_longest_suffix_and_the_latest_place() -> None:
+    #            0  1  2  3  4  5  6  7  8  9
+    token_ids = [1, 2, 3, 9, 2, 3, 8, 1, 2, 3]
+    (found,) = lookup_drafts(token_ids, 8, 1, 4)
+    assert (found.length, found.drafts) == (3, (9, 2, 3, 8))
+    (found,) = lookup_drafts([7, *token_ids[1:7], 5, 2, 3], 8, 1, 2)
+    assert (found.length, found.drafts) == (2, (8, 5))
+
+
+def test_lookup_sees_nothing_behind_its_row() -> None:
+    token_ids = [4, 5, 6, 7, 4, 5, 6, 7]
+    rows = lookup_drafts(token_ids, 3, 4, 4)
+    assert [row.length for row in rows] == [0, 2, 3, 4]
+    assert rows[1].drafts == (6, 7, 4, 5)
+    assert lookup_drafts([1, 1, 1], 0, 2, 3, min_length=1)[1].drafts == (1,)
+
+
+def test_lookup_refuses_lengths_out_of_order() -> None:
+    with pytest.raises(ValueError, match="got 3 and 2"):
+        lookup_drafts([1, 2, 3], 0, 1, 1, min_length=3, max_length=2)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    tokenizer = AutoTokenizer.from_pretrained(NOVELS / "target")
+    target = AutoModelForCausalLM.from_pretrained(NOVELS / "target", dtype="float32").eval()
+    return target, tokenizer, QuickMergePrior.from_pretrained(NOVELS / "drafter", dtype="float32").eval()
+
+
+@pytest.mark.parametrize("domain", ["novels", "quotations", "code"])
+def test_prompts_have_the_wanted_length_and_are_reproducible(pair, domain: str) -> None:
+    writer = PromptWriter(pair[1], PROSE)
+    prompt = writer.write(domain, 300, 1)
+    assert len(prompt) == 300
+    assert prompt == writer.write(domain, 300, 1)
+    assert prompt != writer.write(domain, 300, 2)
+
+
+def test_a_quotation_begins_in_the_first_half(pair) -> None:
+    prompt = PromptWriter(pair[1], PROSE).write("quotations", 600, 0)
+    quoted = prompt[-24:]
+    places = [start for start in range(600 - 24) if prompt[start : start + 24] == quoted]
+    assert places and places[0] < 300
+
+
+def test_too_little_text_is_named(pair) -> None:
+    with pytest.raises(ValueError, match="no text of prose has 100000 tokens"):
+        PromptWriter(pair[1], PROSE).write("novels", 100_000, 0)
+
+
+def test_rows_are_sums_of_replays(pair) -> None:
+    target, tokenizer, drafter = pair
+    (rows,) = measure_acceptance(
+        target, tokenizer, {"ours": drafter}, PROSE, domains=["novels"], lengths=[64], num_prompts=2, num_tokens=16,
+        num_drafts=3,
+    )  # fmt: skip
+    by_name = {row.drafter: row for row in rows}
+    assert set(by_name) == {"ours", LOOKUP, f"ours+{LOOKUP}"}
+    writer = PromptWriter(tokenizer, PROSE)
+    steps = tokens = 0
+    for seed in range(2):
+        prompt = writer.write("novels", 64, seed)
+        (continuation,) = write_continuations(target, [prompt], 16)
+        layers = drafter.config.eagle_aux_hidden_state_layer_ids
+        found = replay(drafter, read_text(target, prompt, continuation, layers), 3)
+        steps += len(found.accepted)
+        tokens += len(found.accepted) + sum(found.accepted)
+    assert by_name["ours"].num_steps == steps
+    assert by_name["ours"].acceptance_length.value == pytest.approx(tokens / steps)
