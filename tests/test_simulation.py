@@ -26,6 +26,7 @@ from qm_spec.evaluation.simulation.steps import PREFILL_CHUNK, CostModel
 from qm_spec.evaluation.simulation.traffic import (
     Percentiles,
     ReplicaSpeed,
+    RequestTimes,
     TrafficResult,
     TrafficSettings,
     simulate_traffic,
@@ -353,6 +354,8 @@ def test_overloaded_replicas_serve_what_they_can():
     busy = traffic(arrival_rate=1e4, replicas=1, num_requests=3000, speed=replace(SPEED, prefill_s=1e-6, chunk_s=1e-6))
     tokens, end_s = sum(one.output_tokens for one in busy.requests), max(one.finish_s for one in busy.requests)
     assert tokens / end_s == pytest.approx(ceiling, rel=0.02)
+    assert busy.throughput_tokens_per_s < ceiling
+    assert busy.too_short
     # A prompt takes a step at least, during which its place does not decode.
     assert 3.7 < busy.mean_batch <= 4
     assert busy.left_at_last_arrival > 2900
@@ -391,6 +394,19 @@ def test_goodput_leaves_out_who_waited_too_long():
     assert traffic(tpot_limit_s=1e-9).good_share < 0.2
 
 
+def test_replicas_with_room_deliver_what_is_asked_for():
+    result = traffic(num_requests=20000, arrival_rate=20.0)
+    # Lengths and arrivals are drawn: the half that counts holds about 10000 of them.
+    assert result.throughput_tokens_per_s == pytest.approx(20 * 40, rel=0.08)
+    assert not result.too_short
+
+
+def test_tokens_are_counted_when_they_come():
+    request = RequestTimes(output_tokens=11, arrival_s=0.0, first_token_s=2.0, finish_s=4.0)
+    assert [request.tokens_between(*span) for span in ((0, 2), (0, 3), (3, 4), (0, 9), (5, 9))] == [1, 6, 5, 11, 0]
+    assert RequestTimes(1, 0.0, 2.0, 2.0).tokens_between(0, 9) == 1
+
+
 def test_percentiles_lie_between_neighbours():
     assert Percentiles.of([float(n) for n in range(101)]) == Percentiles(50.0, 95.0, 99.0)
     assert Percentiles.of([3.0]) == Percentiles(3.0, 3.0, 3.0)
@@ -398,7 +414,7 @@ def test_percentiles_lie_between_neighbours():
 
 
 def test_speculation_is_recommended_where_it_serves_and_only_there():
-    arrivals = TrafficSettings(arrival_rate=200.0, replicas=10, num_requests=600, output_tokens=64)
+    arrivals = TrafficSettings(arrival_rate=200.0, replicas=10, num_requests=4000, output_tokens=64)
     found = predict_traffic(scenario(), arrivals, 1000, [1, 4])
     assert [row["num_speculative_tokens"] for row in found["by_k"]] == [0, 1, 4]
     assert found["recommended_k"] == 4

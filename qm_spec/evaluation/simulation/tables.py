@@ -66,9 +66,15 @@ def traffic_table(prediction: Row, title: str) -> Table:
     columns = ["K", "goodput tokens/s", "in limits", "batch", "TTFT s p50", "p95", "p99"]
     columns += ["TPOT ms p50", "p95", "p99", "latency s p50", "p95", "p99", "left at the end"]
     caption = (
-        f"Recommended K: {prediction['recommended_k']}. batch: mean while decoding. "
-        "left: requests in the system at the last arrival; far above rate x latency, the replicas are overloaded."
+        f"Recommended K: {prediction['recommended_k']}. Asked for: {prediction['offered_tokens_per_s']:.0f} tokens/s. "
+        "batch: mean while decoding. left: requests in the system when the last one came."
     )
+    short = [str(row["num_speculative_tokens"]) for row in prediction["by_k"] if row["too_short"]]
+    if short:
+        caption += (
+            f" With K = {', '.join(short)} the replicas are overloaded, or arrivals end before they settle: "
+            "raise --num-requests to see which."
+        )
     table = _table(title, columns, caption)
     for row in prediction["by_k"]:
         cells = [str(row["num_speculative_tokens"]), f"{row['goodput_tokens_per_s']:.0f}", f"{row['good_share']:.0%}"]

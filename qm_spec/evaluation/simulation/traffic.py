@@ -124,14 +124,21 @@ class RequestTimes:
         """From arrival to the last token."""
         return self.finish_s - self.arrival_s
 
+    def tokens_between(self, begin_s: float, end_s: float) -> float:
+        """Count the tokens that came in a stretch of time, those after the first as if evenly spread."""
+        found = float(begin_s < self.first_token_s <= end_s)
+        if self.finish_s > self.first_token_s:
+            overlap_s = min(end_s, self.finish_s) - max(begin_s, self.first_token_s)
+            found += (self.output_tokens - 1) * max(0.0, overlap_s) / (self.finish_s - self.first_token_s)
+        return found
+
 
 @dataclass(frozen=True)
 class TrafficResult:
     """What a run of traffic came to.
 
     Requests that arrive in the first half only fill the replicas: percentiles are of the others. Throughput and
-    goodput count the tokens of requests that finish between then and the last arrival. Where outputs take
-    longer than that, they count too little; raise the number of requests.
+    goodput count the tokens that come between then and the last arrival.
 
     Args:
         settings: that were asked for.
@@ -157,15 +164,11 @@ class TrafficResult:
         return in_time and (tpot is None or request.tpot_s is None or request.tpot_s <= tpot)
 
     def _tokens_per_s(self, only_good: bool) -> float:
-        begin, end = self._counted[0].arrival_s, self.requests[-1].arrival_s
-        if end <= begin:
-            begin, end = 0.0, max(request.finish_s for request in self.requests)
-        tokens = sum(
-            request.output_tokens
-            for request in self.requests
-            if begin < request.finish_s <= end and (not only_good or self._is_good(request))
-        )
-        return tokens / (end - begin)
+        begin_s, end_s = self._counted[0].arrival_s, self.requests[-1].arrival_s
+        if end_s <= begin_s:
+            begin_s, end_s = 0.0, max(request.finish_s for request in self.requests)
+        wanted = (request for request in self.requests if not only_good or self._is_good(request))
+        return sum(request.tokens_between(begin_s, end_s) for request in wanted) / (end_s - begin_s)
 
     @property
     def throughput_tokens_per_s(self) -> float:
@@ -176,6 +179,12 @@ class TrafficResult:
     def goodput_tokens_per_s(self) -> float:
         """Output tokens per second of requests within every limit."""
         return self._tokens_per_s(only_good=True)
+
+    @property
+    def too_short(self) -> bool:
+        """Whether arrivals end too soon to say what the replicas settle at: within 5 of their p95 latencies."""
+        latency = self.latency
+        return latency is not None and self.requests[-1].arrival_s < 5 * latency.p95
 
     @property
     def good_share(self) -> float:
