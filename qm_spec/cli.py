@@ -365,5 +365,35 @@ def measure_hardware_command(
     typer.echo(f"saved {out}: {found.memory_bytes_per_s / 1e9:.1f} GB/s, {rates}")
 
 
+@app.command("compare")
+def compare_command(
+    before: Annotated[Path, typer.Argument(metavar="A", help="Results file, or a folder with one.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another, measured on the same prompts.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling of prompts.")] = 0,
+) -> None:
+    """Compare two results prompt by prompt: per setting and metric the difference, its interval and a verdict.
+
+    Example: `qm-spec compare results/before results/after`
+    """
+    from qm_spec.evaluation.compare import compare_results, format_comparisons
+    from qm_spec.evaluation.results import read_results
+
+    typer.echo(format_comparisons(compare_results(read_results(before), read_results(after), seed)))
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of results, with a results.json.")],
+) -> None:
+    """Write a folder's results as one self-contained page, report.html, and as report.md with its plots.
+
+    Example: `qm-spec report results/`
+    """
+    from qm_spec.evaluation.report import write_report
+
+    page, markdown = write_report(folder)
+    typer.echo(f"saved {page} and {markdown}")
+
+
 if __name__ == "__main__":
     app()

@@ -132,12 +132,12 @@ def compare_results(before: Results, after: Results, seed: int = 0) -> CompareRe
     """
     _check_prompts(before, after)
     old, new = runs_by_setting(before), runs_by_setting(after)
-    shared = [setting for setting in old if setting in new]
+    shared = [setting for setting in old if setting in new and setting.method != NOISE_METHOD]
     notes = [
         f"only in {name}: {setting}"
         for name, runs, others in (("A", old, new), ("B", new, old))
         for setting in runs
-        if setting not in others
+        if setting not in others and setting.method != NOISE_METHOD
     ]
     if not shared:
         raise ValueError(

@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from qm_spec.evaluation.results import RequestRow
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+NO_DIFFERENCE = "no difference shown"
 # With fewer prompts no interval keeps its promise.
 MIN_PROMPTS = 5
 # Resamples in which a ratio is not defined, such as those without a single draft, up to which the rest may stand.
@@ -77,11 +78,13 @@ class Resamples:
     @cached_property
     def _resampled(self) -> Floats:
         """`[resamples, columns]` sums."""
-        n = self.num_prompts
-        rng = np.random.default_rng((self._seed, n))
+        n, wanted = self.num_prompts, self._num_resamples
+        if wanted * n <= _CHUNK:
+            return _weights(n, wanted, self._seed) @ self._columns
         step = max(1, _CHUNK // n)
-        sizes = [min(step, self._num_resamples - begin) for begin in range(0, self._num_resamples, step)]
-        return np.concatenate([rng.multinomial(n, np.full(n, 1 / n), size=size) @ self._columns for size in sizes])
+        rng = np.random.default_rng((self._seed, n))
+        sizes = [min(step, wanted - begin) for begin in range(0, wanted, step)]
+        return np.concatenate([_drawn(rng, n, size) @ self._columns for size in sizes])
 
     def ratio(self, exponents: Mapping[str, int], confidence: float = CONFIDENCE) -> Estimate | None:
         """Estimate a product of powers of sums, such as `{"tokens": 1, "seconds": -1}`.
@@ -111,6 +114,17 @@ class Resamples:
         tail = _expanded_tail(self.num_prompts, confidence)
         low, high = np.quantile(ratios, [tail, 1 - tail])
         return Estimate(value, float(low), float(high))
+
+
+def _drawn(rng: np.random.Generator, n: int, size: int) -> Floats:
+    """How often each of n prompts stands in each of `size` resamples, `[size, n]`."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
+
+
+@lru_cache(maxsize=4)
+def _weights(n: int, size: int, seed: int) -> Floats:
+    """Kept, since a report resamples the same number of prompts again and again."""
+    return _drawn(np.random.default_rng((seed, n)), n, size)
 
 
 def _expanded_tail(n: int, confidence: float) -> float:
@@ -296,4 +310,4 @@ def verdict(metric: Metric, ratio: Estimate | None, floor: float = 1.0) -> str:
         return better
     if ratio.high < 1 / floor:
         return worse
-    return "no difference shown"
+    return NO_DIFFERENCE
