@@ -349,6 +349,15 @@ def test_a_prompt_is_read_beside_decoding_at_the_cost_of_both():
     assert second.first_token_s == pytest.approx(3, abs=1e-6)
 
 
+def test_short_prompts_that_wait_share_a_step():
+    # While the first request decodes, two prompts of a second each wait; a step of 1 s holds one of them, or both.
+    for prompts_per_step, second_s, third_s in ((1, 3.0, 5.0), (2, 2.5, 4.5)):
+        speed = ReplicaSpeed([1.0, 1.0, 1.0], 1e-3, prefill_s=1.0, chunk_s=1.0, prompts_per_step=prompts_per_step)
+        result = simulate_traffic(TrafficSettings(1e9, 1, 3, 10**6), speed)
+        found = [request.first_token_s for request in result.requests]
+        assert found == pytest.approx([1.0, second_s, third_s], abs=1e-6)
+
+
 def test_overloaded_replicas_serve_what_they_can():
     ceiling = 4 * 2.0 / 0.013
     busy = traffic(arrival_rate=1e4, replicas=1, num_requests=3000, speed=replace(SPEED, prefill_s=1e-6, chunk_s=1e-6))
@@ -570,6 +579,8 @@ def test_bad_traffic_is_refused(name, value):
 def test_a_replica_without_room_is_refused():
     with pytest.raises(ValueError, match="room for one request"):
         ReplicaSpeed([], 1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="prompts_per_step=0"):
+        ReplicaSpeed([0.1], 1.0, 1.0, 1.0, 0)
     with pytest.raises(ValueError, match="must all be above 0"):
         ReplicaSpeed([0.1], 0.0, 1.0, 1.0)
     arrivals = TrafficSettings(1.0, 1, 1, 1)

@@ -183,6 +183,7 @@ def _traffic_row(scenario: Scenario, settings: TrafficSettings, context: int, de
         tokens_per_step=accepted.tokens_per_step(depth),
         prefill_s=prefill_s,
         chunk_s=prefill_s * min(1.0, PREFILL_CHUNK / context),
+        prompts_per_step=max(1, PREFILL_CHUNK // context),
     )
     result = simulate_traffic(settings, speed)
     return {

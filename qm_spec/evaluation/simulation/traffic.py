@@ -57,6 +57,7 @@ class ReplicaSpeed:
         tokens_per_step: of each request, on average.
         prefill_s: seconds of reading a prompt alone.
         chunk_s: seconds that a chunk of a prompt adds to a step.
+        prompts_per_step: short prompts that a step reads together when several wait.
 
     Raises:
         ValueError: there is no room for a request, or a time is not above 0.
@@ -66,10 +67,14 @@ class ReplicaSpeed:
     tokens_per_step: float
     prefill_s: float
     chunk_s: float
+    prompts_per_step: int = 1
 
     def __post_init__(self) -> None:
-        if not self.step_s:
-            raise ValueError("traffic: a replica must have room for one request, got an empty step_s")
+        if not self.step_s or self.prompts_per_step < 1:
+            raise ValueError(
+                "traffic: a replica must have room for one request and read one prompt at a time, "
+                f"got step_s={list(self.step_s)} and prompts_per_step={self.prompts_per_step}"
+            )
         if min(*self.step_s, self.tokens_per_step, self.prefill_s, self.chunk_s) <= 0:
             raise ValueError("traffic: step_s, tokens_per_step, prefill_s and chunk_s must all be above 0")
 
@@ -243,9 +248,12 @@ class _Replica:
         step_s = self.speed.step_s[running - 1]
         if self.reading is None:
             return self.speed.tokens_per_step / step_s, 0.0
-        # A step then holds everyone's rows and one chunk of the prompt.
-        whole_s = step_s + self.speed.chunk_s
-        return self.speed.tokens_per_step / whole_s, self.speed.chunk_s / whole_s
+        # A step then holds everyone's rows and a chunk of the prompt, or several short prompts. Those are read one
+        # after the other here, each in its part of the step.
+        together = min(self.speed.prompts_per_step, 1 + len(self.waiting), len(self.speed.step_s) - running)
+        chunks_s = together * self.speed.chunk_s
+        whole_s = step_s + chunks_s
+        return self.speed.tokens_per_step / whole_s, chunks_s / whole_s
 
     def advance(self, now_s: float) -> None:
         elapsed_s = now_s - self.now_s
