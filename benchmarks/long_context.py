@@ -1,0 +1,354 @@
+"""Acceptance over the length of the context: our drafter beside EAGLE-3, with and without suffix lookup."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qm_spec.drafter.rows import Drafter
+    from qm_spec.evaluation.long_context import LongContextRow
+
+ROOT = Path(__file__).resolve().parents[1]
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+EXAMPLES = """
+Examples:
+
+    python benchmarks/long_context.py --target qm_spec/zoo/recall/target --text novels/valid \\
+        --drafter ours=qm_spec/zoo/recall/drafter --drafter eagle3=eagle3 --out results/long
+
+    python benchmarks/long_context.py --target T --drafter ours=D --text FILE --merge "inverse=saliency:inverse_entropy"
+"""
+
+
+def main(
+    target: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the target model.")],
+    drafter: Annotated[list[str], typer.Option(metavar="NAME=DIR", help="A drafter of it; may be repeated.")],
+    text: Annotated[list[Path], typer.Option(metavar="PATH", help="Prose that nothing was trained on.")],
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=KEY:VALUE",
+            help="The first drafter once more with another setting of its memory, e.g. window-only=schedule:0.",
+        ),
+    ] = None,
+    domains: Annotated[str, typer.Option(metavar="D,...", help="Of novels, quotations and code.")] = (
+        "novels,quotations,code"
+    ),
+    lengths: Annotated[str, typer.Option(metavar="L,...", help="Tokens of the prompts.")] = (
+        "256,512,1024,2048,4096,8192"
+    ),
+    num_prompts: Annotated[int, typer.Option(metavar="N", help="Of each domain and length.")] = 8,
+    num_tokens: Annotated[int, typer.Option(metavar="M", help="Tokens written behind each.")] = 64,
+    num_speculative_tokens: Annotated[int, typer.Option(metavar="K", help="Drafted tokens per step.")] = 4,
+    temperature: Annotated[float, typer.Option(metavar="T", help="Of the target; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(metavar="S", help="Of prompts and sampling.")] = 0,
+    threads: Annotated[int, typer.Option(metavar="T", help="Of torch.")] = 1,
+    speed: Annotated[
+        str | None,
+        typer.Option(metavar="DOMAIN", help="Measure speed in vLLM instead, on the prompts of this domain."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Measured passes of --speed.")] = 3,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("results/long_context"),
+) -> None:
+    """Measure acceptance over the length of the context by replaying drafters on what the target writes.
+
+    Writes long_context.json, .md and .png; after each length, so that an interruption loses nothing. With
+    --speed it writes speed.json and .md: plain decoding, n-gram lookup and the drafters, each in an engine of
+    its own.
+    """
+    try:
+        if speed is not None:
+            sizes = [int(length) for length in lengths.split(",")]
+            folders = {name: Path(folder) for name, folder in (_split(d, "=", "--drafter NAME=DIR") for d in drafter)}
+            time_methods(
+                target, folders, text, speed, sizes, num_prompts, num_tokens, num_speculative_tokens, repeats, seed, out
+            )
+            return
+        measure(
+            target,
+            drafter,
+            text,
+            merge or [],
+            domains.split(","),
+            [int(length) for length in lengths.split(",")],
+            num_prompts,
+            num_tokens,
+            num_speculative_tokens,
+            temperature,
+            seed,
+            threads,
+            out,
+        )
+    except (ValueError, OSError) as error:
+        print(f"long_context.py: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        print(f"long_context.py: stopped; what was measured is in {out}", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def measure(
+    target_dir: Path,
+    named: Sequence[str],
+    text: Sequence[Path],
+    merges: Sequence[str],
+    domains: Sequence[str],
+    lengths: Sequence[int],
+    num_prompts: int,
+    num_tokens: int,
+    num_drafts: int,
+    temperature: float,
+    seed: int,
+    threads: int,
+    out: Path,
+) -> None:
+    """Measure all rows and keep the files in `out` up to date."""
+    import torch
+    from rich.progress import Progress
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qm_spec import provenance
+    from qm_spec.evaluation.long_context import measure_acceptance
+    from qm_spec.training.data import find_files, sha256_of
+
+    torch.set_num_threads(threads)
+    record: dict[str, Any] = {
+        "command": provenance.command(),
+        "commit": provenance.git_commit(),
+        "versions": provenance.versions(),
+        "text_sha256": sha256_of(find_files(text)),
+        "seed": seed,
+        "num_speculative_tokens": num_drafts,
+        "temperature": temperature,
+        "tokens_per_prompt": num_tokens,
+        "rows": [],
+    }
+    drafters = load_drafters(named, merges, target_dir)
+    record["entries_attended"] = {name: _entries(drafter, lengths) for name, drafter in drafters.items()}
+    tokenizer = AutoTokenizer.from_pretrained(target_dir)
+    target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32).eval()
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[LongContextRow] = []
+    with Progress() as progress:
+        task = progress.add_task("replay", total=len(domains) * len(lengths) * num_prompts)
+        for some in measure_acceptance(
+            target,
+            tokenizer,
+            drafters,
+            text,
+            domains=domains,
+            lengths=lengths,
+            num_prompts=num_prompts,
+            num_tokens=num_tokens,
+            num_drafts=num_drafts,
+            temperature=temperature,
+            seed=seed,
+            on_progress=lambda domain, length, _: progress.update(task, advance=1, description=f"{domain} {length}"),
+        ):
+            rows.extend(some)
+            record["rows"] = [dataclasses.asdict(row) for row in rows]
+            (out / "long_context.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "long_context.md").write_text(table(rows))
+    plot(rows, out / "long_context.png")
+    print(table(rows))
+
+
+def time_methods(
+    target: Path,
+    drafters: dict[str, Path],
+    text: Sequence[Path],
+    domain: str,
+    lengths: Sequence[int],
+    num_prompts: int,
+    num_tokens: int,
+    num_drafts: int,
+    repeats: int,
+    seed: int,
+    out: Path,
+) -> None:
+    """Measure speed in vLLM and keep `speed.json` and `speed.md` in `out` up to date."""
+    from rich.progress import Progress
+    from transformers import AutoTokenizer
+
+    from qm_spec import provenance
+    from qm_spec.evaluation.environment import describe_environment
+    from qm_spec.evaluation.long_context import PromptWriter
+    from qm_spec.evaluation.long_speed import LongSpeedRow, measure_speed
+    from qm_spec.training.data import find_files, sha256_of
+
+    writer = PromptWriter(AutoTokenizer.from_pretrained(target), text)
+    prompts = {n: [writer.write(domain, n, seed + number) for number in range(num_prompts)] for n in lengths}
+    record: dict[str, Any] = {
+        "command": provenance.command(),
+        "commit": provenance.git_commit(),
+        "environment": describe_environment(),
+        "text_sha256": sha256_of(find_files(text)),
+        "domain": domain,
+        "num_speculative_tokens": num_drafts,
+        "tokens_per_prompt": num_tokens,
+        "num_prompts": num_prompts,
+        "repeats": repeats,
+        "seed": seed,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[LongSpeedRow] = []
+    with Progress() as progress:
+        task = progress.add_task("engines", total=2 + len(drafters))
+        for some in measure_speed(
+            target, drafters, prompts, out, num_tokens=num_tokens, num_drafts=num_drafts, repeats=repeats, seed=seed
+        ):
+            rows.extend(some)
+            progress.update(task, advance=1, description=some[0].method)
+            record["rows"] = [dataclasses.asdict(row) for row in rows]
+            (out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [
+        "| context | method | tokens/s | speed-up | of decoding alone | first token, ms | over none | AL | identical |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in sorted(rows, key=lambda row: row.context):
+        accepted = "-" if row.acceptance_length is None else f"{row.acceptance_length:.2f}"
+        lines.append(
+            f"| {row.context} | {row.method} | {row.tokens_per_s:.1f} | {row.speedup:.2f} | {row.decode_speedup:.2f} "
+            f"| {row.ttft_ms:.0f} | {row.ttft_overhead_ms:+.0f} | {accepted} | {'yes' if row.identical else 'NO'} |"
+        )
+    (out / "speed.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def load_drafters(named: Sequence[str], merges: Sequence[str], target_dir: Path) -> dict[str, Drafter]:
+    """Return the drafters by name, and the first one again with each other setting of its memory.
+
+    Raises:
+        ValueError: an option is malformed, a setting unknown, or a drafter is another target's.
+    """
+    from qm_spec.config import MergeConfig
+    from qm_spec.discovery import target_fingerprint
+    from qm_spec.drafter.checkpoint import load_drafter
+    from qm_spec.drafter.prior import QuickMergePrior
+
+    fingerprint = target_fingerprint(target_dir)
+    folders = dict(_split(option, "=", "--drafter NAME=DIR") for option in named)
+    drafters: dict[str, Drafter] = {}
+    for name, folder in folders.items():
+        drafter = load_drafter(Path(folder)).eval()
+        if drafter.config.target_fingerprint != fingerprint:
+            raise ValueError(
+                f"--drafter: {folder} was trained for the target {drafter.config.target_fingerprint}, "
+                f"and {target_dir} is {fingerprint}"
+            )
+        drafters[name] = drafter
+    first = Path(next(iter(folders.values())))
+    for option in merges:
+        name, setting = _split(option, "=", "--merge NAME=KEY:VALUE")
+        key, value = _split(setting, ":", "--merge NAME=KEY:VALUE")
+        again = load_drafter(first).eval()
+        if not isinstance(again, QuickMergePrior):
+            raise ValueError(f"--merge: {first} is no QuickMerge drafter; name one first")
+        known = again.config.merge.to_dict()
+        given: Any = value
+        if key == "schedule":
+            given = [int(count) for count in value.split("-")]
+        elif isinstance(known.get(key), (int, float)):
+            given = type(known[key])(value)
+        again.config.quickmerge = MergeConfig.from_dict({**known, key: given}).to_dict()
+        drafters[name] = again
+    return drafters
+
+
+def _split(option: str, sign: str, form: str) -> tuple[str, str]:
+    left, found, right = option.partition(sign)
+    if not (left and found and right):
+        raise ValueError(f"{form}: got {option!r}")
+    return left, right
+
+
+def _entries(drafter: Drafter, lengths: Sequence[int]) -> list[int]:
+    """Keys that one key/value head attends to after each length."""
+    config = drafter.config
+    if hasattr(config, "merge"):
+        return [config.merge.entries_attended(length) for length in lengths]
+    if config.sliding_window is None:
+        return list(lengths)
+    return [min(length, config.sliding_window + config.attention_sinks) for length in lengths]
+
+
+def table(rows: Sequence[LongContextRow]) -> str:
+    """Return one Markdown table per domain: drafters down, lengths across."""
+    parts = []
+    for domain in dict.fromkeys(row.domain for row in rows):
+        mine = [row for row in rows if row.domain == domain]
+        lengths = sorted({row.context for row in mine})
+        copied = {row.context: row.copied for row in mine}
+        parts.append(f"### {domain}\n\n| drafter | " + " | ".join(map(str, lengths)) + " |")
+        parts.append("| --- |" + " ---: |" * len(lengths))
+        for name in dict.fromkeys(row.drafter for row in mine):
+            cells = []
+            for length in lengths:
+                row = next(row for row in mine if (row.drafter, row.context) == (name, length))
+                estimate = row.acceptance_length
+                spread = f" ({estimate.low:.2f}-{estimate.high:.2f})" if estimate.has_interval else ""
+                cells.append(f"{estimate.value:.2f}{spread}")
+            parts.append(f"| {name} | " + " | ".join(cells) + " |")
+        if domain == "quotations":
+            shares = " | ".join(f"{copied[length]:.0%}" for length in lengths)
+            parts.append(f"| *the target goes on quoting* | {shares} |")
+        parts.append("")
+    return "\n".join(parts) + "\n"
+
+
+def plot(rows: Sequence[LongContextRow], file: Path) -> None:
+    """Draw acceptance length over context, one panel per domain, hybrids left out."""
+    from matplotlib.figure import Figure
+
+    domains = list(dict.fromkeys(row.domain for row in rows))
+    figure = Figure(figsize=(4.2 * len(domains) + 1, 4), layout="constrained")
+    panels = figure.subplots(1, len(domains), squeeze=False, sharey=True)[0]
+    colours = ("#0072B2", "#D55E00", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#999999", "#000000")
+    names = [name for name in dict.fromkeys(row.drafter for row in rows) if "+" not in name]
+    for axes, domain in zip(panels, domains, strict=True):
+        for number, name in enumerate(names):
+            mine = sorted(
+                (row for row in rows if (row.domain, row.drafter) == (domain, name)), key=lambda row: row.context
+            )
+            x = [row.context for row in mine]
+            axes.plot(
+                x, [row.acceptance_length.value for row in mine], marker="o", color=colours[number % 8], label=name
+            )
+            if all(row.acceptance_length.has_interval for row in mine):
+                axes.fill_between(
+                    x,
+                    [row.acceptance_length.low or 0 for row in mine],
+                    [row.acceptance_length.high or 0 for row in mine],
+                    color=colours[number % 8],
+                    alpha=0.12,
+                    linewidth=0,
+                )
+        axes.set(xscale="log", xlabel="context in tokens", title=domain)
+        axes.set_xticks(x, [str(length) for length in x])
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set(ylabel="acceptance length", ylim=(1, None))
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    if find_spec("qm_spec") is None:
+        # A clone that is not installed.
+        sys.path.insert(0, str(ROOT))
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(epilog=EXAMPLES)(main)
+    app()
