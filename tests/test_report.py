@@ -65,13 +65,12 @@ def test_every_part_of_a_sweep_is_there():
         "Tasks",
         "What got slower",
         "Acceptance",
-        "Latency",
-        "Request by request",
+        "Requests",
         "How it was measured",
     ]
     assert [plot.name for one in report.sections for plot in one.plots] == [
         "speedup",
-        "speedup-by-context-length",
+        "speedup-by-context",
         "speedup-by-concurrency",
         "acceptance-by-position",
         "acceptance-by-category",
@@ -133,7 +132,7 @@ def test_the_best_number_of_drafted_tokens_stands_for_a_method():
     measurements = Measurements(results)
     assert [one.setting.num_speculative_tokens for one in measurements.at_base()] == [0, 4]
     names = [plot.name for one in build_report(results).sections for plot in one.plots]
-    assert "speedup-by-drafted-tokens" in names
+    assert "speedup-by-K" in names
 
 
 def test_values_of_axes_are_those_of_the_runs():
@@ -183,7 +182,7 @@ def test_a_file_without_requests_still_gives_a_report(tmp_path):
     write_report(tmp_path)
     report = build_report(results)
     assert "lists no requests" in " ".join(report.warnings)
-    assert section(report, "Latency") is section(report, "Tasks") is None
+    assert section(report, "Requests") is section(report, "Tasks") is None
     assert [plot.name for one in report.sections for plot in one.plots] == ["speedup", "acceptance-by-position"]
 
 

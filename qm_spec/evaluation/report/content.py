@@ -6,10 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import matplotlib
 import numpy as np
 
-from qm_spec.evaluation.report.figures import Plot, draw_plots, request_speedups
+from qm_spec.evaluation.report.acceptance_plots import acceptance_plots
+from qm_spec.evaluation.report.drawing import Plot
 from qm_spec.evaluation.report.measurements import DRAFTED, Measured, Measurements
+from qm_spec.evaluation.report.request_plots import request_plots
+from qm_spec.evaluation.report.speed_plots import speed_plots
+from qm_spec.evaluation.report.svg import STYLE
 from qm_spec.evaluation.results import RequestRow
 from qm_spec.evaluation.settings import NOISE_METHOD, REFERENCE_METHOD
 from qm_spec.evaluation.spec_bench import task_header, task_line, task_names
@@ -31,13 +36,6 @@ from qm_spec.evaluation.table import lossless_cell
 
 _MISSING = "-"
 _PERCENTILES = (50, 90, 99)
-_SECTION_OF_PLOT = {
-    "speedup": "Speed",
-    "acceptance": "Acceptance",
-    "latency": "Latency",
-    "ttft": "Latency",
-    "requests": "Request by request",
-}
 
 
 @dataclass(frozen=True)
@@ -94,19 +92,18 @@ def build_report(results: dict[str, Any]) -> Report:
     if not measurements.all:
         failures = "; ".join(_failures(results)) or "none are listed"
         raise ValueError(f"report: the results must hold at least one run, got none (failures: {failures})")
+    with matplotlib.rc_context(STYLE):
+        speed, acceptance = list(speed_plots(measurements)), list(acceptance_plots(measurements))
+        requests = list(request_plots(measurements))
     sections = [
         Section("Results", [_conditions_text(measurements)], [_summary(measurements)]),
-        Section("Speed"),
+        Section("Speed", plots=speed),
         *_task_sections(measurements),
         _slower_section(measurements),
-        Section("Acceptance"),
-        Section("Latency", tables=_latency_tables(measurements)),
-        Section("Request by request"),
+        Section("Acceptance", plots=acceptance),
+        Section("Requests", tables=_latency_tables(measurements), plots=requests),
         _method_section(measurements),
     ]
-    by_title = {section.title: section for section in sections}
-    for plot in draw_plots(measurements):
-        by_title[_SECTION_OF_PLOT[plot.name.partition("-")[0]]].plots.append(plot)
     filled = tuple(one for one in sections if one.paragraphs or one.tables or one.plots)
     run = measurements.all[0].run
     environment = results["environment"]
@@ -140,7 +137,7 @@ def _facts(measurements: Measurements) -> Iterator[Fact]:
         if fastest.acceptance is not None:
             drafted = fastest.setting.num_speculative_tokens
             yield Fact("acceptance length", f"{fastest.acceptance.value:.2f}", f"of {drafted + 1} tokens at most")
-        speedups = request_speedups(fastest)
+        speedups = fastest.request_speedups
         if speedups:
             slower = sum(one < 1 for one in speedups)
             yield Fact("requests that got slower", f"{slower}", f"of {len(speedups)} with {fastest.setting.method}")
@@ -151,7 +148,7 @@ def _facts(measurements: Measurements) -> Iterator[Fact]:
 
 def _interval(one: Estimate, digits: int = 2) -> str:
     if one.low is None or one.high is None:
-        return "no interval, too few prompts"
+        return "no interval"
     return f"{one.low:.{digits}f} to {one.high:.{digits}f}"
 
 
@@ -279,17 +276,16 @@ def _slower_section(measurements: Measurements) -> Section:
         section.paragraphs.append(
             f"{len(lines) - len(shown)} further differences to the slower side lie within the noise or their interval."
         )
-    speedups = [(one, found) for one in compared if (found := request_speedups(one))]
     counted = [
-        [*_label(measurements, one), f"{sum(value < 1 for value in found)} of {len(found)}", f"{min(found):.2f}"]
-        for one, found in speedups
-        if min(found) < 1
+        [*_label(measurements, one), f"{sum(value < 1 for value in values)} of {len(values)}", f"{min(values):.2f}"]
+        for one in compared
+        if min(values := one.request_speedups, default=1) < 1
     ]
     if counted:
         header = [*_label_header(measurements), "requests that took longer", "lowest speedup of one"]
         section.tables.append(Table(header, counted))
-    if len(counted) < len(speedups):
-        section.paragraphs.append(f"In {len(speedups) - len(counted)} of {len(speedups)} runs no request took longer.")
+    if len(counted) < len(compared):
+        section.paragraphs.append(f"In {len(compared) - len(counted)} of {len(compared)} runs no request took longer.")
     return section
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from qm_spec.evaluation.compare import Setting, noise_floors, runs_by_setting
 from qm_spec.evaluation.results import RequestRow, request_rows
 from qm_spec.evaluation.settings import METHODS, NOISE_METHOD, REFERENCE_METHOD
-from qm_spec.evaluation.statistics import ACCEPTANCE, SPEED, Estimate, compare_requests, estimate
+from qm_spec.evaluation.statistics import ACCEPTANCE, SPEED, Estimate, compare_requests, estimate, pair_requests
 
 Run = dict[str, Any]
 
@@ -66,6 +66,15 @@ class Measured:
             return None
         found = estimate(ACCEPTANCE, self.rows)
         return found.scaled(value / found.value) if found else Estimate(value)
+
+    @cached_property
+    def request_speedups(self) -> list[float]:
+        """How many times as fast as in plain decoding each request ran; none where the file lists no requests."""
+        ours, theirs = pair_requests(self.rows, self.plain)
+        return [
+            (row.output_tokens / row.latency_s) / (plain.output_tokens / plain.latency_s)
+            for row, plain in zip(ours, theirs, strict=True)
+        ]
 
 
 def _order(setting: Setting) -> tuple[float, ...]:
@@ -148,7 +157,7 @@ class Measurements:
 
     def caption(self, hint: str, *free: Axis) -> str:
         """Return a hint for readers, behind the conditions where they differ from run to run."""
-        return f"{self.conditions(*free)}. {hint}" if self.varied() else hint
+        return f"{self.conditions(*free)}. {hint}".rstrip() if self.varied() else hint
 
     def varied(self) -> Sequence[Axis]:
         """Return the axes with more than one value."""

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from qm_spec.evaluation.report.content import Report, build_report
-from qm_spec.evaluation.report.figures import DARK_PALETTE, PALETTE, Plot
+from qm_spec.evaluation.report.drawing import DARK_PALETTE, PALETTE, Plot
 from qm_spec.evaluation.report.svg import STYLE, inline_svg
 from qm_spec.evaluation.results import read_results
 from qm_spec.evaluation.table import align_table
