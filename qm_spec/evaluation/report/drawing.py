@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from qm_spec.evaluation.report.measurements import Axis, Measured, Measurements
 from qm_spec.evaluation.report.svg import INK
-from qm_spec.evaluation.settings import METHODS, REFERENCE_METHOD
+from qm_spec.evaluation.settings import METHODS, NOISE_METHOD, REFERENCE_METHOD
 from qm_spec.evaluation.statistics import CONFIDENCE, Estimate
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; methods that METHODS does not list come last.
@@ -48,7 +48,8 @@ def line_style(method: str, methods: Sequence[str]) -> dict[str, Any]:
     Args:
         methods: all of the report.
     """
-    order = [*METHODS, *(name for name in methods if name not in METHODS)]
+    order = [name for name in METHODS if name != NOISE_METHOD]
+    order += [name for name in methods if name not in order]
     place = order.index(method) % len(PALETTE)
     return {
         "color": PALETTE[place],
