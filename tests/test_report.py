@@ -162,12 +162,14 @@ def test_failures_and_doubts_come_first():
     results["failures"] = [
         {"method": "qm_spec-window", "error": "exit code 9"},
         {"method": "qm_spec", "error": "timeout", "prompt_id": "q7"},
+        {"method": "ngram", "error": "lost", "prompt_ids": list("abcdefg")},
     ]
     results["runs"][1].update(lossless=False, num_prompts_different=2, first_difference=5)
     results["runs"][2]["repeats_identical"] = False
     warnings = " ".join(build_report(results).warnings)
     assert "qm_spec-window failed: exit code 9" in warnings
     assert "qm_spec failed at prompt q7: timeout" in warnings
+    assert "ngram failed at 7 prompts (a, b, c, d, e, ...): lost" in warnings
     assert "The noise floor is not known" in warnings
     assert "not that of plain decoding (2 of 24 prompts, first at token 5)" in warnings
     assert "the output changed from pass to pass" in warnings

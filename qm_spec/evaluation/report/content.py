@@ -36,6 +36,8 @@ from qm_spec.evaluation.table import lossless_cell
 
 _MISSING = "-"
 _PERCENTILES = (50, 90, 99)
+# Prompts of a failed shard that are named; the file has them all.
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,15 @@ def _interval(one: Estimate, digits: int = 2) -> str:
 
 
 def _failures(results: dict[str, Any]) -> list[str]:
-    return [
-        f"{one['method']} failed{' at prompt ' + str(one['prompt_id']) if 'prompt_id' in one else ''}: {one['error']}"
-        for one in results.get("failures", ())
-    ]
+    found = []
+    for one in results.get("failures", ()):
+        prompts = [str(name) for name in one.get("prompt_ids", [one["prompt_id"]] if "prompt_id" in one else [])]
+        shown = ", ".join(prompts[:_MOST_NAMED]) + (", ..." if len(prompts) > _MOST_NAMED else "")
+        place = (
+            f" at {len(prompts)} prompts ({shown})" if len(prompts) > 1 else f" at prompt {shown}" if prompts else ""
+        )
+        found.append(f"{one['method']} failed{place}: {one['error']}")
+    return found
 
 
 def _warnings(measurements: Measurements) -> Iterator[str]:
