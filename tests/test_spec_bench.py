@@ -130,7 +130,7 @@ def test_results_hold_every_method_and_setting(settings, engine_command):
     benchmark.run(lambda *event: states.append(event), engine_command)
     results = written(asked)
     assert results == benchmark.results
-    assert results["schema_version"] == 1
+    assert results["schema_version"] == 2
     assert [(run["method"], run["context_tokens"]) for run in results["runs"]] == [
         ("none", 8),
         ("none", 16),
@@ -300,10 +300,10 @@ def test_a_prompt_beyond_the_models_length_is_refused(settings):
 
 
 def test_an_engine_has_room_for_what_it_is_asked(settings):
-    (shard,) = Benchmark(settings(concurrency=3, num_speculative_tokens=6))._shards("ngram", None)
+    ((shard, _),) = Benchmark(settings(concurrency=3, num_speculative_tokens=6))._shards("ngram", 6)
     assert (shard.engine.max_num_seqs, shard.engine.max_model_len) == (3, 20 + 5 + 6 + 1)
     assert (shard.engine.dtype, shard.engine.enforce_eager) == ("float32", True)
-    (shard,) = Benchmark(settings(max_tokens=236))._shards("ngram", None)
+    ((shard, _),) = Benchmark(settings(max_tokens=236))._shards("ngram", 4)
     assert shard.engine.max_model_len == 256
 
 
@@ -333,10 +333,10 @@ def test_help_imports_nothing_heavy(tmp_path):
     [
         (
             ["--methods", "none,medusa"],
-            "methods: must be some of ngram, none, qm_spec, qm_spec-reference, qm_spec-window, got medusa",
+            "methods: must be some of ngram, none, none-again, qm_spec, qm_spec-reference, qm_spec-window, got medusa",
         ),
         (["--target", "nowhere"], "target: nowhere is not a folder with a config.json"),
-        (["--prompts", "gone.jsonl"], "prompts: gone.jsonl does not exist"),
+        (["--prompts", "gone.jsonl"], "workload: must be one of books, builtin, documents"),
         (["--prompts", "bad.jsonl"], "prompts: bad.jsonl:2 must be a JSON object"),
         (["--num-speculative-tokens", 0], "num_speculative_tokens: must be at least 1, got 0"),
         (["--temperature", -1], "temperature: must be 0 (greedy) or above, got -1.0"),
@@ -382,13 +382,13 @@ def test_an_interrupted_benchmark_says_where_the_results_are(settings, engine_co
     monkeypatch.setattr(Benchmark.run, "__defaults__", (engine_command,))
     asked = settings()
     benchmark = Benchmark(asked)
-    measure = benchmark._keep
+    take = benchmark.take
 
-    def keep_then_interrupt(*arguments):
-        measure(*arguments)
+    def take_then_interrupt(*arguments):
+        take(*arguments)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(benchmark, "_keep", keep_then_interrupt)
+    monkeypatch.setattr(benchmark, "take", take_then_interrupt)
     # A shell starts background jobs with the signal ignored, and the hanging engine would hang the test.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -13,11 +13,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from qm_spec.evaluation.metrics import DraftCounts
+from qm_spec.evaluation.process import end_with_parent
 from qm_spec.evaluation.shards import (
     EngineSpec,
     PassResult,
@@ -45,10 +46,11 @@ class StepEngine(Protocol):
 
 @dataclass
 class _Flight:
-    """A request that the engine is working on; times are the clock's seconds."""
+    """A request that the engine is working on; times are the clock's seconds, `arrival_s` those of the pass."""
 
     prompt: TokenPrompt
     started: float
+    arrival_s: float
     first_token: float = 0.0
     last_token: float = 0.0
     num_steps: int = 0
@@ -64,7 +66,7 @@ class _Flight:
         self.last_token = now
         self.token_ids = list(token_ids)
 
-    def result(self) -> RequestResult:
+    def result(self, counts: DraftCounts) -> RequestResult:
         further = len(self.token_ids) - 1
         return RequestResult(
             prompt_id=self.prompt.prompt_id,
@@ -72,6 +74,8 @@ class _Flight:
             num_steps=self.num_steps,
             ttft_s=self.first_token - self.started,
             tpot_s=(self.last_token - self.first_token) / further if further else None,
+            counts=counts,
+            arrival_s=self.arrival_s,
         )
 
 
@@ -83,8 +87,11 @@ def run_requests(
     *,
     on_finished: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[float, tuple[RequestResult, ...]]:
     """Decode `prompts` with `concurrency` of them in flight; a finished one makes room for the next.
+
+    A prompt with a time of arrival is handed in no sooner, and its waiting for room counts as its own.
 
     Args:
         sampling: the sampling parameters of prompt number i.
@@ -93,14 +100,20 @@ def run_requests(
     Returns:
         Wall seconds, and the results in the order of `prompts`.
     """
-    waiting = deque(range(len(prompts)))
+    waiting = deque(sorted(range(len(prompts)), key=lambda number: prompts[number].arrival_s or 0.0))
     flights: dict[str, _Flight] = {}
     results: dict[int, RequestResult] = {}
     begin = clock()
     while waiting or flights:
         while waiting and len(flights) < concurrency:
+            now, due = clock(), prompts[waiting[0]].arrival_s
+            started = now if due is None else begin + due
+            if started > now:
+                if flights:
+                    break
+                sleep(started - now)
             number = waiting.popleft()
-            flights[str(number)] = _Flight(prompts[number], clock())
+            flights[str(number)] = _Flight(prompts[number], started, started - begin)
             prompt = {"prompt_token_ids": list(prompts[number].token_ids)}
             engine.add_request(str(number), prompt, sampling(number))
         outputs = engine.step()
@@ -108,7 +121,8 @@ def run_requests(
         for output in outputs:
             flights[output.request_id].observe(output.outputs[0].token_ids, now)
             if output.finished:
-                results[int(output.request_id)] = flights.pop(output.request_id).result()
+                counts = request_counts(output.outputs[0])
+                results[int(output.request_id)] = flights.pop(output.request_id).result(counts)
                 on_finished()
     return clock() - begin, tuple(results[number] for number in range(len(prompts)))
 
@@ -129,6 +143,7 @@ def open_engine(spec: EngineSpec) -> Any:
         enable_prefix_caching=False,
         # The counters are part of the statistics.
         disable_log_stats=False,
+        per_request_spec_decode_metrics="summary" if spec.speculative_config else "none",
     )
 
 
@@ -146,6 +161,17 @@ def read_counts(llm: Any) -> DraftCounts:
         accepted_tokens=values.get("num_accepted_tokens", 0),
         accepted_per_position=tuple(values.get("num_accepted_tokens_per_pos", ())),
     )
+
+
+def request_counts(output: Any) -> DraftCounts:
+    """Return vLLM's speculation counts of one finished output; zeros where it does not speculate."""
+    metrics = getattr(output, "spec_decode_metrics", None)
+    if metrics is None:
+        return DraftCounts()
+    # histogram[j]: drafts of which exactly j tokens were kept.
+    histogram = metrics.histogram
+    kept = tuple(sum(histogram[position:]) for position in range(1, len(histogram)))
+    return DraftCounts(sum(histogram), metrics.num_draft_tokens, sum(kept), kept)
 
 
 def evaluate_shard(
@@ -174,12 +200,13 @@ def evaluate_shard(
             max_tokens=max_tokens,
             # Greedy decoding draws nothing, and a seed there would only cost a generator per request.
             seed=spec.seed + number if spec.temperature else None,
-            ignore_eos=True,
+            ignore_eos=not spec.stop_at_eos,
             detokenize=False,
         )
 
-    warm_up = spec.prompts[: spec.concurrency]
-    run_requests(llm.llm_engine, warm_up, sampling(min(WARM_UP_TOKENS, spec.max_tokens)), spec.concurrency)
+    if spec.warm_up:
+        first = [replace(prompt, arrival_s=None) for prompt in spec.prompts[: spec.concurrency]]
+        run_requests(llm.llm_engine, first, sampling(min(WARM_UP_TOKENS, spec.max_tokens)), spec.concurrency)
     passes = []
     for _ in range(spec.repeats):
         before = read_counts(llm)
@@ -212,4 +239,5 @@ def main(job: Path, events: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(Path(sys.argv[1]), Path(sys.argv[2]))

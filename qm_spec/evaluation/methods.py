@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qm_spec.discovery.checks import vllm_settings
 from qm_spec.discovery.files import read_json
 from qm_spec.evaluation.environment import engine_environment
-from qm_spec.evaluation.settings import DRAFTER_METHODS, REFERENCE_METHOD, UNCOMPILED_METHOD
+from qm_spec.evaluation.settings import DRAFTER_METHODS, PLAIN_METHODS, UNCOMPILED_METHOD
+from qm_spec.evaluation.shards import EngineSpec
 
 DEFAULT_SPECULATIVE_TOKENS = 4
 # Longest n-gram that is looked up; longer repeats are rare in running text.
@@ -32,6 +34,13 @@ def without_far_memory(drafter: Path, folder: Path) -> Path:
     return folder
 
 
+def engine_without_far_memory(engine: EngineSpec, folder: Path) -> EngineSpec:
+    """Return the engine with its drafter replaced by one made in `folder`; see `without_far_memory`."""
+    assert engine.speculative_config is not None
+    drafter = without_far_memory(Path(engine.speculative_config["model"]), folder)
+    return replace(engine, speculative_config={**engine.speculative_config, "model": str(drafter)})
+
+
 def method_environment(method: str, device: str) -> dict[str, str]:
     """Return the environment of a method's engine process on `device`, "cpu" or "cuda"."""
     environment = engine_environment(device)
@@ -46,7 +55,7 @@ def speculative_config(method: str, num_speculative_tokens: int, drafter: Path |
     Args:
         drafter: the folder that a method of `DRAFTER_METHODS` drafts with; other methods have none.
     """
-    if method == REFERENCE_METHOD:
+    if method in PLAIN_METHODS:
         return None
     if method in DRAFTER_METHODS:
         assert drafter is not None

@@ -1,4 +1,4 @@
-"""The process of one engine: started, listened to, and ended whatever happens."""
+"""The process of one engine: started, listened to, and ended whatever happens to it or to who started it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +23,47 @@ _LOG_TAIL_LINES = 15
 
 
 class EngineError(RuntimeError):
-    """An engine process ended before it had measured everything; the message holds the end of its log."""
+    """An engine process ended before it had measured everything; the message holds the end of its log.
+
+    Attributes:
+        reason: the message without the log.
+    """
+
+    def __init__(self, reason: str, log: Path) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}; its log is {log} and ends with:\n{_tail(log)}")
 
 
-def run_engine(
+def end_with_parent() -> None:
+    """End this process's group as soon as the process that started it is gone, even if that one was killed.
+
+    To be called by the leader of a group, such as `engine_events` starts.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_S)
+        os.killpg(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def engine_events(
     shards: Sequence[ShardSpec],
     folder: Path,
     log: Path,
     environment: Mapping[str, str],
-    on_event: Callable[[dict[str, Any]], None],
     command: Sequence[str] = ENGINE_COMMAND,
-) -> None:
-    """Run shards that share an engine in a new process and hand over its events as they come.
+) -> Generator[dict[str, Any]]:
+    """Run shards that share an engine in a new process and yield its events as they come; see `engine` for them.
+
+    Closing the iterator ends the process.
 
     Args:
         folder: an existing empty folder for the two files that the processes talk through.
         log: takes everything that the engine prints.
         environment: the process's whole environment.
-        on_event: see `qm_spec.evaluation.engine` for the events.
         command: is called with the two files' paths.
 
     Raises:
@@ -68,16 +93,29 @@ def run_engine(
                 unfinished_line = lines.pop()
                 for event in map(json.loads, lines):
                     num_results += event["event"] == "result"
-                    on_event(event)
+                    yield event
                 if running:
                     time.sleep(_POLL_S)
         finally:
             _end_group(process)
     if process.returncode != 0 or num_results != len(shards):
         raise EngineError(
-            f"engine {_ending(process.returncode)} with {num_results} of {len(shards)} settings measured; "
-            f"its log is {log} and ends with:\n{_tail(log)}"
+            f"engine {_ending(process.returncode)} with {num_results} of {len(shards)} settings measured", log
         )
+
+
+def run_engine(
+    shards: Sequence[ShardSpec],
+    folder: Path,
+    log: Path,
+    environment: Mapping[str, str],
+    on_event: Callable[[dict[str, Any]], None],
+    command: Sequence[str] = ENGINE_COMMAND,
+) -> None:
+    """Hand each of `engine_events` to `on_event`; an exception there ends the engine, too."""
+    with closing(engine_events(shards, folder, log, environment, command)) as events:
+        for event in events:
+            on_event(event)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -1,8 +1,9 @@
 """`results.json`: what was measured, where, and with what.
 
 The file holds `schema_version`, `environment`, `command`, `provenance`, `runs` (one record per method and setting,
-see `run_record`) and `failures` (`{"method", "error"}`, with `"prompt_id"` where a single request failed). From
-version 2 on, every run lists its requests under `requests`, see `RequestRow`.
+see `run_record`) and `failures` (`{"method", "error"}`, with `"prompt_id"` where a single request failed, or
+`"prompt_ids"` where all of a shard's did). From version 2 on, every run lists its requests under `requests`, see
+`RequestRow`. What failed is in no number of a run.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from qm_spec.evaluation.metrics import compare_outputs
-from qm_spec.evaluation.shards import ShardResult, ShardSpec
+from qm_spec.evaluation.shards import RequestResult, ShardResult, ShardSpec, TokenPrompt
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 FILE_NAME = "results.json"
 
@@ -59,7 +60,7 @@ class RequestRow:
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dict; `from_json` reads it back."""
-        return asdict(self)
+        return {**asdict(self), "accepted_per_position": list(self.accepted_per_position)}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> RequestRow:
@@ -85,11 +86,14 @@ def run_record(
     target: str,
     draft: str | None,
     context_cut: bool,
+    common: ShardResult | None = None,
 ) -> dict[str, Any]:
     """Return one entry of `runs`: the counts and times of the pass of median wall time.
 
     Args:
-        reference: the same shard decoded without speculation; None where that failed.
+        shard: its prompts are those of `result`.
+        reference: the same prompts decoded without speculation; None where that failed.
+        common: the part of `result` that `reference` decoded; None for all of it.
         context_cut: whether every prompt was cut to the same number of tokens; `context_tokens` is the
             median length otherwise.
     """
@@ -99,9 +103,10 @@ def run_record(
     greedy = shard.temperature == 0
     speedup = difference = None
     if reference is not None:
-        speedup = measured.output_tokens_per_s / reference.median_pass.output_tokens_per_s
+        ours, theirs = (common or result).median_pass, reference.median_pass
+        speedup = ours.output_tokens_per_s / theirs.output_tokens_per_s
         if greedy:
-            difference = compare_outputs(measured.outputs, reference.median_pass.outputs)
+            difference = compare_outputs(ours.outputs, theirs.outputs)
     return {
         "method": method,
         "target": target,
@@ -132,7 +137,29 @@ def run_record(
         "num_prompts_different": difference.num_prompts if difference else None,
         "first_difference": difference.first_position if difference else None,
         "repeats_identical": result.repeats_identical if greedy else None,
+        "requests": [
+            _request_row(prompt, request).to_json()
+            for prompt, request in zip(shard.prompts, measured.requests, strict=True)
+        ],
     }
+
+
+def _request_row(prompt: TokenPrompt, request: RequestResult) -> RequestRow:
+    return RequestRow(
+        prompt_id=prompt.prompt_id,
+        category=prompt.category,
+        context_tokens=len(prompt.token_ids),
+        output_tokens=len(request.token_ids),
+        num_steps=request.num_steps,
+        num_drafts=request.counts.drafts,
+        num_draft_tokens=request.counts.draft_tokens,
+        num_accepted_tokens=request.counts.accepted_tokens,
+        accepted_per_position=request.counts.accepted_per_position,
+        ttft_s=request.ttft_s,
+        tpot_s=request.tpot_s,
+        latency_s=request.latency_s,
+        arrival_s=request.arrival_s,
+    )
 
 
 def _median_ms(seconds: Iterable[float | None]) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 REFERENCE_METHOD = "none"
@@ -13,12 +13,55 @@ WINDOW_METHOD = "qm_spec-window"
 # The drafter on the PyTorch references, without the compiled operators.
 UNCOMPILED_METHOD = "qm_spec-reference"
 DRAFTER_METHODS = ("qm_spec", WINDOW_METHOD, UNCOMPILED_METHOD)
-METHODS = (REFERENCE_METHOD, "ngram", *DRAFTER_METHODS)
+METHODS = (REFERENCE_METHOD, NOISE_METHOD, "ngram", *DRAFTER_METHODS)
+# Of them, those that draft nothing.
+PLAIN_METHODS = (REFERENCE_METHOD, NOISE_METHOD)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FIND_DRAFT = "qm_spec"
 BUILTIN = "builtin"
 # Cut from running text, so the built-in prompts have no length of their own.
 BUILTIN_CONTEXT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Values to measure instead of a setting's single one, in every combination; empty for the single one."""
+
+    num_speculative_tokens: tuple[int, ...] = ()
+    temperature: tuple[float, ...] = ()
+    concurrency: tuple[int, ...] = ()
+    context_lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RaySettings:
+    """Actors that share the work, each with one engine at a time.
+
+    Args:
+        num_actors: how many.
+        address: of an existing cluster; None starts one on this machine.
+        num_cpus: cores that an actor reserves, which are also its engine's threads.
+        num_gpus: GPUs that an actor reserves; its engine runs on the CPU if 0.
+        max_tries: times that a shard is tried before it is given up.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    num_actors: int
+    address: str | None = None
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    max_tries: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("num_actors", "max_tries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ray: {name} must be at least 1, got {getattr(self, name)}")
+        if not (math.isfinite(self.num_cpus) and self.num_cpus > 0):
+            raise ValueError(f"ray: num_cpus must be above 0, got {self.num_cpus}")
+        if not (math.isfinite(self.num_gpus) and self.num_gpus >= 0):
+            raise ValueError(f"ray: num_gpus must be 0 (the CPU) or above, got {self.num_gpus}")
 
 
 @dataclass(frozen=True)
@@ -31,8 +74,9 @@ class BenchmarkSettings:
         draft: "qm_spec" for the drafter that belongs to the target, or a drafter's folder.
         methods: names out of `METHODS`, each once.
         num_speculative_tokens: K; None for the drafter's own number.
-        prompts: "builtin" or a JSON-lines file.
-        num_prompts: the first so many of them; None for 8 built-in ones or a whole file.
+        prompts: a workload's name, or a file; see `qm_spec.evaluation.workloads`.
+        data: folder of the files that workloads are read from.
+        num_prompts: so many of them; None for 8 built-in ones or a whole file.
         max_tokens: output tokens of each prompt.
         temperature: 0 for greedy decoding.
         concurrency: requests kept in flight.
@@ -41,10 +85,14 @@ class BenchmarkSettings:
         seed: of sampling.
         dtype: "auto" is float32 on CPU, where token identity is meaningful, and the model's own on GPU.
         repeats: measured passes, of which the median is reported.
+        sweep: settings of which several values are measured.
+        ray: None for one engine after the other on this machine.
+        resume: keep the shards that an earlier run left in `out`.
+        skip_long: leave prompts out, and name them, that are too long for the target, instead of refusing to start.
 
     Raises:
         ValueError: a value is out of range.
-        FileNotFoundError: the target or the file of prompts is not there.
+        FileNotFoundError: the target is not there.
     """
 
     target: Path
@@ -53,6 +101,7 @@ class BenchmarkSettings:
     methods: tuple[str, ...] = METHODS
     num_speculative_tokens: int | None = None
     prompts: str = BUILTIN
+    data: Path | None = None
     num_prompts: int | None = None
     max_tokens: int = 128
     temperature: float = 0.0
@@ -61,6 +110,10 @@ class BenchmarkSettings:
     seed: int = 0
     dtype: str = "auto"
     repeats: int = 3
+    sweep: Sweep = field(default_factory=Sweep)
+    ray: RaySettings | None = None
+    resume: bool = False
+    skip_long: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.methods) - set(METHODS))
@@ -69,16 +122,23 @@ class BenchmarkSettings:
             raise ValueError(f"methods: must be some of {', '.join(sorted(METHODS))}, got {given}")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods: each may be named once, got {', '.join(self.methods)}")
-        counts = ("num_speculative_tokens", "num_prompts", "max_tokens", "concurrency", "repeats")
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature: must be 0 (greedy) or above, got {self.temperature}")
+        counts = {
+            "num_speculative_tokens": self.depths,
+            "num_prompts": (self.num_prompts,),
+            "max_tokens": (self.max_tokens,),
+            "concurrency": self.concurrencies,
+            "repeats": (self.repeats,),
+        }
+        for name, values in counts.items():
+            for value in values:
+                if value is not None and value < 1:
+                    raise ValueError(f"{name}: must be at least 1, got {value}")
+        for temperature in self.temperatures:
+            if not (math.isfinite(temperature) and temperature >= 0):
+                raise ValueError(f"temperature: must be 0 (greedy) or above, got {temperature}")
         if self.seed < 0:
             raise ValueError(f"seed: must be 0 or above, got {self.seed}")
-        lengths = self.context_lengths
+        lengths = self.sweep.context_lengths or self.context_lengths
         if lengths is not None and (not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths)):
             raise ValueError(f"context_lengths: must be different numbers of tokens from 1, got {list(lengths)}")
         if self.dtype not in DTYPES:
@@ -87,10 +147,6 @@ class BenchmarkSettings:
             raise FileNotFoundError(
                 f"target: {self.target} is not a folder with a config.json; pass the folder of a model "
                 "in Hugging Face format"
-            )
-        if self.prompts != BUILTIN and not Path(self.prompts).is_file():
-            raise FileNotFoundError(
-                f"prompts: {self.prompts} does not exist; pass {BUILTIN} or a JSON-lines file of prompts"
             )
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out: {self.out} is a file; pass a folder for the results")
@@ -106,8 +162,24 @@ class BenchmarkSettings:
         return REFERENCE_METHOD not in self.methods
 
     @property
+    def depths(self) -> tuple[int | None, ...]:
+        """Numbers of drafted tokens; None for the drafter's own."""
+        return self.sweep.num_speculative_tokens or (self.num_speculative_tokens,)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures, one run each."""
+        return self.sweep.temperature or (self.temperature,)
+
+    @property
+    def concurrencies(self) -> tuple[int, ...]:
+        """Numbers of requests in flight, one run each."""
+        return self.sweep.concurrency or (self.concurrency,)
+
+    @property
     def prompt_lengths(self) -> tuple[int | None, ...]:
         """Tokens to cut the prompts to, one per run; None leaves them whole."""
-        if self.context_lengths is not None:
-            return self.context_lengths
+        lengths = self.sweep.context_lengths or self.context_lengths
+        if lengths is not None:
+            return lengths
         return (BUILTIN_CONTEXT_TOKENS,) if self.prompts == BUILTIN else (None,)

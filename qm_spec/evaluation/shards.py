@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
+from itertools import pairwise
 from operator import add
 from typing import Any
 
@@ -56,11 +57,13 @@ class ShardSpec:
     Args:
         engine: the engine that it runs on.
         prompts: decoded in this order.
-        max_tokens: output tokens of every prompt; end-of-text tokens do not stop it.
+        max_tokens: output tokens of every prompt; end-of-text tokens do not stop it unless `stop_at_eos`.
         temperature: 0 for greedy decoding.
         concurrency: requests kept in flight.
         seed: request i samples with `seed + i`, whatever the method and the pass.
         repeats: measured passes over all prompts.
+        stop_at_eos: end an output at an end-of-text token, too.
+        warm_up: decode a few tokens first, which are not measured.
     """
 
     engine: EngineSpec
@@ -70,6 +73,8 @@ class ShardSpec:
     concurrency: int
     seed: int
     repeats: int
+    stop_at_eos: bool = False
+    warm_up: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts and lists; `from_json` reads them back."""
@@ -82,6 +87,33 @@ class ShardSpec:
         return cls(**{**fields, "engine": EngineSpec(**fields["engine"]), "prompts": prompts})
 
 
+def split_shard(spec: ShardSpec, num_parts: int) -> list[ShardSpec]:
+    """Cut a shard's prompts into contiguous parts that one engine each measures.
+
+    The parts' sizes differ by at most one, and every request keeps its own sampling seed. Times of arrival begin at 0
+    in each part, so each engine sees the traffic of the trace.
+
+    Args:
+        num_parts: how many; as many as there are prompts if that is less.
+
+    Raises:
+        ValueError: `num_parts` is below 1.
+    """
+    if num_parts < 1:
+        raise ValueError(f"split_shard: num_parts must be at least 1, got {num_parts}")
+    num_parts = min(num_parts, len(spec.prompts))
+    bounds = [number * len(spec.prompts) // num_parts for number in range(num_parts + 1)]
+    return [
+        replace(spec, prompts=_from_start(spec.prompts[begin:end]), seed=spec.seed + begin)
+        for begin, end in pairwise(bounds)
+    ]
+
+
+def _from_start(prompts: tuple[TokenPrompt, ...]) -> tuple[TokenPrompt, ...]:
+    begin = min((one.arrival_s for one in prompts if one.arrival_s is not None), default=0.0)
+    return tuple(one if one.arrival_s is None else replace(one, arrival_s=one.arrival_s - begin) for one in prompts)
+
+
 @dataclass(frozen=True)
 class RequestResult:
     """One prompt's output.
@@ -91,6 +123,8 @@ class RequestResult:
         num_steps: engine steps that yielded some of them.
         ttft_s: seconds from handing in the request to its first token.
         tpot_s: seconds per further token; None for a single token.
+        counts: what vLLM counted for this request.
+        arrival_s: when it was handed in, in seconds of its pass.
     """
 
     prompt_id: str
@@ -98,6 +132,13 @@ class RequestResult:
     num_steps: int
     ttft_s: float
     tpot_s: float | None
+    counts: DraftCounts = field(default_factory=DraftCounts)
+    arrival_s: float | None = None
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from handing in the request to its last token."""
+        return self.ttft_s + (self.tpot_s or 0.0) * (len(self.token_ids) - 1)
 
 
 @dataclass(frozen=True)
@@ -171,9 +212,15 @@ class ShardResult:
 
 
 def _pass_from_json(fields: dict[str, Any]) -> PassResult:
-    counts = {**fields["counts"], "accepted_per_position": tuple(fields["counts"]["accepted_per_position"])}
-    requests = tuple(RequestResult(**{**row, "token_ids": tuple(row["token_ids"])}) for row in fields["requests"])
-    return PassResult(fields["elapsed_s"], DraftCounts(**counts), requests)
+    requests = tuple(
+        RequestResult(**{**row, "token_ids": tuple(row["token_ids"]), "counts": _counts_from_json(row["counts"])})
+        for row in fields["requests"]
+    )
+    return PassResult(fields["elapsed_s"], _counts_from_json(fields["counts"]), requests)
+
+
+def _counts_from_json(fields: dict[str, Any]) -> DraftCounts:
+    return DraftCounts(**{**fields, "accepted_per_position": tuple(fields["accepted_per_position"])})
 
 
 def merge_shards(shards: Sequence[ShardResult]) -> ShardResult:
