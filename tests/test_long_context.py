@@ -28,7 +28,7 @@ def test_lookup_sees_nothing_behind_its_row() -> None:
     rows = lookup_drafts(token_ids, 3, 4, 4)
     assert [row.length for row in rows] == [0, 2, 3, 4]
     assert rows[1].drafts == (6, 7, 4, 5)
-    assert lookup_drafts([1, 1, 1], 0, 2, 3, min_length=1)[1].drafts == (1,)
+    assert lookup_drafts([1, 1, 2], 0, 1, 3, min_length=1)[0].drafts == (1, 1, 1), "2 is not known there"
 
 
 def test_lookup_refuses_lengths_out_of_order() -> None:

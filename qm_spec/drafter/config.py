@@ -7,6 +7,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from qm_spec.config import ARCHITECTURE, MergeConfig
+from qm_spec.drafter.suffix_index import MAX_LENGTH
 
 
 class QuickMergeConfig(LlamaConfig):
@@ -21,6 +22,8 @@ class QuickMergeConfig(LlamaConfig):
         eagle_aux_hidden_state_layer_ids: target layers whose input states are fused; vLLM's name.
         num_speculative_tokens: drafted tokens per step when the user names no number.
         quickmerge: `MergeConfig` settings as a dict.
+        lookup_length: in vLLM, where so many of a request's last tokens (2..8) have stood in it before, what followed
+            them there is drafted in place of the prior's tokens; 0 never looks them up.
         **kwargs: `LlamaConfig` settings.
 
     Raises:
@@ -33,6 +36,7 @@ class QuickMergeConfig(LlamaConfig):
         eagle_aux_hidden_state_layer_ids: list[int] | None = None,
         num_speculative_tokens: int = 4,
         quickmerge: dict[str, Any] | None = None,
+        lookup_length: int = 0,
         **kwargs: Any,
     ) -> None:
         self.merge = MergeConfig.from_dict(quickmerge or {})
@@ -45,6 +49,7 @@ class QuickMergeConfig(LlamaConfig):
                 f"{self.merge.window}, got {num_speculative_tokens}"
             )
         self.num_speculative_tokens = num_speculative_tokens
+        self.lookup_length = check_lookup_length("QuickMergeConfig: lookup_length", lookup_length)
         kwargs.setdefault("num_hidden_layers", 1)
         # Nothing in the prior depends on absolute positions; vLLM would cut drafting at a lower limit.
         kwargs.setdefault("max_position_embeddings", 1 << 20)
@@ -59,3 +64,20 @@ class QuickMergeConfig(LlamaConfig):
         merge = values.pop("merge", self.merge)
         values["quickmerge"] = merge.to_dict() if isinstance(merge, MergeConfig) else merge
         return values
+
+
+def check_lookup_length(name: str, length: Any) -> int:
+    """Return a lookup length that is in range.
+
+    Args:
+        name: of the setting, for the error.
+
+    Raises:
+        ValueError: it is neither 0 nor an integer in 2..8.
+    """
+    # One token alone tells nothing: most have stood before.
+    if type(length) is not int or length not in (0, *range(2, MAX_LENGTH + 1)):
+        raise ValueError(
+            f"{name} must be 0 (no lookup) or in 2..{MAX_LENGTH} tokens (4 is a good start), got {length!r}"
+        )
+    return length
