@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from qm_spec.evaluation.command import evaluate
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -393,6 +395,9 @@ def report_command(
 
     page, markdown = write_report(folder)
     typer.echo(f"saved {page} and {markdown}")
+
+
+app.command("eval")(evaluate)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ import pytest
 from tiny_pair import edit_json, write_drafter, write_target
 
 from qm_spec.evaluation.benchmark import Benchmark
+from qm_spec.evaluation.command import run_with_progress
 from qm_spec.evaluation.process import EngineError, run_engine
 from qm_spec.evaluation.settings import BenchmarkSettings
 from qm_spec.evaluation.shards import EngineSpec, ShardSpec, TokenPrompt
@@ -341,9 +341,12 @@ def test_help_imports_nothing_heavy(tmp_path):
         (["--num-speculative-tokens", 0], "num_speculative_tokens: must be at least 1, got 0"),
         (["--temperature", -1], "temperature: must be 0 (greedy) or above, got -1.0"),
         (["--concurrency", 0], "concurrency: must be at least 1, got 0"),
+        (["concurrency=1,8"], "sweep: concurrency=1,8 must stand behind --sweep"),
+        (["--ray-address", "auto"], "ray: the address auto must come with --ray N"),
+        (["--ray", -1], "ray: num_actors must be at least 1, got -1"),
         (
             ["--context-lengths", "256,many"],
-            "context_lengths: must be integers like 256,1024, got '256,many'",
+            "context_lengths: must be integers like 1,2,8 or 1..8, got '256,many'",
         ),
     ],
 )
@@ -357,18 +360,11 @@ def test_bad_input_ends_with_one_sentence(target, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-def load_spec():
-    found = importlib.util.spec_from_file_location("spec_bench", SPEC)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(("faults", "code"), [({}, 0), ({"ngram": "crash"}, 1)])
 def test_the_table_is_all_that_goes_to_stdout(settings, engine_command, monkeypatch, capsys, faults, code):
     monkeypatch.setenv("FAKE_ENGINE", json.dumps(faults))
     monkeypatch.setattr(Benchmark.run, "__defaults__", (engine_command,))
-    assert load_spec().run_with_progress(Benchmark(settings())) == code
+    assert run_with_progress(Benchmark(settings())) == code
     output, messages = capsys.readouterr()
     rows = output.splitlines()
     assert all(row.startswith("| ") for row in rows)
@@ -392,7 +388,7 @@ def test_an_interrupted_benchmark_says_where_the_results_are(settings, engine_co
     # A shell starts background jobs with the signal ignored, and the hanging engine would hang the test.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert load_spec().run_with_progress(benchmark) == 130
+        assert run_with_progress(benchmark) == 130
     finally:
         signal.signal(signal.SIGINT, before)
     output, messages = capsys.readouterr()

@@ -405,8 +405,7 @@ class _Listener:
         self._benchmark.take(place, result)
         self._done[name][number, shard_number] = shard.repeats * len(shard.prompts)
         self._open[name] -= 1
-        if not self._open[name]:
-            self._report(name, "done")
+        self._report(name, "decoding" if self._open[name] else "done")
 
     def _report(self, name: str, state: str) -> None:
         self._on_progress(name, state, sum(self._done[name].values()), self._expected[name])
