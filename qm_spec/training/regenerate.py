@@ -62,6 +62,8 @@ def regenerate(
                 attention_mask=torch.ones_like(ids),
                 min_new_tokens=length - prompt_length,
                 max_new_tokens=length - prompt_length,
+                # A model that was saved in the middle of training says no.
+                use_cache=True,
                 **(sampling or {"do_sample": False}),
             )
             # A batch is complete or absent: it is written aside and renamed.
