@@ -17,6 +17,7 @@ from qm_spec.evaluation.plan import Measurement
 from qm_spec.evaluation.process import ENGINE_COMMAND
 from qm_spec.evaluation.prompts import cut_prompts, sha256_of
 from qm_spec.evaluation.ray_runner import RayRunner
+from qm_spec.evaluation.recommend import Recommendation, recommend
 from qm_spec.evaluation.results import SCHEMA_VERSION, run_record, write_results
 from qm_spec.evaluation.settings import (
     BUILTIN,
@@ -26,6 +27,7 @@ from qm_spec.evaluation.settings import (
     REFERENCE_METHOD,
     UNCOMPILED_METHOD,
     BenchmarkSettings,
+    Sweep,
 )
 from qm_spec.evaluation.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
 from qm_spec.evaluation.store import ShardStore
@@ -51,6 +53,7 @@ class Benchmark:
 
     Attributes:
         results: what `results.json` holds so far.
+        recommendation: what to serve with, after a finished sweep.
         notes: sentences about the results that a reader must know.
 
     Raises:
@@ -101,6 +104,7 @@ class Benchmark:
             "runs": [],
             "failures": list(self._left_out),
         }
+        self.recommendation: Recommendation | None = None
         self._measurements = self._plan()
         self._recorded: dict[int, dict[str, Any]] = {}
 
@@ -241,7 +245,22 @@ class Benchmark:
                     runner.run_jobs(jobs, out / "logs", on_event, engine_command)
         finally:
             self._plot()
+        if self.settings.sweep != Sweep():
+            self._recommend()
         return self.results
+
+    def _recommend(self) -> None:
+        """Add to the results what a server should be given."""
+        configs = {
+            (one.method, config["num_speculative_tokens"] if config else 0): config
+            for one in self._measurements
+            for config in (one.shard.engine.speculative_config,)
+        }
+        found = recommend(self.results, str(self.settings.target), configs)
+        if found is not None:
+            self.recommendation = found
+            self.results["recommendation"] = found.to_json()
+            write_results(self.settings.out, self.results)
 
     def _plot(self) -> None:
         """Draw the runs at the first values of what is swept; the plots' own axis is the context."""

@@ -177,6 +177,7 @@ def run_with_progress(benchmark: Benchmark) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from qm_spec.evaluation.recommend import format_front
     from qm_spec.evaluation.table import format_table
 
     console = Console(stderr=True)
@@ -207,6 +208,8 @@ def run_with_progress(benchmark: Benchmark) -> int:
     out = benchmark.settings.out
     if benchmark.results["runs"]:
         typer.echo(format_table(benchmark.results["runs"]))
+    if benchmark.recommendation is not None:
+        typer.echo(f"\n{format_front(benchmark.results)}\n\n{benchmark.recommendation}")
     for note in benchmark.notes[num_notes:]:
         typer.echo(f"note: {note}", err=True)
     if code == EXIT_INTERRUPTED:

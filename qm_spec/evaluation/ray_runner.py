@@ -104,6 +104,8 @@ class RayRunner:
         if settings.address is not None:
             ray.init(address=settings.address, **quiet)
             return
+        # By default Ray's workers, and so the engines, give way to every other process.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # As many actors as were asked for, also on a machine with fewer cores.
         cores = max(available_cores(), math.ceil(settings.num_actors * settings.num_cpus))
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)

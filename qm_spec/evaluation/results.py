@@ -3,7 +3,8 @@
 The file holds `schema_version`, `environment`, `command`, `provenance`, `runs` (one record per method and setting,
 see `run_record`) and `failures` (`{"method", "error"}`, with `"prompt_id"` where a single request failed, or
 `"prompt_ids"` where all of a shard's did). From version 2 on, every run lists its requests under `requests`, see
-`RequestRow`. What failed is in no number of a run.
+`RequestRow`. What failed is in no number of a run. After a sweep there is a `recommendation`, see
+`qm_spec.evaluation.recommend`.
 """
 
 from __future__ import annotations

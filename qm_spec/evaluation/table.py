@@ -19,6 +19,11 @@ _COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("TPOT ms", lambda run: _number(run["tpot_ms_p50"], ".1f")),
     ("lossless", lambda run: lossless_cell(run)),
 )
+_SWEPT: tuple[tuple[str, Callable[[Run], str]], ...] = (
+    ("K", lambda run: str(run["num_speculative_tokens"] or _MISSING)),
+    ("temperature", lambda run: f"{run['temperature']:g}"),
+    ("concurrency", lambda run: str(run["concurrency"])),
+)
 _MISSING = "-"
 
 
@@ -38,8 +43,13 @@ def lossless_cell(run: Run) -> str:
 
 
 def format_table(runs: Sequence[Run]) -> str:
-    """Return one row per run, the method to the left and numbers to the right; "-" for what is not known."""
-    return align_table([name for name, _ in _COLUMNS], [[cell(run) for _, cell in _COLUMNS] for run in runs])
+    """Return one row per run, the method to the left and numbers to the right; "-" for what is not known.
+
+    What a sweep varies has a column of its own.
+    """
+    varied = [(name, cell) for name, cell in _SWEPT if len({cell(run) for run in runs} - {_MISSING}) > 1]
+    columns = [_COLUMNS[0], *varied, *_COLUMNS[1:]]
+    return align_table([name for name, _ in columns], [[cell(run) for _, cell in columns] for run in runs])
 
 
 def align_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
