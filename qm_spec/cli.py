@@ -391,7 +391,7 @@ def report_command(
 
     Example: `qm-spec report results/`
     """
-    from qm_spec.evaluation.report import write_report
+    from qm_spec.evaluation.report.render import write_report
 
     page, markdown = write_report(folder)
     typer.echo(f"saved {page} and {markdown}")

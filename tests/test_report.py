@@ -12,8 +12,9 @@ from synthetic_results import made_up_results, made_up_rows, made_up_run
 from typer.testing import CliRunner
 
 from qm_spec.cli import app
-from qm_spec.evaluation.report import build_report, render_html, write_report
+from qm_spec.evaluation.report.content import build_report
 from qm_spec.evaluation.report.measurements import CONCURRENCY, CONTEXT, Measurements
+from qm_spec.evaluation.report.render import render_html, write_report
 from qm_spec.evaluation.results import RequestRow, read_results, write_results
 from qm_spec.evaluation.spec_bench import task_header, task_line, task_names
 from qm_spec.evaluation.workloads import SPEC_BENCH_TASKS
@@ -186,6 +187,35 @@ def test_a_file_without_requests_still_gives_a_report(tmp_path):
     assert "lists no requests" in " ".join(report.warnings)
     assert section(report, "Requests") is section(report, "Tasks") is None
     assert [plot.name for one in report.sections for plot in one.plots] == ["speedup", "acceptance-by-position"]
+
+
+def test_a_recommendation_comes_before_everything_else():
+    results = results_of(concurrencies=(1, 8), methods=("qm_spec",))
+    results["recommendation"] = {
+        "method": "qm_spec",
+        "num_speculative_tokens": 4,
+        "speedup": 1.5,
+        "speedup_low": 1.4,
+        "speedup_high": 1.6,
+        "confidence": 0.95,
+        "num_candidates": 2,
+        "num_conditions": 2,
+        "command": "vllm serve made/up",
+    }
+    report = build_report(results)
+    assert report.sections[0].title == "Recommended setting"
+    said = " ".join(report.sections[0].paragraphs)
+    assert "qm_spec with K=4: speed-up 1.50 (95% interval 1.40 to 1.60)" in said
+    assert report.sections[0].code == "vllm serve made/up"
+    assert "<pre>vllm serve made/up</pre>" in render_html(report)
+    (front,) = report.sections[0].tables
+    assert {row[0] for row in front.rows} == {"qm_spec"}
+
+
+def test_busy_machines_are_named():
+    results = results_of(methods=("qm_spec",))
+    results["runs"][2]["output_tokens_per_s_per_pass"] = [100.0, 130.0]
+    assert "passes ran at 100.0 to 130.0 tokens/s; the machine was busy" in " ".join(build_report(results).warnings)
 
 
 def test_results_without_a_run_are_refused():

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from qm_spec.evaluation.recommend import SERVED_METHODS, pareto_front
 from qm_spec.evaluation.report.acceptance_plots import acceptance_plots
 from qm_spec.evaluation.report.drawing import Plot
 from qm_spec.evaluation.report.measurements import DRAFTED, Measured, Measurements
@@ -22,6 +23,7 @@ from qm_spec.evaluation.statistics import (
     CONFIDENCE,
     LATENCY,
     NO_DIFFERENCE,
+    NOISY_SPREAD,
     SPEED,
     TPOT,
     TTFT,
@@ -55,6 +57,7 @@ class Section:
 
     title: str
     paragraphs: list[str] = field(default_factory=list)
+    code: str = ""
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
 
@@ -98,7 +101,8 @@ def build_report(results: dict[str, Any]) -> Report:
         speed, acceptance = list(speed_plots(measurements)), list(acceptance_plots(measurements))
         requests = list(request_plots(measurements))
     sections = [
-        Section("Results", [_conditions_text(measurements)], [_summary(measurements)]),
+        *_recommended_sections(measurements),
+        Section("Results", [_conditions_text(measurements)], tables=[_summary(measurements)]),
         Section("Speed", plots=speed),
         *_task_sections(measurements),
         _slower_section(measurements),
@@ -181,6 +185,12 @@ def _warnings(measurements: Measurements) -> Iterator[str]:
     for one in measurements.all:
         if one.run["repeats_identical"] is False:
             yield f"{one.setting}: the output changed from pass to pass; the numbers are those of the median pass."
+        speeds = one.run["output_tokens_per_s_per_pass"]
+        if max(speeds) > NOISY_SPREAD * min(speeds):
+            yield (
+                f"{one.setting}: passes ran at {min(speeds):.1f} to {max(speeds):.1f} tokens/s; the machine was busy, "
+                "and no interval over prompts covers that."
+            )
         if one.run["lossless"] is False:
             yield f"{one.setting}: the output is not that of plain decoding ({lossless_cell(one.run)[4:]})."
 
@@ -247,6 +257,32 @@ def _summary(measurements: Measurements) -> Table:
     return Table(header, rows)
 
 
+def _recommended_sections(measurements: Measurements) -> Iterator[Section]:
+    """Yield what a finished sweep recommends, and the settings that no other beats."""
+    found = measurements.results.get("recommendation")
+    if not found:
+        return
+    speedup = Estimate(found["speedup"], found["speedup_low"], found["speedup_high"])
+    interval = f" ({found['confidence']:.0%} interval {_interval(speedup)})" if speedup.has_interval else ""
+    text = (
+        f"{found['method']} with K={found['num_speculative_tokens']}: speed-up {speedup.value:.2f}{interval}, the "
+        f"geometric mean over {found['num_conditions']} conditions, the best of {found['num_candidates']} settings."
+    )
+    if found["method"] == REFERENCE_METHOD:
+        text = "No speculation: nothing that was measured is faster on average."
+    rows = [
+        [
+            *_label(measurements, one),
+            _number(one.speedup.value if one.speedup else None, ".2f"),
+            _number(one.run["output_tokens_per_s"], ".1f"),
+        ]
+        for one in pareto_front([one for one in measurements.all if one.setting.method in SERVED_METHODS])
+    ]
+    header = [*_label_header(measurements), "speedup", "tokens/s"]
+    caption = "Settings that no other beats in both concurrency and speed-up, at the same context and temperature."
+    yield Section("Recommended setting", [text], found["command"], [Table(header, rows, caption)])
+
+
 def _task_sections(measurements: Measurements) -> Iterator[Section]:
     tasks = task_names([row for one in measurements.all for row in one.rows])
     if not tasks:
@@ -280,9 +316,7 @@ def _slower_section(measurements: Measurements) -> Section:
     else:
         section.paragraphs.append("No method was shown to be slower than plain decoding in speed, latency or category.")
     if len(lines) > len(shown):
-        section.paragraphs.append(
-            f"{len(lines) - len(shown)} further differences to the slower side lie within the noise or their interval."
-        )
+        section.paragraphs.append(f"Slower by less than the noise or the interval: {len(lines) - len(shown)} more.")
     counted = [
         [*_label(measurements, one), f"{sum(value < 1 for value in values)} of {len(values)}", f"{min(values):.2f}"]
         for one in compared
@@ -374,4 +408,4 @@ def _method_section(measurements: Measurements) -> Section:
         "other machines, models or kinds of text. Speed-up is output tokens per second of the whole engine by the same "
         "of plain decoding; acceptance length is the tokens per draft, the target's own token included."
     )
-    return Section("How it was measured", [text], [Table(["what", "value"], rows)])
+    return Section("How it was measured", [text], tables=[Table(["what", "value"], rows)])

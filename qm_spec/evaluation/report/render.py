@@ -69,6 +69,7 @@ def write_markdown(report: Report, folder: Path) -> Path:
         lines += ["", f"## {section.title}", ""]
         for paragraph in section.paragraphs:
             lines += [paragraph, ""]
+        lines += ["```sh", section.code, "```", ""] if section.code else []
         for table in section.tables:
             lines += [align_table(table.header, [[_in_cell(cell) for cell in row] for row in table.rows]), ""]
             lines += [table.caption, ""] if table.caption else []
