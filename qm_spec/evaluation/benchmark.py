@@ -30,6 +30,7 @@ from qm_spec.evaluation.settings import (
     Sweep,
 )
 from qm_spec.evaluation.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
+from qm_spec.evaluation.statistics import NOISY_SPREAD
 from qm_spec.evaluation.store import ShardStore
 from qm_spec.evaluation.workloads import WORKLOADS, load_workload, workload_path
 from qm_spec.ops.backend import backend
@@ -37,9 +38,6 @@ from qm_spec.provenance import command, git_commit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Slowest to fastest pass; a quiet machine stays well below.
-NOISY_SPREAD = 1.2
 
 _BUILTIN_PROMPTS = 8
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
