@@ -64,6 +64,20 @@ PUBLISHED_EAGLE1 = (
 )
 EAGLE3_HEAD = 32000
 
+# Runs of benchmarks/spec.py, on two threads.
+RUNS = ("spec-cpu", "spec-cpu-long")
+
+
+def two_threads(hardware: Hardware) -> Hardware:
+    """Return the shipped CPU with the rates of both its cores, as docs/results/kernels-cpu.json has them."""
+    measured = json.loads((RECORDS / "kernels-cpu.json").read_text())
+    return replace(
+        hardware,
+        name="two cores of an AMD EPYC (AVX-512)",
+        flops_per_s={"float32": measured["mm_float32_flops_per_s"]},
+        memory_bytes_per_s=measured["copy_bytes_per_s"],
+    )
+
 
 def without_overheads(hardware: Hardware) -> Hardware:
     """Return a device whose host takes no time."""
@@ -102,7 +116,8 @@ def overheads_of_profile(hardware: Hardware) -> dict[str, float]:
             - (update - pass_ms)
         )
         / 1000,
-        "draft_overhead_s": (SPECULATIVE.draft_steps / PROFILE_DEPTH - pass_ms) / 1000,
+        # The drafter's weights come from a cache, faster than the memory's roofline: nothing is left for the host.
+        "draft_overhead_s": max(0.0, SPECULATIVE.draft_steps / PROFILE_DEPTH - pass_ms) / 1000,
     }
 
 
@@ -206,8 +221,8 @@ def main(
     cpu, h100 = load_hardware("cpu"), load_hardware("h100")
     fitted = {"cpu": overheads_of_profile(cpu), "h100": overheads_of_publication(h100)}
     console.print("Overheads fitted, seconds:", json.dumps(fitted, indent=1))
-    records = [RECORDS / name for name in ("spec-cpu", "spec-cpu-long")]
-    answer = validate(records, NOVELS / "target", cpu, NOVELS / "drafter", console)
+    records = [RECORDS / name for name in RUNS]
+    answer = validate(records, NOVELS / "target", two_threads(cpu), NOVELS / "drafter", console)
     answer["files"] = {str(Path(name).relative_to(ROOT)): rows for name, rows in answer["files"].items()}
     answer["fitted_overheads"] = fitted
     answer["profile"], answer["published"] = compare_profile(cpu), compare_publication(h100)
