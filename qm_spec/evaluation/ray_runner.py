@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -84,8 +86,12 @@ class RayRunner:
         import ray
 
         if not ray.is_initialized():
+            handler = signal.getsignal(signal.SIGTERM)
             self._connect()
             self._owns_cluster = True
+            # Ray has set its own, which would end this process before its results are written.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
         return self
 
     def __exit__(self, *exception: object) -> None:
