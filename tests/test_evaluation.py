@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from qm_spec.evaluation.engine import read_counts, run_requests
 from qm_spec.evaluation.environment import available_cores, cpu_engine_environment, engine_environment
-from qm_spec.evaluation.methods import speculative_config, without_far_memory
+from qm_spec.evaluation.methods import method_environment, speculative_config, without_far_memory
 from qm_spec.evaluation.metrics import DraftCounts, OutputDifference, compare_outputs
 from qm_spec.evaluation.prompts import BUILTIN_FILE, cut_prompts, read_prompts, tokenize_prompts
 from qm_spec.evaluation.results import run_record, write_results
@@ -368,13 +368,15 @@ def test_what_each_method_asks_of_vllm(tmp_path):
         "num_speculative_tokens": 3,
         "prompt_lookup_max": 4,
     }
-    for method in ("qm_spec", "qm_spec-window"):
+    for method in ("qm_spec", "qm_spec-window", "qm_spec-lookup"):
         asked = speculative_config(method, 3, tmp_path)
         assert (asked["method"], asked["model"], asked["num_speculative_tokens"]) == (
             "eagle3",
             str(tmp_path),
             3,
         )
+    assert method_environment("qm_spec-lookup", "cpu")["QM_SPEC_LOOKUP"] == "4"
+    assert method_environment("qm_spec", "cpu").get("QM_SPEC_LOOKUP") == os.environ.get("QM_SPEC_LOOKUP")
 
 
 def test_the_window_drafter_differs_in_its_schedule_alone(tmp_path):
@@ -488,7 +490,8 @@ def target(tmp_path):
     [
         (
             {"methods": ("none", "medusa")},
-            "methods: must be some of ngram, none, none-again, qm_spec, qm_spec-reference, qm_spec-window, got medusa",
+            "methods: must be some of ngram, none, none-again, qm_spec, qm_spec-lookup, qm_spec-reference, "
+            "qm_spec-window, got medusa",
         ),
         ({"methods": ()}, "got none at all"),
         ({"methods": ("ngram", "ngram")}, "each may be named once"),

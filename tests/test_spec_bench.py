@@ -333,7 +333,8 @@ def test_help_imports_nothing_heavy(tmp_path):
     [
         (
             ["--methods", "none,medusa"],
-            "methods: must be some of ngram, none, none-again, qm_spec, qm_spec-reference, qm_spec-window, got medusa",
+            "methods: must be some of ngram, none, none-again, qm_spec, qm_spec-lookup, qm_spec-reference, "
+            "qm_spec-window, got medusa",
         ),
         (["--target", "nowhere"], "target: nowhere is not a folder with a config.json"),
         (["--prompts", "gone.jsonl"], "workload: must be one of books, builtin, documents"),

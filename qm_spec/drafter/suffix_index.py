@@ -9,6 +9,8 @@ from itertools import cycle, islice
 
 # The longest suffix that is looked up: longer ones hardly ever tell more.
 MAX_LENGTH = 8
+# A suffix of so many tokens is taken as a sign that the text repeats itself, where nothing else is asked for.
+SURE_LENGTH = 4
 
 
 @dataclass(frozen=True)

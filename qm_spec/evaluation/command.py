@@ -35,7 +35,8 @@ def evaluate(
         typer.Option(
             metavar="M,...",
             help="none (always run as the reference), none-again (shows the noise floor), ngram, qm_spec, "
-            "qm_spec-window (emptied far memory), qm_spec-reference (without the compiled operators).",
+            "qm_spec-window (emptied far memory), qm_spec-reference (without the compiled operators), "
+            "qm_spec-lookup (suffix lookup where a request repeats itself).",
         ),
     ] = "none,ngram,qm_spec,qm_spec-window",
     num_speculative_tokens: Annotated[

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qm_spec.drafter.suffix_index import SURE_LENGTH
 from qm_spec.evaluation.lookup import lookup_drafts
 from qm_spec.evaluation.replay import Replay, accepted_everywhere, read_text, walk, write_continuations
 from qm_spec.evaluation.statistics import Estimate, Resamples
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 DOMAINS = ("novels", "quotations", "code")
 LOOKUP = "lookup"
-# A suffix of so many tokens is taken as a sign that the text repeats itself.
-HYBRID_LENGTH = 4
 # A quoted passage, and how much of it stands in the prompt when it is quoted again; tokens.
 _PASSAGE, _QUOTED = 160, 24
 _INTRODUCTION = '\n\nAs it was written before: "'
@@ -128,7 +127,7 @@ def measure_acceptance(
 ) -> Iterator[list[LongContextRow]]:
     """Yield the rows of each domain and length: every drafter, suffix lookup, and the hybrids of the two.
 
-    A hybrid takes the lookup's drafts where it found at least `HYBRID_LENGTH` tokens again, and the drafter's
+    A hybrid takes the lookup's drafts where it found at least `SURE_LENGTH` tokens again, and the drafter's
     elsewhere.
 
     Args:
@@ -188,7 +187,7 @@ def _with_lookup(
         while count < len(lookup.drafts) and lookup.drafts[count] == expected[count]:
             count += 1
         matched.append(count)
-    sure = [lookup.length >= HYBRID_LENGTH for lookup in found]
+    sure = [lookup.length >= SURE_LENGTH for lookup in found]
     hybrids = {
         f"{name}+{LOOKUP}": [m if s else c for m, s, c in zip(matched, sure, counts, strict=True)]
         for name, counts in accepted.items()

@@ -9,8 +9,9 @@ from typing import Any
 
 from qm_spec.discovery.checks import vllm_settings
 from qm_spec.discovery.files import read_json
+from qm_spec.drafter.suffix_index import SURE_LENGTH
 from qm_spec.evaluation.environment import engine_environment
-from qm_spec.evaluation.settings import DRAFTER_METHODS, PLAIN_METHODS, UNCOMPILED_METHOD
+from qm_spec.evaluation.settings import DRAFTER_METHODS, LOOKUP_METHOD, PLAIN_METHODS, UNCOMPILED_METHOD
 from qm_spec.evaluation.shards import EngineSpec
 
 DEFAULT_SPECULATIVE_TOKENS = 4
@@ -46,6 +47,8 @@ def method_environment(method: str, device: str) -> dict[str, str]:
     environment = engine_environment(device)
     if method == UNCOMPILED_METHOD:
         environment["QM_SPEC_BACKEND"] = "reference"
+    if method == LOOKUP_METHOD:
+        environment["QM_SPEC_LOOKUP"] = str(SURE_LENGTH)
     return environment
 
 

@@ -14,11 +14,13 @@ from qm_spec.evaluation.settings import METHODS
 Run = dict[str, Any]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLOURS = dict(zip(METHODS, ("#999999", "#CCCCCC", "#E69F00", "#0072B2", "#56B4E9", "#009E73"), strict=True))
-_MARKERS = dict(zip(METHODS, ("s", "x", "^", "o", "D", "v"), strict=True))
+_COLOURS = dict(
+    zip(METHODS, ("#999999", "#CCCCCC", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#D55E00"), strict=True)
+)
+_MARKERS = dict(zip(METHODS, ("s", "x", "^", "o", "D", "v", "P"), strict=True))
 # The window's curve may lie on the full drafter's, which must show through.
-_STYLES = dict(zip(METHODS, ("-", "-", "-", "-", "--", ":"), strict=True))
-_FILLS = dict(zip(METHODS, ("full", "full", "full", "full", "none", "none"), strict=True))
+_STYLES = dict(zip(METHODS, ("-", "-", "-", "-", "--", ":", "-"), strict=True))
+_FILLS = dict(zip(METHODS, ("full", "full", "full", "full", "none", "none", "full"), strict=True))
 _DPI = 150
 
 

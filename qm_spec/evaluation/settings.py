@@ -12,7 +12,9 @@ NOISE_METHOD = "none-again"
 WINDOW_METHOD = "qm_spec-window"
 # The drafter on the PyTorch references, without the compiled operators.
 UNCOMPILED_METHOD = "qm_spec-reference"
-DRAFTER_METHODS = ("qm_spec", WINDOW_METHOD, UNCOMPILED_METHOD)
+# The drafter, and suffix lookup where the request repeats itself.
+LOOKUP_METHOD = "qm_spec-lookup"
+DRAFTER_METHODS = ("qm_spec", WINDOW_METHOD, UNCOMPILED_METHOD, LOOKUP_METHOD)
 METHODS = (REFERENCE_METHOD, NOISE_METHOD, "ngram", *DRAFTER_METHODS)
 # Of them, those that draft nothing.
 PLAIN_METHODS = (REFERENCE_METHOD, NOISE_METHOD)
