@@ -200,6 +200,7 @@ def test_a_file_compared_with_itself_shows_no_difference():
     assert {one.verdict for one in report.comparisons} == {"no difference shown"}
     assert all(one.ratio.value == pytest.approx(1) for one in report.comparisons)
     assert report.notes == ()
+    assert "-0.0%" not in format_comparisons(report)
 
 
 def test_a_better_drafter_on_a_slower_machine():

@@ -257,4 +257,5 @@ def _cells(row: Comparison) -> list[str]:
 
 
 def _change(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f}%"
+    # Plus 0 turns a rounded -0 into 0.
+    return f"{round(100 * (ratio - 1), 1) + 0.0:+.1f}%"
