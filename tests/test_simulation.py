@@ -56,8 +56,10 @@ def scenario(**changes) -> Scenario:
 
 def test_weights_are_those_of_the_published_models():
     # The published counts of parameters, less the norms' vectors.
-    assert LLAMA_8B.stored_weights() == 8_030_261_248 - 65 * 4096
-    assert LLAMA_70B.stored_weights() == 70_553_706_496 - 161 * 8192
+    assert LLAMA_8B.stored_weights == 8_030_261_248 - 65 * 4096
+    tied = replace(LLAMA_8B, tied_head=True)
+    assert tied.stored_weights == LLAMA_8B.stored_weights - 4096 * 128256
+    assert LLAMA_70B.stored_weights == 70_553_706_496 - 161 * 8192
 
 
 @pytest.mark.parametrize("kind", [QUICKMERGE, EAGLE3])
@@ -84,6 +86,7 @@ def test_a_drafters_weights_are_those_of_its_module(kind):
 
 
 def test_the_shipped_pair_is_read():
+    assert TargetShape.from_config(load_config(NOVELS / "target")).tied_head
     drafter = DrafterShape.from_config(load_config(NOVELS / "drafter"))
     assert (drafter.num_heads, drafter.num_kv_heads, drafter.head_dim) == (6, 2, 32)
     assert drafter.attended(4096) == MergeConfig().entries_attended(4096)
@@ -174,7 +177,7 @@ def test_a_prompt_takes_half_of_the_square_however_it_is_cut():
 
 
 def test_as_many_requests_fit_as_the_memory_left_by_the_weights_holds():
-    weights, request = 2 * LLAMA_8B.stored_weights(), 1000 * 2 * 32 * 8 * 128 * 2
+    weights, request = 2 * LLAMA_8B.stored_weights, 1000 * 2 * 32 * 8 * 128 * 2
     hardware = replace(MEMORY_BOUND, memory_bytes=(weights + 7.5 * request) / 0.9)
     assert CostModel(hardware, LLAMA_8B).capacity(1000, speculative=False) == 7
     # The drafter's weights and pages are memory that no request has.

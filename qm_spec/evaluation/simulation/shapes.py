@@ -38,6 +38,7 @@ class TargetShape:
         intermediate_size: width of the gated MLP.
         vocab_size: V.
         max_tokens: longest sequence that the config declares; None where it names none.
+        tied_head: whether the head is the embedding.
     """
 
     num_layers: int
@@ -48,10 +49,11 @@ class TargetShape:
     intermediate_size: int
     vocab_size: int
     max_tokens: int | None = None
+    tied_head: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name == "max_tokens" and value is None:
+            if name == "tied_head" or (name == "max_tokens" and value is None):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"target config: {name} must be a whole number from 1, got {value!r}")
@@ -95,6 +97,7 @@ class TargetShape:
             num_kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or sizes["hidden_size"] // heads,
             max_tokens=config.get("max_position_embeddings"),
+            tied_head=bool(config.get("tie_word_embeddings")),
         )
 
     @property
@@ -108,10 +111,12 @@ class TargetShape:
         """Weights of the vocabulary head; looking an embedding up costs nothing here."""
         return self.hidden_size * self.vocab_size
 
-    def stored_weights(self, tied: bool = False) -> int:
-        """Count the weights in memory, the embedding apart from the head unless they are tied."""
-        return self.num_layers * self.layer_weights + (1 if tied else 2) * self.head_weights
+    @property
+    def stored_weights(self) -> int:
+        """Weights in memory, the embedding apart from the head unless they are tied."""
+        return self.num_layers * self.layer_weights + (1 if self.tied_head else 2) * self.head_weights
 
+    @property
     def kv_elements(self) -> int:
         """Elements of the keys and values of one token, all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim

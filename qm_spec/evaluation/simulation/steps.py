@@ -137,7 +137,7 @@ class CostModel:
         return StepTime(
             weights_s=self._matrix_s(target.num_layers * target.layer_weights, rows),
             attention_s=self._roofline_s(
-                batch * context * target.kv_elements() * self._kv_bytes / ranks,
+                batch * context * target.kv_elements * self._kv_bytes / ranks,
                 4 * target.num_layers * target.num_heads * target.head_dim * rows * context / self.tensor_parallel,
             ),
             head_s=self._matrix_s(target.head_weights, rows),
@@ -204,7 +204,7 @@ class CostModel:
             seconds += self._matrix_s(target.num_layers * target.layer_weights, rows)
             seconds += self._exchange_s(rows, 2 * target.num_layers)
             seconds += self._roofline_s(
-                end * target.kv_elements() * self._kv_bytes / self._kv_ranks(target.num_kv_heads),
+                end * target.kv_elements * self._kv_bytes / self._kv_ranks(target.num_kv_heads),
                 4 * target.num_layers * target.num_heads * target.head_dim * rows * attended / self.tensor_parallel,
             )
             if drafter is not None:
@@ -218,7 +218,7 @@ class CostModel:
 
     def request_bytes(self, num_tokens: int, speculative: bool) -> float:
         """Return the bytes per device that a request's keys and values take, the drafter's included if it drafts."""
-        found = self.target.kv_elements() * self._kv_bytes / self._kv_ranks(self.target.num_kv_heads)
+        found = self.target.kv_elements * self._kv_bytes / self._kv_ranks(self.target.num_kv_heads)
         if speculative and self.drafter is not None:
             found += self.drafter.kv_bytes(self._kv_bytes) / self._kv_ranks(self.drafter.num_kv_heads)
         return num_tokens * found
@@ -230,7 +230,7 @@ class CostModel:
             num_tokens: of each request, from 1.
             speculative: whether the drafter and its keys and values lie there too.
         """
-        weights = self.target.stored_weights()
+        weights = self.target.stored_weights
         if speculative and self.drafter is not None:
             weights += self.drafter.stored_weights
         free = MEMORY_FILLED * self.hardware.memory_bytes - weights * self._weight_bytes / self.tensor_parallel
