@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from baseline import Comparison, compare_records, read_record
 from cases import Case
 from fma import peak_flops_per_s
 from rich.console import Console
@@ -39,7 +40,11 @@ Examples:
 
     python benchmarks/kernels.py
 
-    python benchmarks/bench_saliency_merge.py --threads 1 --out results/saliency_merge.json
+    python benchmarks/bench_saliency_merge.py --threads 1 --save results/saliency_merge.json
+
+    python benchmarks/kernels.py --save results/kernels.json
+
+    python benchmarks/kernels.py --compare results/kernels.json --tolerance 0.1
 """
 
 
@@ -173,8 +178,8 @@ def table(rows: list[Measurement], bandwidth: float, product: float, peak: float
     return result
 
 
-def run_cases(names: list[str], device: str, threads: int | None, rounds: int, out: Path | None) -> None:
-    """Measure the operators that `bench_<name>.py` describes, print the table, and keep it where asked."""
+def run_cases(names: list[str], device: str, threads: int | None, rounds: int) -> dict[str, Any]:
+    """Measure the operators that `bench_<name>.py` describes, print the table, and return the record."""
     if threads:
         torch.set_num_threads(threads)
     if backend.backend(device) != "compiled":
@@ -186,22 +191,31 @@ def run_cases(names: list[str], device: str, threads: int | None, rounds: int, o
     rows = [measure(case, sizes, dtype, device, rounds) for case, sizes, dtype in progress]
     # Wide enough for every column, also where there is no terminal.
     Console(width=max(170, Console().width)).print(table(rows, bandwidth, product, peak))
-    if out is not None:
-        record = {
-            "command": command(),
-            "commit": git_commit(),
-            "versions": versions(),
-            "backend": backend.backend(device),
-            "device": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "rounds": rounds,
-            "copy_bytes_per_s": bandwidth,
-            "mm_float32_flops_per_s": product,
-            "fma_float32_flops_per_s": peak,
-            "rows": [asdict(row) for row in rows],
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+    return {
+        "command": command(),
+        "commit": git_commit(),
+        "versions": versions(),
+        "backend": backend.backend(device),
+        "device": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "copy_bytes_per_s": bandwidth,
+        "mm_float32_flops_per_s": product,
+        "fma_float32_flops_per_s": peak,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def report_changes(comparison: Comparison, tolerance: float) -> int:
+    """Print what has become slower and what cannot be compared; return the exit code, 1 for regressions."""
+    for where, missing in (("the baseline", comparison.only_before), ("this run", comparison.only_after)):
+        for name in missing:
+            print(f"only in {where}: {name}", file=sys.stderr)
+    regressions = comparison.regressions(tolerance)
+    for change in regressions:
+        print(f"slower: {change}")
+    print(f"{len(regressions)} of {len(comparison.changes)} are slower than the baseline by more than {tolerance:.0%}")
+    return 1 if regressions else 0
 
 
 def program(names: list[str]) -> None:
@@ -211,11 +225,30 @@ def program(names: list[str]) -> None:
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's own")] = None,
         rounds: Annotated[int, typer.Option(min=3, help="Times that each is measured.")] = 21,
-        out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the record here.")] = None,
+        out: Annotated[
+            Path | None, typer.Option("--save", "--out", metavar="FILE", help="Write the record here.")
+        ] = None,
+        compare: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Print what is slower than in this record.")
+        ] = None,
+        tolerance: Annotated[
+            float, typer.Option(min=0, help="Share by which an operator may be slower, beside its reference.")
+        ] = 0.1,
     ) -> None:
         if device not in ("cpu", "cuda"):
             raise typer.BadParameter(f"device must be cpu or cuda, got {device}")
-        run_cases(names, device, threads, rounds, out)
+        try:
+            # Read first, so that a wrong path does not cost a measurement.
+            before = None if compare is None else read_record(compare)
+            record = run_cases(names, device, threads, rounds)
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(record, indent=1) + "\n")
+            code = 0 if before is None else report_changes(compare_records(before, record), tolerance)
+        except (OSError, ValueError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        raise typer.Exit(code)
 
     main.__doc__ = f"Measure {', '.join(names)}.\n{EXAMPLES}"
     typer.run(main)
