@@ -192,7 +192,8 @@ class Benchmark:
         # Room for a last draft past the last token, where the model has it; the same for every method.
         needed = longest + settings.max_tokens + max(self.depths) + 1
         engine = EngineSpec(
-            target=str(settings.target),
+            # An actor need not run in this process's folder.
+            target=str(settings.target.absolute()),
             speculative_config=speculative_config(method, depth, self.drafter),
             dtype=self.dtype,
             max_model_len=min(needed, self.model_length or needed),

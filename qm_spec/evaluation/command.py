@@ -219,4 +219,5 @@ def run_with_progress(benchmark: Benchmark) -> int:
         )
     else:
         typer.echo(f"results: {out / 'results.json'}, acceptance.png, speedup.png; logs: {out / 'logs'}", err=True)
+        typer.echo(f"as a page: qm-spec report {out}", err=True)
     return code or (EXIT_ENGINE_FAILED if benchmark.results["failures"] else 0)

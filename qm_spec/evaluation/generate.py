@@ -167,7 +167,8 @@ class Generation:
         settings = self.settings
         needed = max(len(prompt.token_ids) for prompt in prompts) + settings.max_tokens + self._depth + 1
         engine = EngineSpec(
-            target=str(settings.target),
+            # An actor need not run in this process's folder.
+            target=str(settings.target.absolute()),
             speculative_config=speculative_config(settings.method, self._depth, drafter),
             dtype=settings.dtype,
             max_model_len=min(needed, self._limit or needed),
