@@ -88,6 +88,16 @@ DRAFT_LOOP = Patch(
     delete_when="vLLM lets a draft model bring its own loop",
 )
 
+REQUEST_STATES = Patch(
+    target="vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.prepare_next_token_ids_padded",
+    parameters=("self", "sampled_token_ids", "requests", "gpu_input_batch", "discard_request_mask"),
+    replacement="qm_spec.integrations.vllm_plugin.lookup:with_request_states",
+    why="drafts by suffix lookup (lookup_length), for which a request's earlier tokens must be found again",
+    how="notes which requests the rows are, which `propose` is not told; applied only where lookup is asked for",
+    upstream="none",
+    delete_when="vLLM tells a proposer's `propose` the requests of the batch",
+)
+
 CPU_EXPANSION = Patch(
     target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
     parameters=("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -21,7 +21,9 @@ from qm_spec.drafter.cuda_graph import CudaCapture
 from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.loop import DraftLoop, dense_weights
 from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop
+from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
+from qm_spec.integrations.vllm_plugin.lookup import look_up, replace_drafts, warn_without_lookup
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
 from qm_spec.ops import backend, merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
@@ -104,6 +106,7 @@ def propose(
     common_attn_metadata: Any,
     sampling_metadata: Any,
     num_rejected_tokens_gpu: Tensor | None,
+    found: Sequence[Lookup] = (),
 ) -> Tensor:
     """Write this step's states into the merged cache and draft from it.
 
@@ -116,6 +119,7 @@ def propose(
         common_attn_metadata: of the draft layer's cache group.
         sampling_metadata: temperatures, for drafting by sampling.
         num_rejected_tokens_gpu: `[B]` drafts rejected in this step, or None.
+        found: what suffix lookup drafts for each of the B requests; empty where it is off.
 
     Returns:
         `[B, K]` int64 draft token ids.
@@ -130,6 +134,10 @@ def propose(
     loop.remember(cache, states, common.slot_mapping[: len(states)])
     if num_speculative_tokens == 0:
         return next_token_ids.new_empty((len(next_token_ids), 0), dtype=torch.int64)
+    sampled = proposer._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
+    if found and all(lookup.length for lookup in found) and not sampled:
+        # A later step merges what this one leaves.
+        return next_token_ids.new_tensor([lookup.drafts for lookup in found], dtype=torch.int64)
     rows = token_indices_to_sample
     if rows is None:
         rows = common.query_start_loc[1:] - 1
@@ -140,9 +148,20 @@ def propose(
     weights, graphs = plain_weights(model), draft_graphs(proposer)
     if graphs is None and len(state) > MOST_REQUESTS_16_BIT and state.dtype.itemsize == 2:
         weights = None
-    sampled = proposer._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
     with torch.inference_mode():
-        if weights is not None:
+        probs: Tensor | None
+        if weights is None:
+            step_probs: list[Tensor] = []
+
+            def sample(logits: Tensor) -> Tensor:
+                token_ids, step = proposer._sample_from_logits(logits, sampling_metadata)
+                if step is not None:
+                    step_probs.append(step)
+                return token_ids
+
+            drafted = loop.draft(cache, table, verified, state, next_token_ids, num_speculative_tokens, sample)
+            probs = torch.stack(step_probs, dim=1) if step_probs else None
+        else:
             temperature = uniform = None
             if sampled:
                 temperature = sampling_metadata.temperature
@@ -166,21 +185,9 @@ def propose(
                     temperature,
                     uniform,
                 )
-            if sampled:
-                proposer._last_draft_probs = probs
-            return drafted
-        step_probs: list[Tensor] = []
-
-        def sample(logits: Tensor) -> Tensor:
-            token_ids, probs = proposer._sample_from_logits(logits, sampling_metadata)
-            if probs is not None:
-                step_probs.append(probs)
-            return token_ids
-
-        drafted = loop.draft(cache, table, verified, state, next_token_ids, num_speculative_tokens, sample)
-        if step_probs:
-            proposer._last_draft_probs = torch.stack(step_probs, dim=1).contiguous()
-        return drafted
+        drafted, probs = replace_drafts(found, drafted, probs if sampled else None)
+    proposer._last_draft_probs = probs
+    return drafted
 
 
 def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -202,6 +209,14 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         slot_mappings: Any = None,
     ) -> Tensor:
         if can_draft(self):
+            found = look_up(
+                self,
+                num_speculative_tokens,
+                target_token_ids,
+                next_token_ids,
+                common_attn_metadata,
+                num_rejected_tokens_gpu,
+            )
             return propose(
                 self,
                 num_speculative_tokens,
@@ -211,7 +226,10 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 common_attn_metadata,
                 sampling_metadata,
                 num_rejected_tokens_gpu,
+                found,
             )
+        if getattr(self.model, "lookup_length", 0):
+            warn_without_lookup()
         return original(
             self,
             num_speculative_tokens,

@@ -1,0 +1,154 @@
+"""Drafts by suffix lookup in a request's own tokens, in place of the prior's where a suffix is found again.
+
+A drafter's `lookup_length` says how long the suffix must be. `QM_SPEC_LOOKUP` overrides it for one engine:
+
+    0       no lookup
+    2..8    tokens
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from qm_spec.drafter.config import QuickMergeConfig, check_lookup_length
+from qm_spec.drafter.suffix_index import Lookup, SuffixIndex
+
+logger = logging.getLogger("vllm.plugins.qm_spec")
+
+VARIABLE = "QM_SPEC_LOOKUP"
+
+
+def lookup_length(config: QuickMergeConfig) -> int:
+    """Return the shortest suffix to look up, in tokens, 0 for none: `QM_SPEC_LOOKUP`, else the drafter's own.
+
+    Raises:
+        ValueError: the variable is neither 0 nor in 2..8.
+    """
+    given = os.environ.get(VARIABLE)
+    if given is None:
+        return config.lookup_length
+    return check_lookup_length(VARIABLE, int(given) if given.isdecimal() else given)
+
+
+def with_request_states(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return vLLM's `prepare_next_token_ids_padded` that notes the states of the batch's requests, row by row."""
+
+    @wraps(original)
+    def replaced(
+        self: Any,
+        sampled_token_ids: Tensor,
+        requests: dict[str, Any],
+        gpu_input_batch: Any,
+        discard_request_mask: Tensor,
+    ) -> Any:
+        self._qm_spec_states = [requests[name] for name in gpu_input_batch.req_ids[: gpu_input_batch.num_reqs]]
+        return original(self, sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
+
+    return replaced
+
+
+@cache
+def warn_without_lookup() -> None:
+    """Say once that lookup was asked for where it is not done: in vLLM's own draft loops."""
+    logger.warning(
+        "qm_spec: %s or lookup_length asks for suffix lookup, but vLLM's own loop drafts here, without it; ours runs "
+        "on one rank with the V1 runner (VLLM_USE_V2_MODEL_RUNNER=0), on a GPU with compiled kernels",
+        VARIABLE,
+    )
+
+
+def look_up(
+    proposer: Any,
+    num_drafts: int,
+    target_token_ids: Tensor,
+    next_token_ids: Tensor,
+    common_attn_metadata: Any,
+    num_rejected_tokens: Tensor | None,
+) -> list[Lookup]:
+    """Add what the target has read in this step to the requests' indices and look their newest tokens up.
+
+    Each request's state keeps its index, which goes when vLLM forgets the request. Values are read on the host: that
+    is free on a CPU; a GPU's step is waited for.
+
+    Args:
+        proposer: vLLM's EAGLE proposer with our model.
+        num_drafts: K.
+        target_token_ids: `[T]` that the target has read, rejected ones included.
+        next_token_ids: `[B]`, the token after each request's last verified one.
+        common_attn_metadata: where each request's rows begin, and its tokens with the rejected ones.
+        num_rejected_tokens: `[B]`, or None.
+
+    Returns:
+        One for each request; none at all where lookup is off.
+    """
+    min_length, states = proposer.model.lookup_length, getattr(proposer, "_qm_spec_states", None)
+    if not min_length or states is None:
+        return []
+    token_ids, newest = target_token_ids.tolist(), next_token_ids.tolist()
+    starts, lengths = common_attn_metadata.query_start_loc.tolist(), common_attn_metadata.seq_lens.tolist()
+    rejected = [0] * len(states) if num_rejected_tokens is None else num_rejected_tokens.tolist()
+    found = []
+    for row, state in enumerate(states):
+        start, end = starts[row : row + 2]
+        index = _read(state, min_length, lengths[row] - (end - start), token_ids[start : end - rejected[row]])
+        # Otherwise it lacks tokens that have not arrived.
+        complete = len(index) == lengths[row] - rejected[row]
+        found.append(index.look_up(newest[row], num_drafts) if complete else Lookup((), 0))
+    return found
+
+
+def _read(state: Any, min_length: int, first: int, token_ids: list[int]) -> SuffixIndex:
+    """Bring a request's index up to the verified tokens of this step, which stand at `first`."""
+    index = getattr(state, "_qm_spec_index", None)
+    if index is None:
+        index = state._qm_spec_index = SuffixIndex(min_length)
+    if len(index) < first:
+        # A prefix from the cache, or steps that drafted nothing.
+        skipped = _token_ids(state, len(index), first)
+        if skipped is None:
+            return index
+        index.read(skipped)
+    if len(index) > first:
+        # A preempted request is read again, and what it had sampled last may have been taken back.
+        kept = index.token_ids[:first]
+        index = state._qm_spec_index = SuffixIndex(min_length)
+        index.read(kept)
+    index.read(token_ids)
+    return index
+
+
+def _token_ids(state: Any, start: int, end: int) -> list[int] | None:
+    """Return a request's tokens as the runner knows them; None for embeddings, and before sampled ones have arrived."""
+    if state.prompt_token_ids is None:
+        return None
+    token_ids = [state.get_token_id(position) for position in range(start, end)]
+    return None if min(token_ids) < 0 else token_ids
+
+
+def replace_drafts(found: Sequence[Lookup], drafted: Tensor, probs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Put what was looked up in the place of the prior's drafts.
+
+    Args:
+        found: one per row.
+        drafted: `[B, K]` int64.
+        probs: `[B, K, V]` distributions that the drafts were drawn from, or None.
+
+    Returns:
+        Drafts and distributions; a looked-up token has all of its distribution.
+    """
+    rows = [row for row, lookup in enumerate(found) if lookup.length]
+    if not rows:
+        return drafted, probs
+    places = torch.tensor(rows, device=drafted.device)
+    copied = torch.tensor([found[row].drafts for row in rows], dtype=drafted.dtype, device=drafted.device)
+    if probs is not None:
+        probs = probs.index_copy(0, places, one_hot(copied, probs.shape[-1]).to(probs.dtype))
+    return drafted.index_copy(0, places, copied), probs
