@@ -144,6 +144,14 @@ def train_command(
     num_speculative_tokens: Annotated[int, typer.Option(min=1, help="Draft steps unrolled; default K.")] = 4,
     regenerated_tokens: Annotated[int, typer.Option(min=0, help="Tokens the target writes as data.")] = 0,
     intermediate_size: Annotated[int | None, typer.Option(help="Of the MLP; the target's by default.")] = None,
+    aux_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L,L,L",
+            help="Layers whose input states are read, 0 = the embedding.",
+            show_default="L/3, 2L/3, L - 1",
+        ),
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens kept raw.")] = 128,
     group_size: Annotated[int, typer.Option(help="Tokens merged together.")] = 16,
     schedule: Annotated[str, typer.Option(help="Entries per group at each level; 0 = none.")] = "8,4,2,1",
@@ -175,6 +183,7 @@ def train_command(
         kind=drafter,
         num_speculative_tokens=num_speculative_tokens,
         intermediate_size=intermediate_size,
+        aux_layers=None if aux_layers is None else [int(layer) for layer in aux_layers.split(",")],
         sequence_length=sequence_length,
         rows_per_window=rows_per_window,
         regenerated_tokens=regenerated_tokens,

@@ -84,6 +84,19 @@ def test_an_unknown_drafter_is_refused(folder, tmp_path):
     assert isinstance(refused.exception, ValueError) and "got 'eagle2'" in str(refused.exception)
 
 
+def test_the_drafter_may_read_the_embedding(folder, tmp_path):
+    done = train(folder, tmp_path / "drafter", "--aux-layers", "0,1,3", "--max-steps", 2)
+    assert done.exit_code == 0, done.output
+    drafter = load_drafter(tmp_path / "drafter")
+    assert drafter.config.eagle_aux_hidden_state_layer_ids == [0, 1, 3]
+    # The embedding is a thousand times smaller than a late layer's state, and must not be lost beside it.
+    states = torch.randn(5, 3 * 64)
+    smaller = torch.cat([states[:, :64] / 1000, states[:, 64:]], -1)
+    torch.testing.assert_close(drafter.layer.fuse(smaller), drafter.layer.fuse(states), rtol=0.01, atol=0.01)
+    refused = train(folder, tmp_path / "other", "--aux-layers", "0,1,4", "--max-steps", 2)
+    assert isinstance(refused.exception, ValueError) and "in 0..3, got [0, 1, 4]" in str(refused.exception)
+
+
 def test_training_goes_on_from_a_drafter_of_the_same_target_only(folder, tmp_path):
     first = tmp_path / "first"
     assert train(folder, first, "--max-steps", 2).exit_code == 0

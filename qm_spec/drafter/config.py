@@ -21,6 +21,8 @@ class QuickMergeConfig(LlamaConfig):
         target_fingerprint: of the one target this drafter was trained for.
         eagle_aux_hidden_state_layer_ids: target layers whose input states are fused; vLLM's name.
         num_speculative_tokens: drafted tokens per step when the user names no number.
+        norm_aux_states: bring the states to one size before they are fused; their sizes differ a thousandfold
+            between the embedding (layer 0) and the last layer.
         quickmerge: `MergeConfig` settings as a dict.
         lookup_length: in vLLM, where so many of a request's last tokens (2..8) have stood in it before, what followed
             them there is drafted in place of the prior's tokens; 0 never looks them up.
@@ -35,6 +37,7 @@ class QuickMergeConfig(LlamaConfig):
         target_fingerprint: str = "",
         eagle_aux_hidden_state_layer_ids: list[int] | None = None,
         num_speculative_tokens: int = 4,
+        norm_aux_states: bool = False,
         quickmerge: dict[str, Any] | None = None,
         lookup_length: int = 0,
         **kwargs: Any,
@@ -42,6 +45,7 @@ class QuickMergeConfig(LlamaConfig):
         self.merge = MergeConfig.from_dict(quickmerge or {})
         self.target_fingerprint = target_fingerprint
         self.eagle_aux_hidden_state_layer_ids = list(eagle_aux_hidden_state_layer_ids or [])
+        self.norm_aux_states = norm_aux_states
         limit = self.merge.max_speculative_tokens
         if not 1 <= num_speculative_tokens <= limit:
             raise ValueError(

@@ -54,6 +54,7 @@ class PriorLayer(nn.Module):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.head_dim = config.head_dim
+        self.norm_aux_states = config.norm_aux_states
         self.num_heads = config.num_attention_heads // shards
         self.num_kv_heads = max(1, config.num_key_value_heads // shards)
         query_size = config.num_attention_heads * config.head_dim
@@ -89,6 +90,9 @@ class PriorLayer(nn.Module):
 
     def fuse(self, aux_states: Tensor) -> Tensor:
         """Combine the target's auxiliary states `[..., 3 D]` into the fused state `[..., D]`."""
+        if self.norm_aux_states:
+            states = aux_states.unflatten(-1, (NUM_AUX_STATES, -1))
+            aux_states = F.rms_norm(states, states.shape[-1:], eps=1e-6).flatten(-2)
         return self.fc(aux_states)
 
     def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:

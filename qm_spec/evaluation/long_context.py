@@ -133,7 +133,7 @@ def measure_acceptance(
     Args:
         target: a causal LM of transformers, float32.
         tokenizer: its own.
-        drafters: by name; all read the same layers.
+        drafters: by name.
         text: prose that nothing was trained on.
         domains: of `DOMAINS`.
         lengths: tokens of the prompts.
@@ -145,7 +145,7 @@ def measure_acceptance(
         on_progress: called with domain, length and number of each finished prompt.
     """
     writer = PromptWriter(tokenizer, text)
-    layers = next(iter(drafters.values())).config.eagle_aux_hidden_state_layer_ids
+    layers = {name: tuple(drafter.config.eagle_aux_hidden_state_layer_ids) for name, drafter in drafters.items()}
     for domain in domains:
         for length in lengths:
             replays: dict[str, list[Replay]] = {}
@@ -157,8 +157,11 @@ def measure_acceptance(
                 )
                 if domain == "quotations":
                     copied.append(_share_copied(prompt, continuation))
-                read = read_text(target, prompt, continuation, layers)
-                accepted = {name: accepted_everywhere(drafter, read, num_drafts) for name, drafter in drafters.items()}
+                read = {some: read_text(target, prompt, continuation, some) for some in set(layers.values())}
+                accepted = {
+                    name: accepted_everywhere(drafter, read[layers[name]], num_drafts)
+                    for name, drafter in drafters.items()
+                }
                 for name, counts in _with_lookup(accepted, [*prompt, *continuation], len(prompt), num_drafts).items():
                     replays.setdefault(name, []).append(walk(counts, num_drafts))
                 on_progress(domain, length, number)

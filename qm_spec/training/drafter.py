@@ -81,6 +81,7 @@ def drafter_config(
     merge: MergeConfig,
     num_speculative_tokens: int,
     intermediate_size: int | None = None,
+    aux_layers: Sequence[int] | None = None,
 ) -> QuickMergeConfig:
     """Return the configuration of a drafter that fits `target`.
 
@@ -90,9 +91,21 @@ def drafter_config(
         merge: the merging schedule.
         num_speculative_tokens: the depth to unroll in training and to draft by default.
         intermediate_size: of the MLP; the target's when None.
+        aux_layers: three target layers whose input states it reads, 0 for the embedding; those of
+            `default_aux_layers` when None.
+
+    Raises:
+        ValueError: the layers are not three of the target's.
     """
+    sizes = _sizes(target, num_speculative_tokens, fingerprint)
+    if aux_layers is not None:
+        num_layers = target.config.num_hidden_layers
+        if len(set(aux_layers)) != 3 or not all(0 <= layer < num_layers for layer in aux_layers):
+            raise ValueError(f"train: aux layers must be three different ones in 0..{num_layers - 1}, got {aux_layers}")
+        sizes["eagle_aux_hidden_state_layer_ids"] = list(aux_layers)
     return QuickMergeConfig(
-        **_sizes(target, num_speculative_tokens, fingerprint),
+        **sizes,
+        norm_aux_states=aux_layers is not None,
         quickmerge=merge.to_dict(),
         intermediate_size=intermediate_size or target.config.intermediate_size,
     )
@@ -283,6 +296,7 @@ def train_drafter(
     kind: str = "quickmerge",
     num_speculative_tokens: int = 4,
     intermediate_size: int | None = None,
+    aux_layers: Sequence[int] | None = None,
     sequence_length: int = 1024,
     rows_per_window: int = 128,
     regenerated_tokens: int = 0,
@@ -300,6 +314,7 @@ def train_drafter(
         kind: one of `DRAFTERS`; for EAGLE-3 the other settings describe the prior it is compared with.
         num_speculative_tokens: draft steps unrolled, and the default K of the drafter.
         intermediate_size: of the prior's MLP; the target's when None.
+        aux_layers: see `drafter_config`; EAGLE-3 reads the default ones.
         sequence_length: tokens per window.
         rows_per_window: positions per window that the loss is taken at.
         regenerated_tokens: tokens that the target itself writes, added to the data. Acceptance is
@@ -318,7 +333,7 @@ def train_drafter(
     target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
     if torch.cuda.is_available():
         target.cuda()
-    config = drafter_config(target, fingerprint, merge, num_speculative_tokens, intermediate_size)
+    config = drafter_config(target, fingerprint, merge, num_speculative_tokens, intermediate_size, aux_layers)
     drafter = new_drafter(kind, target, config, sequence_length)
     if init_from is not None:
         known = load_drafter(init_from)
