@@ -112,39 +112,36 @@ def evaluate(
     # An end asked for by the system is handled like Ctrl-C: the engine is ended, the results stay.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        from qm_spec.evaluation.benchmark import Benchmark
         from qm_spec.evaluation.settings import BenchmarkSettings
         from qm_spec.evaluation.sweep import parse_sweep, parse_values
 
         if more and not sweep:
             raise ValueError(f"sweep: {' '.join(more)} must stand behind --sweep")
-        code = run_with_progress(
-            Benchmark(
-                BenchmarkSettings(
-                    target=target,
-                    out=out,
-                    draft=draft,
-                    methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
-                    num_speculative_tokens=num_speculative_tokens,
-                    prompts=prompts,
-                    data=data,
-                    num_prompts=num_prompts,
-                    max_tokens=max_tokens,
-                    temperature=temperature,
-                    concurrency=concurrency,
-                    context_lengths=None
-                    if context_lengths is None
-                    else parse_values(context_lengths, int, "context_lengths"),
-                    seed=seed,
-                    dtype=dtype,
-                    repeats=repeats,
-                    sweep=parse_sweep([*(sweep or ()), *(more or ())]),
-                    ray=ray_settings(ray, ray_address, num_cpus, num_gpus),
-                    resume=resume,
-                    skip_long=skip_long,
-                )
-            )
+        settings = BenchmarkSettings(
+            target=target,
+            out=out,
+            draft=draft,
+            methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+            num_speculative_tokens=num_speculative_tokens,
+            prompts=prompts,
+            data=data,
+            num_prompts=num_prompts,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            concurrency=concurrency,
+            context_lengths=None if context_lengths is None else parse_values(context_lengths, int, "context_lengths"),
+            seed=seed,
+            dtype=dtype,
+            repeats=repeats,
+            sweep=parse_sweep([*(sweep or ()), *(more or ())]),
+            ray=ray_settings(ray, ray_address, num_cpus, num_gpus),
+            resume=resume,
+            skip_long=skip_long,
         )
+        # Behind the settings: it imports torch, which wrong ones need not wait for.
+        from qm_spec.evaluation.benchmark import Benchmark
+
+        code = run_with_progress(Benchmark(settings))
     except (OSError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from error
