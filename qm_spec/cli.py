@@ -407,7 +407,16 @@ def report_command(
     typer.echo(f"saved {page} and {markdown}")
 
 
-app.command("eval")(evaluate)
+EVAL_EXAMPLES = """
+Example: `qm-spec eval --methods none,none-again,qm_spec --out results/mine`, then `qm-spec report results/mine`
+
+Example: `qm-spec eval --target my-model --benchmark spec_bench --data data --skip-long --ray 4`
+
+Example: `qm-spec eval --target /shared/my-model --ray 16 --ray-address auto --num-cpus 8 --num-gpus 1 --resume`
+
+Example: `qm-spec eval --target my-model --sweep num_speculative_tokens=1..8 concurrency=1,8,32 temperature=0,1`
+"""
+app.command("eval", epilog=EVAL_EXAMPLES)(evaluate)
 
 
 @app.command("generate")
