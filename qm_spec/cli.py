@@ -426,7 +426,9 @@ def generate_command(
         Path, typer.Option("--input", metavar="FILE", help="Rows with 'text', 'prompt' or OpenAI 'messages'.")
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="One JSON line for each row, in the same order.")],
-    method: Annotated[str, typer.Option(help="qm_spec, ngram, or none for plain decoding.")] = "qm_spec",
+    method: Annotated[
+        str, typer.Option(help="qm_spec, qm_spec-lookup, ngram, or none for plain decoding.")
+    ] = "qm_spec",
     draft: Annotated[
         str, typer.Option(metavar="DIR|qm_spec", help="Drafter folder, or qm_spec to find the target's own.")
     ] = "qm_spec",

@@ -136,7 +136,10 @@ def test_actors_take_contiguous_rows_and_leave_the_order(settings, engine_comman
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "qm_spec-window"}, "method: must be one of ngram, none, qm_spec, got qm_spec-window"),
+        (
+            {"method": "qm_spec-window"},
+            "method: must be one of ngram, none, qm_spec, qm_spec-lookup, got qm_spec-window",
+        ),
         ({"max_tokens": 0}, "max_tokens: must be at least 1, got 0"),
         ({"concurrency": 0}, "concurrency: must be at least 1"),
         ({"temperature": -1.0}, r"temperature: must be 0 \(greedy\) or above"),

@@ -13,6 +13,7 @@ from qm_spec.evaluation.command import run_with_progress
 from qm_spec.evaluation.recommend import format_front, pareto_front, recommend, serve_command
 from qm_spec.evaluation.report.measurements import Measurements
 from qm_spec.evaluation.settings import Sweep
+from qm_spec.evaluation.shards import EngineSpec
 from qm_spec.evaluation.sweep import parse_sweep
 
 
@@ -85,11 +86,12 @@ def made_up_sweep():
     return made_up_results(*runs)
 
 
-CONFIGS = {
-    ("none", 0): None,
-    ("qm_spec", 2): {"method": "eagle3", "model": "my drafter", "num_speculative_tokens": 2},
-    ("qm_spec", 4): {"method": "eagle3", "model": "my drafter", "num_speculative_tokens": 4},
-}
+def engine(depth: int, *, enforce_eager: bool = False) -> EngineSpec:
+    config = {"method": "eagle3", "model": "my drafter", "num_speculative_tokens": depth} if depth else None
+    return EngineSpec("/somewhere/target", config, "auto", 512, 32, enforce_eager, 0)
+
+
+ENGINES = {("none", 0): engine(0), ("qm_spec", 2): engine(2), ("qm_spec", 4): engine(4)}
 
 
 def test_the_front_holds_what_nothing_beats():
@@ -101,7 +103,7 @@ def test_the_front_holds_what_nothing_beats():
 
 def test_the_recommendation_is_the_best_mean_with_its_interval():
     results = made_up_sweep()
-    best = recommend(results, "target", CONFIGS)
+    best = recommend(results, "target", ENGINES)
     speedups = [run["speedup"] for run in results["runs"] if run["num_speculative_tokens"] == 2]
     assert (best.method, best.num_speculative_tokens, best.num_candidates, best.num_conditions) == ("qm_spec", 2, 3, 3)
     assert best.speedup.value == pytest.approx((speedups[0] * speedups[1] * speedups[2]) ** (1 / 3))
@@ -109,15 +111,22 @@ def test_the_recommendation_is_the_best_mean_with_its_interval():
     assert "is not shown" not in str(best)
     words = shlex.split(best.command)
     assert words[:7] == ["vllm", "serve", "target", "--dtype", "float32", "--max-num-seqs", "32"]
-    assert json.loads(words[8]) == CONFIGS["qm_spec", 2]
+    assert json.loads(words[8]) == ENGINES["qm_spec", 2].speculative_config
+
+
+def test_the_command_serves_what_was_measured():
+    assert serve_command("none", engine(0, enforce_eager=True), "a b", "bfloat16", 4) == (
+        "vllm serve 'a b' --dtype bfloat16 --max-num-seqs 4 --enforce-eager"
+    )
+    assert serve_command("qm_spec-lookup", engine(2), "t", "bfloat16", 4).startswith("QM_SPEC_LOOKUP=")
 
 
 def test_what_slows_down_is_not_recommended():
     plain = made_up_rows("none")
     slow = made_up_rows("qm_spec", seconds_per_step=0.1)
     runs = made_up_run("none", plain, plain), made_up_run("qm_spec", slow, plain)
-    best = recommend(made_up_results(*runs), "target", CONFIGS)
-    assert (best.method, best.command) == ("none", serve_command("target", None, "float32", 1))
+    best = recommend(made_up_results(*runs), "target", ENGINES)
+    assert (best.method, best.command) == ("none", serve_command("none", engine(0), "target", "float32", 1))
     assert str(best).startswith("recommended: no speculation")
 
 
@@ -127,7 +136,7 @@ def test_a_difference_within_the_interval_is_not_called_faster():
     run = made_up_run("qm_spec", rows, plain)
     # Whatever the noise has made of the speed-up: 1.01, and an interval on both sides of 1.
     run = {**run, "speedup": 1.01}
-    best = recommend(made_up_results(made_up_run("none", plain, plain), run), "target", CONFIGS)
+    best = recommend(made_up_results(made_up_run("none", plain, plain), run), "target", ENGINES)
     assert best.speedup.low < 1 < best.speedup.high
     assert "that it is faster at all is not shown" in str(best)
 
@@ -135,6 +144,6 @@ def test_a_difference_within_the_interval_is_not_called_faster():
 def test_what_was_not_measured_everywhere_is_no_candidate():
     results = made_up_sweep()
     results["runs"] = [run for run in results["runs"] if (run["num_speculative_tokens"], run["concurrency"]) != (2, 8)]
-    assert recommend(results, "target", CONFIGS).num_speculative_tokens != 2
+    assert recommend(results, "target", ENGINES).num_speculative_tokens != 2
     results["runs"] = []
-    assert recommend(results, "target", CONFIGS) is None
+    assert recommend(results, "target", ENGINES) is None

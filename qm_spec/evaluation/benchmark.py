@@ -250,12 +250,12 @@ class Benchmark:
 
     def _recommend(self) -> None:
         """Add to the results what a server should be given."""
-        configs = {
-            (one.method, config["num_speculative_tokens"] if config else 0): config
+        engines = {
+            (one.method, (engine.speculative_config or {}).get("num_speculative_tokens", 0)): engine
             for one in self._measurements
-            for config in (one.shard.engine.speculative_config,)
+            for engine in (one.shard.engine,)
         }
-        found = recommend(self.results, str(self.settings.target), configs)
+        found = recommend(self.results, str(self.settings.target), engines)
         if found is not None:
             self.recommendation = found
             self.results["recommendation"] = found.to_json()

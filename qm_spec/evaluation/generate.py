@@ -20,7 +20,14 @@ from qm_spec.evaluation.process import ENGINE_COMMAND
 from qm_spec.evaluation.prompts import tokenize_prompts
 from qm_spec.evaluation.ray_runner import RayRunner
 from qm_spec.evaluation.rows import prompt_from_row, read_rows
-from qm_spec.evaluation.settings import DRAFTER_METHODS, DTYPES, FIND_DRAFT, REFERENCE_METHOD, RaySettings
+from qm_spec.evaluation.settings import (
+    DRAFTER_METHODS,
+    DTYPES,
+    FIND_DRAFT,
+    LOOKUP_METHOD,
+    REFERENCE_METHOD,
+    RaySettings,
+)
 from qm_spec.evaluation.shards import (
     EngineSpec,
     RequestResult,
@@ -34,7 +41,7 @@ from qm_spec.evaluation.store import ShardStore
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-METHODS = (REFERENCE_METHOD, "ngram", "qm_spec")
+METHODS = (REFERENCE_METHOD, "ngram", "qm_spec", LOOKUP_METHOD)
 # Prompts that reach the disk together: several rounds of those in flight, so that few engines run dry.
 _ROUNDS_PER_SHARD = 8
 _MIN_SHARD = 16
@@ -48,7 +55,7 @@ class GenerationSettings:
         target: folder of the target model.
         input: file of prompts, in the shapes that `prompt_from_row` reads.
         output: file of JSON lines, one for each row of the input and in its order.
-        method: "qm_spec", "ngram", or "none" for plain decoding.
+        method: "qm_spec", "qm_spec-lookup", "ngram", or "none" for plain decoding.
         draft: "qm_spec" for the drafter that belongs to the target, or a drafter's folder.
         num_speculative_tokens: K; None for the drafter's own number.
         max_tokens: most output tokens of a prompt; an end-of-text token ends it earlier.

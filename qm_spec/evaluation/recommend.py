@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from qm_spec.drafter.suffix_index import SURE_LENGTH
 from qm_spec.evaluation.report.measurements import Measured, Measurements
-from qm_spec.evaluation.settings import REFERENCE_METHOD
+from qm_spec.evaluation.settings import LOOKUP_METHOD, REFERENCE_METHOD
+from qm_spec.evaluation.shards import EngineSpec
 from qm_spec.evaluation.statistics import CONFIDENCE, Estimate, Floats, Resamples, request_columns
 from qm_spec.evaluation.table import align_table
 
 # The other methods are there for comparison; no server offers them.
-SERVED_METHODS = (REFERENCE_METHOD, "ngram", "qm_spec")
+SERVED_METHODS = (REFERENCE_METHOD, "ngram", "qm_spec", LOOKUP_METHOD)
 
 
 def pareto_front(measured: Sequence[Measured]) -> list[Measured]:
@@ -112,13 +114,13 @@ class Recommendation:
 
 
 def recommend(
-    results: dict[str, Any], target: str, speculative_configs: dict[tuple[str, int], dict[str, Any] | None]
+    results: dict[str, Any], target: str, engines: Mapping[tuple[str, int], EngineSpec]
 ) -> Recommendation | None:
     """Choose among the methods and depths that were measured under all conditions.
 
     Args:
         target: folder of the target, as the server is to be given it.
-        speculative_configs: vLLM's setting by method and depth, None for plain decoding.
+        engines: what was measured, by method and depth.
 
     Returns:
         None where nothing was measured under all conditions.
@@ -141,8 +143,9 @@ def recommend(
         num_candidates=len(candidates),
         num_conditions=len(conditions),
         command=serve_command(
+            method,
+            engines[method, depth],
             target,
-            speculative_configs[method, depth],
             results["environment"]["dtype"],
             max(one.setting.concurrency for one in runs),
         ),
@@ -183,9 +186,12 @@ def _estimated(runs: Sequence[Measured]) -> Estimate:
     return Estimate(value, scale * found.low**root, scale * found.high**root)
 
 
-def serve_command(target: str, speculative_config: dict[str, Any] | None, dtype: str, max_num_seqs: int) -> str:
+def serve_command(method: str, engine: EngineSpec, target: str, dtype: str, max_num_seqs: int) -> str:
     """Return the line that serves a target as it was measured."""
     words = ["vllm", "serve", target, "--dtype", dtype, "--max-num-seqs", str(max_num_seqs)]
-    if speculative_config is not None:
-        words += ["--speculative-config", json.dumps(speculative_config)]
-    return shlex.join(words)
+    if engine.enforce_eager:
+        words.append("--enforce-eager")
+    if engine.speculative_config is not None:
+        words += ["--speculative-config", json.dumps(engine.speculative_config)]
+    environment = f"QM_SPEC_LOOKUP={SURE_LENGTH} " if method == LOOKUP_METHOD else ""
+    return environment + shlex.join(words)
