@@ -43,8 +43,8 @@ def main(
             help="The first drafter once more with another setting of its memory, e.g. window-only=schedule:0.",
         ),
     ] = None,
-    domains: Annotated[str, typer.Option(metavar="D,...", help="Of novels, quotations and code.")] = (
-        "novels,quotations,code"
+    domains: Annotated[str, typer.Option(metavar="D,...", help="Of novels, quotations, records and code.")] = (
+        "novels,quotations,records,code"
     ),
     lengths: Annotated[str, typer.Option(metavar="L,...", help="Tokens of the prompts.")] = (
         "256,512,1024,2048,4096,8192"

@@ -43,7 +43,7 @@ def pair():
     return target, tokenizer, QuickMergePrior.from_pretrained(NOVELS / "drafter", dtype="float32").eval()
 
 
-@pytest.mark.parametrize("domain", ["novels", "quotations", "code"])
+@pytest.mark.parametrize("domain", ["novels", "quotations", "records", "code"])
 def test_prompts_have_the_wanted_length_and_are_reproducible(pair, domain: str) -> None:
     writer = PromptWriter(pair[1], PROSE)
     prompt = writer.write(domain, 300, 1)

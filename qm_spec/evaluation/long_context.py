@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from qm_spec.drafter.suffix_index import SURE_LENGTH
+from qm_spec.evaluation.long_documents import DocumentWriter
 from qm_spec.evaluation.lookup import lookup_drafts
-from qm_spec.evaluation.replay import Replay, accepted_everywhere, read_text, walk, write_continuations
+from qm_spec.evaluation.replay import (
+    ReadText,
+    Replay,
+    accepted_everywhere,
+    read_text,
+    walk,
+    write_continuations,
+)
 from qm_spec.evaluation.statistics import Estimate, Resamples
 from qm_spec.training.data import find_files, read_documents
 
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
 
     from qm_spec.drafter.rows import Drafter
 
-DOMAINS = ("novels", "quotations", "code")
+DOMAINS = ("novels", "quotations", "records", "code")
 LOOKUP = "lookup"
 # A quoted passage, and how much of it stands in the prompt when it is quoted again; tokens.
 _PASSAGE, _QUOTED = 160, 24
@@ -43,7 +52,9 @@ class PromptWriter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: Sequence[Path]) -> None:
         self._tokenizer = tokenizer
-        self._prose = [self._tokens(document) for document in read_documents(find_files(text))]
+        documents = list(read_documents(find_files(text)))
+        self._prose = [self._tokens(document) for document in documents]
+        self._documents = DocumentWriter(tokenizer, documents)
         self._code: list[list[int]] = []
 
     def _tokens(self, text: str) -> list[int]:
@@ -64,8 +75,8 @@ class PromptWriter:
         """Return `length` token ids, the same ones for the same arguments.
 
         novels: prose as it stands. quotations: prose in which a passage is quoted again at the end, from
-        anywhere in the first half; the prompt ends some tokens into the quotation. code: a file of Python's
-        standard library.
+        anywhere in the first half; the prompt ends some tokens into the quotation. records: facts about invented
+        people, told and looked up again. code: a file of Python's standard library.
 
         Raises:
             ValueError: the domain is unknown, or no text is long enough.
@@ -73,6 +84,8 @@ class PromptWriter:
         rng = Random(f"{domain} {length} {seed}")
         if domain == "novels":
             return self._cut(self._prose, length, rng, "prose")
+        if domain == "records":
+            return list(self._documents.write("records", length, seed))
         if domain == "code":
             if not self._code:
                 folder = Path(sysconfig.get_paths()["stdlib"])
@@ -157,7 +170,7 @@ def measure_acceptance(
                 )
                 if domain == "quotations":
                     copied.append(_share_copied(prompt, continuation))
-                read = {some: read_text(target, prompt, continuation, some) for some in set(layers.values())}
+                read = _read(target, prompt, continuation, set(layers.values()))
                 accepted = {
                     name: accepted_everywhere(drafter, read[layers[name]], num_drafts)
                     for name, drafter in drafters.items()
@@ -167,6 +180,18 @@ def measure_acceptance(
                 on_progress(domain, length, number)
             share = float(np.mean(copied)) if copied else None
             yield [_row(domain, length, name, found, share, seed) for name, found in replays.items()]
+
+
+def _read(
+    target: PreTrainedModel, prompt: list[int], continuation: list[int], wanted: set[tuple[int, ...]]
+) -> dict[tuple[int, ...], ReadText]:
+    """Read a text once for drafters that read different layers."""
+    layers = sorted({layer for some in wanted for layer in some})
+    read = read_text(target, prompt, continuation, layers)
+    states = dict(zip(layers, read.aux_states.chunk(len(layers), -1), strict=True))
+    return {
+        some: replace(read, layers=some, aux_states=torch.cat([states[layer] for layer in some], -1)) for some in wanted
+    }
 
 
 def _share_copied(prompt: list[int], continuation: list[int]) -> float:
