@@ -262,7 +262,7 @@ def load_drafters(named: Sequence[str], merges: Sequence[str], target_dir: Path)
             given = [int(count) for count in value.split("-")]
         elif isinstance(known.get(key), (int, float)):
             given = type(known[key])(value)
-        again.config.quickmerge = MergeConfig.from_dict({**known, key: given}).to_dict()
+        again.config.merge = MergeConfig.from_dict({**known, key: given})
         drafters[name] = again
     return drafters
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qm_spec.drafter.prior import QuickMergePrior
@@ -83,3 +84,19 @@ def test_rows_are_sums_of_replays(pair) -> None:
         tokens += len(found.accepted) + sum(found.accepted)
     assert by_name["ours"].num_steps == steps
     assert by_name["ours"].acceptance_length.value == pytest.approx(tokens / steps)
+
+
+def test_another_setting_of_the_memory_is_what_the_drafter_reads_with() -> None:
+    import long_context
+
+    drafters = long_context.load_drafters(
+        [f"ours={NOVELS / 'drafter'}"], ["near=schedule:0", "all=window:4096"], NOVELS / "target"
+    )
+    assert drafters["ours"].config.merge.schedule == (8, 4, 2, 1)
+    states = torch.randn(1, 1024, 3 * 192)
+    embeddings = torch.zeros(1, 1024, 192)
+    entries = {name: drafter.read(states, embeddings).num_entries for name, drafter in drafters.items()}
+    assert entries["near"] == entries["all"] == 1024 < entries["ours"]
+    assert drafters["near"].config.merge != drafters["all"].config.merge
+    with pytest.raises(ValueError, match="NAME=KEY:VALUE"):
+        long_context.load_drafters([f"ours={NOVELS / 'drafter'}"], ["near"], NOVELS / "target")
