@@ -108,7 +108,13 @@ class RayRunner:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         if settings.address is not None:
-            ray.init(address=settings.address, **quiet)
+            try:
+                ray.init(address=settings.address, **quiet)
+            except ConnectionError as error:
+                raise ConnectionError(
+                    f"ray: there must be a cluster at {settings.address}, got: {_first_line(error)}; start one with "
+                    "ray start --head. One that asks for a token wants RAY_AUTH_MODE=token and the token here too"
+                ) from error
             return
         # By default Ray's workers, and so the engines, give way to every other process.
         os.environ.setdefault("RAY_worker_niceness", "0")
