@@ -92,11 +92,11 @@ def test_another_setting_of_the_memory_is_what_the_drafter_reads_with() -> None:
     drafters = long_context.load_drafters(
         [f"ours={NOVELS / 'drafter'}"], ["near=schedule:0", "all=window:4096"], NOVELS / "target"
     )
-    assert drafters["ours"].config.merge.schedule == (8, 4, 2, 1)
-    states = torch.randn(1, 1024, 3 * 192)
-    embeddings = torch.zeros(1, 1024, 192)
-    entries = {name: drafter.read(states, embeddings).num_entries for name, drafter in drafters.items()}
-    assert entries["near"] == entries["all"] == 1024 < entries["ours"]
-    assert drafters["near"].config.merge != drafters["all"].config.merge
+    states, embeddings = torch.randn(1, 1024, 3 * 192), torch.zeros(1, 1024, 192)
+    visible = {}
+    for name, drafter in drafters.items():
+        rows = drafter.read(states, embeddings).rows(torch.tensor([[1023]]))
+        visible[name] = int(rows.bias.isfinite()[0, 0, 0].sum())
+    assert visible == {"ours": 320, "near": 128, "all": 1024}
     with pytest.raises(ValueError, match="NAME=KEY:VALUE"):
         long_context.load_drafters([f"ours={NOVELS / 'drafter'}"], ["near"], NOVELS / "target")
