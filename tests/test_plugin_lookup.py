@@ -263,7 +263,7 @@ def test_requests_alone_write_the_targets_text_with_the_acceptance_of_the_replay
         total = total + replay.counts
         counted = [run["counters"][number][f"vllm:spec_decode_num_{what}"] for what in ("drafts", "accepted_tokens")]
         assert counted == [total.drafts, total.accepted_tokens]
-    assert changed >= 4, "the lookup must change what is accepted, or equal counts show nothing of it"
+    assert changed >= 3, "the lookup must change what is accepted, or equal counts show nothing of it"
 
 
 def test_requests_together_write_the_same(run: Any, continuations: list[list[int]]) -> None:
