@@ -98,7 +98,9 @@ def test_the_front_holds_what_nothing_beats():
     front = pareto_front(Measurements(made_up_sweep()).all)
     found = [(one.setting.concurrency, one.setting.method, one.setting.num_speculative_tokens) for one in front]
     assert found == [(1, "qm_spec", 4), (8, "qm_spec", 2), (32, "none", 0)]
-    assert len(format_front(made_up_sweep()).splitlines()) == 2 + 3
+    lines = format_front(made_up_sweep()).splitlines()
+    assert len(lines) == 2 + 3
+    assert all("-" in rule for rule in lines[1].strip("|").split("|"))
 
 
 def test_the_recommendation_is_the_best_mean_with_its_interval():

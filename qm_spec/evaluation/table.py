@@ -54,7 +54,8 @@ def format_table(runs: Sequence[Run]) -> str:
 
 def align_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table whose first column stands to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    # A rule of one character is none in Markdown.
+    widths = [max(2, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
     lines = [_line(header, widths), _rule(widths), *(_line(row, widths) for row in rows)]
     return "\n".join(lines)
 
