@@ -309,14 +309,16 @@ def table(rows: Sequence[LongContextRow]) -> str:
 
 
 def plot(rows: Sequence[LongContextRow], file: Path) -> None:
-    """Draw acceptance length over context, one panel per domain, hybrids left out."""
+    """Draw acceptance length over context, one panel per domain; of the hybrids the first drafter's alone."""
     from matplotlib.figure import Figure
 
     domains = list(dict.fromkeys(row.domain for row in rows))
     figure = Figure(figsize=(4.2 * len(domains) + 1, 4), layout="constrained")
     panels = figure.subplots(1, len(domains), squeeze=False, sharey=True)[0]
     colours = ("#0072B2", "#D55E00", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#999999", "#000000")
-    names = [name for name in dict.fromkeys(row.drafter for row in rows) if "+" not in name]
+    names = list(dict.fromkeys(row.drafter for row in rows))
+    hybrids = [name for name in names if "+" in name]
+    names = [name for name in names if name not in hybrids[1:]]
     for axes, domain in zip(panels, domains, strict=True):
         for number, name in enumerate(names):
             mine = sorted(
@@ -324,7 +326,12 @@ def plot(rows: Sequence[LongContextRow], file: Path) -> None:
             )
             x = [row.context for row in mine]
             axes.plot(
-                x, [row.acceptance_length.value for row in mine], marker="o", color=colours[number % 8], label=name
+                x,
+                [row.acceptance_length.value for row in mine],
+                marker="o",
+                color=colours[number % 8],
+                label=name,
+                linestyle="--" if name in hybrids else "-",
             )
             if all(row.acceptance_length.has_interval for row in mine):
                 axes.fill_between(
@@ -332,7 +339,7 @@ def plot(rows: Sequence[LongContextRow], file: Path) -> None:
                     [row.acceptance_length.low or 0 for row in mine],
                     [row.acceptance_length.high or 0 for row in mine],
                     color=colours[number % 8],
-                    alpha=0.12,
+                    alpha=0.07,
                     linewidth=0,
                 )
         axes.set(xscale="log", xlabel="context in tokens", title=domain)
