@@ -162,6 +162,7 @@ def train_command(
     save_steps: SaveSteps = 100,
     seed: int = 0,
     init_from: Annotated[Path | None, typer.Option(help="Go on from this trained drafter.")] = None,
+    states: Annotated[Path | None, typer.Option(help="Folder to keep the target's states in, for more drafters.")] = None,
     resume: Resume = False,
 ) -> None:
     """Train a QuickMerge drafter for a target, or EAGLE-3 with as many parameters; the target is frozen.
@@ -188,6 +189,7 @@ def train_command(
         rows_per_window=rows_per_window,
         regenerated_tokens=regenerated_tokens,
         init_from=init_from,
+        states_dir=states,
         resume=resume,
     )
     length = stage["valid_acceptance_length_teacher_forced"]

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from qm_spec.cli import app
@@ -18,6 +19,7 @@ from qm_spec.drafter.losses import AlignmentHeads, distillation_loss, fidelity_l
 from qm_spec.drafter.memory import merge_levels
 from qm_spec.training.data import TokenWindows, find_files, read_documents
 from qm_spec.training.optimizer import Muon, orthogonalize
+from qm_spec.training.states import TargetStates
 
 TEXT = "the cat sat on the mat and the dog ran to the red house while it rained on the hill. " * 200
 
@@ -208,3 +210,30 @@ def test_losses_have_the_right_zero_and_gradients():
     tokens = torch.randn(1, 6, 8, requires_grad=True)
     heads(tokens).backward()
     assert tokens.grad.abs().sum() > 0 and heads.backward_head.weight.grad.abs().sum() > 0
+
+
+def test_drafters_share_the_states_that_are_kept(folder, tmp_path):
+    first = train(folder, tmp_path / "first", "--max-steps", 4, "--states", tmp_path / "states")
+    assert first.exit_code == 0, first.output
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "states").iterdir()}
+    other = ("--drafter", "eagle3", "--max-steps", 4, "--states", tmp_path / "states")
+    second = train(folder, tmp_path / "second", *other)
+    assert second.exit_code == 0, second.output
+    assert kept and kept == {file: file.stat().st_mtime_ns for file in (tmp_path / "states").iterdir()}
+
+
+def test_kept_states_are_the_targets(folder, tmp_path):
+    target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)
+    input_ids = torch.randint(300, (2, 40))
+    expected = TargetStates(target).read(input_ids, [1, 2])
+    states = TargetStates(target, tmp_path / "states", "a")
+    first, again = states.read(input_ids, [1, 2]), states.read(input_ids, [1, 2])
+    for want, got, twice in zip(expected, first, again, strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-8, atol=0)
+        assert torch.equal(got, twice)
+    one_more = states.read(input_ids, [3])[0]
+    torch.testing.assert_close(one_more, TargetStates(target).read(input_ids, [3])[0], rtol=2**-8, atol=0)
+    count = len(list((tmp_path / "states").iterdir()))
+    assert count == 2 * 4, "two windows of three layers and the last state"
+    TargetStates(target, tmp_path / "states", "b").read(input_ids, [1])
+    assert len(list((tmp_path / "states").iterdir())) == count + 4, "another target's states are others"

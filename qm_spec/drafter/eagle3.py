@@ -40,6 +40,7 @@ class Eagle3Config(LlamaConfig):
         num_speculative_tokens: draft steps unrolled in training, and the default K.
         sliding_window: tokens attended, the row's own included; all of them when None.
         attention_sinks: first tokens of the sequence that stay visible behind the window.
+        fc_norm: bring each of the target's states to one size before they are fused (EAGLE-3.1).
         **kwargs: `LlamaConfig` settings.
 
     Raises:
@@ -53,6 +54,7 @@ class Eagle3Config(LlamaConfig):
         num_speculative_tokens: int = 4,
         sliding_window: int | None = None,
         attention_sinks: int = 0,
+        fc_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         if num_speculative_tokens < 1:
@@ -72,6 +74,7 @@ class Eagle3Config(LlamaConfig):
         self.num_speculative_tokens = num_speculative_tokens
         self.sliding_window = sliding_window
         self.attention_sinks = attention_sinks
+        self.fc_norm = fc_norm
         if sliding_window is not None:
             kwargs["layer_types"] = ["sliding_attention"]
         kwargs.setdefault("num_hidden_layers", 1)
@@ -162,6 +165,8 @@ class Eagle3Drafter(PreTrainedModel):
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__(config)
+        norms = [nn.RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(NUM_AUX_STATES)]
+        self.fc_norm = nn.ModuleList(norms) if config.fc_norm else None
         self.fc = nn.Linear(NUM_AUX_STATES * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = Eagle3Layer(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -170,6 +175,13 @@ class Eagle3Drafter(PreTrainedModel):
     def read(self, aux_states: Tensor, embeddings: Tensor) -> Eagle3Sequences:
         """Read whole sequences: the target's states `[B, N, 3 D]` and the tokens' embeddings `[B, N, D]`."""
         return Eagle3Sequences(self, aux_states, embeddings)
+
+    def fuse(self, aux_states: Tensor) -> Tensor:
+        """Combine the target's auxiliary states `[..., 3 D]` into the fused state `[..., D]`."""
+        if self.fc_norm is not None:
+            chunks = aux_states.chunk(NUM_AUX_STATES, -1)
+            aux_states = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], -1)
+        return self.fc(aux_states)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save a drafter folder; its config names vLLM's class, not this one."""
@@ -208,7 +220,7 @@ class Eagle3Sequences:
 
     def __init__(self, drafter: Eagle3Drafter, aux_states: Tensor, embeddings: Tensor) -> None:
         self.layer, self.norm, self.config = drafter.midlayer, drafter.norm, drafter.config
-        self.states = drafter.fc(aux_states)
+        self.states = drafter.fuse(aux_states)
         x = self.layer.inputs(embeddings[:, 1:], self.states[:, :-1])
         self.places = torch.arange(x.shape[1], device=x.device)
         keys, values = self.layer.self_attn.keys_values(x, self.places)

@@ -22,10 +22,11 @@ from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.losses import AlignmentHeads, distillation_loss, fidelity_loss
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.drafter.rows import Drafter, PriorSequences, read_target
+from qm_spec.drafter.rows import Drafter, PriorSequences
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.loop import LoopSettings, fit
 from qm_spec.training.regenerate import regenerate
+from qm_spec.training.states import TargetStates
 
 # Later draft steps count less: they matter only when the earlier tokens were accepted.
 STEP_DISCOUNT = 0.8
@@ -122,8 +123,8 @@ def eagle3_config(
 ) -> Eagle3Config:
     """Return the configuration of an EAGLE-3 drafter with as many parameters as `prior`.
 
-    The head layout, and so the bytes of a key and a value, is the prior's; the MLP takes up the difference. The
-    rotary base is the target's, without its scaling.
+    The head layout, and so the bytes of a key and a value, is the prior's, and so are the layers it reads and
+    whether they are normed; the MLP takes up the difference. The rotary base is the target's, without its scaling.
 
     Args:
         target: both drafters are its own.
@@ -135,7 +136,11 @@ def eagle3_config(
 
     def sized(intermediate_size: int) -> Eagle3Config:
         return Eagle3Config(
-            **_sizes(target, prior.num_speculative_tokens, prior.target_fingerprint),
+            **{
+                **_sizes(target, prior.num_speculative_tokens, prior.target_fingerprint),
+                "eagle_aux_hidden_state_layer_ids": prior.eagle_aux_hidden_state_layer_ids,
+            },
+            fc_norm=prior.norm_aux_states,
             sliding_window=sliding_window,
             attention_sinks=attention_sinks,
             intermediate_size=intermediate_size,
@@ -199,9 +204,12 @@ class DraftTraining(nn.Module):
         drafter: trained.
         target: frozen, any causal LM of transformers that returns its hidden states.
         rows_per_window: positions per window that the loss is taken at.
+        states: reads the target; nothing is kept when None.
     """
 
-    def __init__(self, drafter: Drafter, target: PreTrainedModel, rows_per_window: int) -> None:
+    def __init__(
+        self, drafter: Drafter, target: PreTrainedModel, rows_per_window: int, states: TargetStates | None = None
+    ) -> None:
         super().__init__()
         self.drafter = drafter
         self.merging = MergingLoss(drafter.config) if isinstance(drafter, QuickMergePrior) else None
@@ -209,16 +217,23 @@ class DraftTraining(nn.Module):
         target.requires_grad_(False).eval()
         # In a tuple it is no submodule: checkpoints hold what is trained and nothing else.
         self._target = (target,)
+        self._states = states or TargetStates(target)
 
     @property
     def target(self) -> PreTrainedModel:
         """The frozen target."""
         return self._target[0]
 
-    @torch.no_grad()
     def read_target(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the target's auxiliary states `[B, N, 3 D]` and logits `[B, N, V]`."""
-        return read_target(self.target, input_ids, self.drafter.config.eagle_aux_hidden_state_layer_ids)
+        """Return the target's auxiliary states `[B, N, 3 D]` and its vocabulary head's input `[B, N, D]`."""
+        return self._states.read(input_ids, self.drafter.config.eagle_aux_hidden_state_layer_ids)
+
+    @torch.no_grad()
+    def _expected(self, last_states: Tensor, positions: Tensor) -> Tensor:
+        """Return the target's logits `[B, T, V]` behind the tokens at `positions` `[B, T]`."""
+        head = self.target.get_output_embeddings()
+        index = positions.unsqueeze(-1).expand(-1, -1, last_states.shape[-1])
+        return head(last_states.gather(1, index).to(head.weight.dtype))
 
     def unroll(self, aux_states: Tensor, input_ids: Tensor, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         """Run all draft steps at the given positions, fed with the text's own tokens.
@@ -259,14 +274,13 @@ class DraftTraining(nn.Module):
             # Validation looks at the same, evenly spread rows each time.
             stride = max(1, num_rows // self.rows_per_window)
             rows = torch.arange(0, num_rows, stride, device=input_ids.device).expand(len(input_ids), -1)
-        aux_states, target_logits = self.read_target(input_ids)
+        aux_states, last_states = self.read_target(input_ids)
         logits, loss = self.unroll(aux_states, input_ids, rows)
         agreed = torch.ones_like(rows, dtype=torch.bool)
         accepted = torch.zeros_like(rows)
         weights = [STEP_DISCOUNT**step for step in range(steps)]
         for step, draft in enumerate(logits):
-            index = (rows + 1 + step).unsqueeze(-1).expand(-1, -1, target_logits.shape[-1])
-            expected = target_logits.gather(1, index)
+            expected = self._expected(last_states, rows + 1 + step)
             loss = loss + weights[step] / sum(weights) * distillation_loss(draft, expected)
             agreed = agreed & (draft.argmax(-1) == expected.argmax(-1))
             accepted = accepted + agreed
@@ -301,6 +315,7 @@ def train_drafter(
     rows_per_window: int = 128,
     regenerated_tokens: int = 0,
     init_from: Path | None = None,
+    states_dir: Path | None = None,
     resume: bool = False,
 ) -> dict:
     """Train a drafter for the target in `target_dir`, save it under `out`, return this stage's provenance.
@@ -314,12 +329,13 @@ def train_drafter(
         kind: one of `DRAFTERS`; for EAGLE-3 the other settings describe the prior it is compared with.
         num_speculative_tokens: draft steps unrolled, and the default K of the drafter.
         intermediate_size: of the prior's MLP; the target's when None.
-        aux_layers: see `drafter_config`; EAGLE-3 reads the default ones.
+        aux_layers: see `drafter_config`.
         sequence_length: tokens per window.
         rows_per_window: positions per window that the loss is taken at.
         regenerated_tokens: tokens that the target itself writes, added to the data. Acceptance is
             measured on what the target writes, not on what people wrote.
         init_from: a trained drafter of this target to go on from; its sizes and settings are kept.
+        states_dir: folder where the target's states are kept for other drafters of the same windows.
         resume: go on from the last checkpoint under `out`.
 
     Raises:
@@ -367,7 +383,8 @@ def train_drafter(
     train_set = TokenWindows(text, sequence_length)
     needed = loop.max_steps * loop.batch_size
     train_set.token_ids = _mix(train_set.token_ids, written[held_out:], needed, loop.seed)
-    model = DraftTraining(drafter, target, rows_per_window)
+    states = TargetStates(target, states_dir, sha256_of(sorted(target_dir.glob("*.safetensors"))))
+    model = DraftTraining(drafter, target, rows_per_window, states)
     metrics = fit(model, train_set, valid_set, loop, work / "checkpoints", "drafter", resume, _acceptance)
     drafter.to(torch.bfloat16).save_pretrained(out)
     stage = {

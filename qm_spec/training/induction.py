@@ -1,4 +1,4 @@
-"""Two layers that copy, wired by hand into a trained Llama.
+"""Three layers that copy, wired by hand into a trained Llama.
 
 Small transformers learn to copy from their context late, after more text than a laptop reads in a
 day. So the circuit they would find (an induction head: "what followed the last time?") is put in
@@ -11,10 +11,12 @@ The residual stream gets 128 more channels, which the old layers neither read no
 - a history of the last tokens' codes (36), `history_t = sum_i R^i P code(x_{t-i})`, R a rotation;
 - nothing (27), free to be learned.
 
-The first new layer's head h attends to the token h places back and writes its part of the history.
-The second one's heads compare `R history_t` with `history_j - P code(x_j)`: the more of the last
-tokens agree with those before j, the higher the score. They write the code of the token at j, which the
-tied output layer reads. Histories are compared in the slowest rotary channels, whatever the distance.
+Two of the new layers come first of all: their heads attend to the tokens 0, 1, 2... places back, 2 H of them with
+H heads, and write their parts of the history. (Fewer tokens repeat by chance in any text.) The third one's heads compare
+`R history_t` with `history_j - P code(x_j)`: the more of the last tokens agree with those before j, the higher the score.
+They write the code of the token at j, which the tied output layer reads. Histories are compared in the slowest rotary
+channels, whatever the distance. What is long is found by mistake, so all codes are equally long where they are read: the
+size of the stream before the first layers depends on the token alone, and the codes make up for it.
 
 Source: Olsson et al. 2022, "In-context learning and induction heads"; the wiring is ours.
 """
@@ -35,19 +37,23 @@ from qm_spec.training.data import find_files, read_documents, sha256_of, tokeniz
 HEAD_DIM = 64
 CODE, HISTORY = 64, 36
 EXTRA = 128
-# The new channels of the embedding are about as large as the old ones of the shipped target.
+# The new channels of the embedding are about as large as the old ones of the shipped target: the constant, and the
+# typical length of a code.
 CODE_SCALE = 0.08
+CODE_LENGTH = CODE_SCALE * CODE**0.5
 # Rotary channels fast enough to tell neighbouring positions apart.
 FAST = 6
 # Score of "exactly h places back" over its neighbours, about 9 nats.
 SHARPNESS = 10.0
-# A token's part of the history against the stream: later layers, and drafters, shall be able to read it.
-HISTORY_SHARE = 0.25
-# Score of one equal token of the history.
-MATCH = 5.0
-OFFSET = 4
+# Length of a token's part of the history: beside the embedding, drafters shall be able to read it.
+HISTORY_LENGTH = 0.16
+# Score of one equal token of the history. Where nothing follows from the past, the scores are so near that what is
+# copied is a mixture, and small.
+MATCH = 2.5
+# Equal tokens at which the score is 0, of 9 with five heads. At 0 a long key gains on a right one, at 9 a short one.
+OFFSET = 5.5
 # Norm of the copied code against that of the stream it is added to, and its weight in the logits.
-COPY_SHARE, COPY_GAIN = 0.5, 1.5
+COPY_SHARE, COPY_GAIN = 0.5, 2.5
 
 
 def plant_target(
@@ -100,13 +106,13 @@ def plant_induction(
     context: int = 16384,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """Return a wider copy of `model` with two copying layers.
+    """Return a wider copy of `model` with three copying layers.
 
     Args:
         model: a trained Llama with tied ends, one key/value head and a head size of 64.
         input_ids: `[B, N]`, some text: the size of its residual stream at `depth` sets the scales.
         keep_layers: the old layers that are taken over, in order.
-        depth: number of kept layers before the new ones; at least 1.
+        depth: number of kept layers before the one that copies; at least 1.
         rope_theta: of the new model; slow enough that the slowest 38 channels hardly turn.
         context: tokens, the new model's declared limit.
         seed: of the random codes.
@@ -129,12 +135,12 @@ def plant_induction(
             **old.to_dict(),
             "hidden_size": old.hidden_size + EXTRA,
             "num_attention_heads": old.num_attention_heads + EXTRA // HEAD_DIM,
-            "num_hidden_layers": len(keep_layers) + 2,
+            "num_hidden_layers": len(keep_layers) + 3,
             "max_position_embeddings": context,
             "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
         }
     )
-    config.copying_layers = [depth, depth + 1]
+    config.copying_layers = [0, 1, depth + 2]
     config.copying_channels = [old.hidden_size, old.hidden_size + CODE + 1 + HISTORY]
     planted = LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -142,22 +148,26 @@ def plant_induction(
     shrink = (old.hidden_size / config.hidden_size) ** 0.5
 
     table = model.get_input_embeddings().weight
-    codes = torch.nn.functional.normalize(torch.randn(len(table), CODE, generator=generator), dim=-1)
-    extra = torch.cat([codes * CODE_SCALE * CODE**0.5, codes.new_full((len(table), 1), CODE_SCALE)], -1)
+    project = torch.linalg.qr(torch.randn(CODE, HISTORY, generator=generator))[0].T
+    # Lengths for which RMSNorm, which sees the code beside the rest, makes all codes equally long.
+    rest = table.square().sum(-1, keepdim=True) + CODE_SCALE**2
+    share = 1 / (1 + rest.median().item() / CODE_LENGTH**2)
+    lengths = (share / (1 - share) * rest).sqrt()
+    extra = torch.cat([_codes(project, len(table), generator) * lengths, rest.new_full(rest.shape, CODE_SCALE)], -1)
     spare = table.new_zeros(len(table), EXTRA - CODE - 1)
     planted.get_input_embeddings().weight.copy_(torch.cat([table, extra, spare], -1))
 
-    new_layers = iter(planted.model.layers)
-    for number, index in enumerate(keep_layers):
-        if number == depth:
-            remember, copy = next(new_layers), next(new_layers)
-        _widen(model.model.layers[index], next(new_layers), shrink)
-    if depth == len(keep_layers):
-        remember, copy = next(new_layers), next(new_layers)
+    places = [place for place in range(config.num_hidden_layers) if place not in config.copying_layers]
+    for index, place in zip(keep_layers, places, strict=True):
+        _widen(model.model.layers[index], planted.model.layers[place], shrink)
     planted.model.norm.weight.copy_(_widen_norm(model.model.norm.weight, shrink))
     planted.model.norm.weight[old.hidden_size : old.hidden_size + CODE] = COPY_GAIN
     planted.model.norm.weight[old.hidden_size + CODE :] = 0
-    _wire(remember, copy, config, level * shrink, rope_theta, generator)
+    rotation = torch.linalg.qr(torch.randn(HISTORY, HISTORY, generator=generator))[0]
+    *remembering, copying = (planted.model.layers[place] for place in config.copying_layers)
+    for number, layer in enumerate(remembering):
+        _wire_memory(layer, number, project, rotation, share, rope_theta)
+    _wire_copying(copying, project, rotation, level * shrink)
     return planted
 
 
@@ -182,6 +192,18 @@ def protect_induction(model: PreTrainedModel) -> None:
     table.register_hook(lambda gradient: spare_rows(gradient.T).T)
 
 
+def _codes(project: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return random codes `[count, CODE]` of length 1, all with the same share in the space of `project`.
+
+    A token whose code is long in the history would be found in place of the right one.
+    """
+    codes = torch.randn(count, CODE, generator=generator)
+    inside = codes @ project.T @ project
+    share = (HISTORY / CODE) ** 0.5
+    normalize = torch.nn.functional.normalize
+    return share * normalize(inside, dim=-1) + (1 - share**2) ** 0.5 * normalize(codes - inside, dim=-1)
+
+
 def _widen_norm(weight: Tensor, shrink: float) -> Tensor:
     return torch.cat([weight * shrink, weight.new_ones(EXTRA)])
 
@@ -200,62 +222,76 @@ def _widen(old: LlamaDecoderLayer, new: LlamaDecoderLayer, shrink: float) -> Non
     new.mlp.down_proj.weight.zero_()[:width] = old.mlp.down_proj.weight
 
 
-def _wire(
-    remember: LlamaDecoderLayer,
-    copy: LlamaDecoderLayer,
-    config: LlamaConfig,
-    level: float,
-    rope_theta: float,
-    generator: torch.Generator,
+def _channels(width: int) -> tuple[slice, int, slice]:
+    """Return where the token's code, the constant and the history stand in a stream of `width` channels."""
+    constant = width - EXTRA + CODE
+    return slice(width - EXTRA, constant), constant, slice(constant + 1, constant + 1 + HISTORY)
+
+
+def _wire_memory(
+    layer: LlamaDecoderLayer, number: int, project: Tensor, rotation: Tensor, share: float, rope_theta: float
 ) -> None:
-    """Set the weights of the two new layers; `level` is the size of their input."""
-    width, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
-    half, start = size // 2, config.hidden_size - EXTRA
-    own, constant, history = (
-        slice(start, start + CODE),
-        start + CODE,
-        slice(start + CODE + 1, start + CODE + 1 + HISTORY),
-    )
-    rotation = torch.linalg.qr(torch.randn(HISTORY, HISTORY, generator=generator))[0]
-    project = torch.linalg.qr(torch.randn(CODE, HISTORY, generator=generator))[0].T
-    code_norm = CODE_SCALE * CODE**0.5
-    history_norm = HISTORY_SHARE * level * CODE**0.5
-    spread = (CODE / HISTORY) ** 0.5
-    for layer in (remember, copy):
-        # The new channels are tiny beside the stream; the norm's weights bring them to length 1.
-        layer.input_layernorm.weight.fill_(1)
-        layer.input_layernorm.weight[own] = level / code_norm
-        layer.input_layernorm.weight[constant] = level / CODE_SCALE
-        layer.input_layernorm.weight[history] = level / history_norm * spread
-        layer.mlp.down_proj.weight.zero_()
-        layer.self_attn.k_proj.weight.zero_()
-        layer.self_attn.v_proj.weight.zero_()[:, own] = torch.eye(CODE)
+    """Let head h of memory layer `number` write the token `number H + h` places back into the history.
 
-    # cos(theta (distance - h)) in the fast channels; the slowest one takes the maximum off again, so
-    # that the score is 0 at the wanted place and below it elsewhere, however large the key is.
+    The score is `cos(theta (distance - wanted))` in the fast channels; the slowest one takes the maximum off again, so
+    that it is 0 at the wanted place and below elsewhere, however large the key is. `share` is the code's part of the
+    square of its norm's input.
+    """
+    out = layer.self_attn.o_proj.weight
+    width, half = len(out), HEAD_DIM // 2
+    heads = out.shape[1] // HEAD_DIM
+    own, constant, history = _channels(width)
+    layer.input_layernorm.weight.fill_(1)
+    # In units in which a code has the length 1, and the constant is about 1.
+    layer.input_layernorm.weight[own] = (share * width) ** -0.5
+    layer.input_layernorm.weight[constant] = CODE_LENGTH / CODE_SCALE * (share * width) ** -0.5
+    layer.mlp.down_proj.weight.zero_()
+    for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+        projection.weight.zero_()
     theta = rope_theta ** (-torch.arange(FAST) / half)
-    remember.self_attn.k_proj.weight[:FAST, constant] = SHARPNESS
-    remember.self_attn.k_proj.weight[half - 1, constant] = SHARPNESS
-    query, out = torch.zeros(heads, size, width), torch.zeros(width, heads, size)
-    turned = project
+    angle = (number * heads + torch.arange(heads))[:, None] * theta
+    query = torch.zeros(heads, HEAD_DIM, width)
+    query[:, :FAST, constant] = SHARPNESS * torch.cos(angle)
+    query[:, half : half + FAST, constant] = -SHARPNESS * torch.sin(angle)
+    query[:, half - 1, constant] = -SHARPNESS * FAST
+    layer.self_attn.q_proj.weight.copy_(query.flatten(0, 1))
+    layer.self_attn.k_proj.weight[:FAST, constant] = SHARPNESS
+    layer.self_attn.k_proj.weight[half - 1, constant] = SHARPNESS
+    layer.self_attn.v_proj.weight[:, own] = torch.eye(CODE)
+    written = torch.zeros(width, heads, HEAD_DIM)
+    turned = torch.linalg.matrix_power(rotation, number * heads) @ project
     for head in range(heads):
-        query[head, :FAST, constant] = SHARPNESS * torch.cos(head * theta)
-        query[head, half : half + FAST, constant] = -SHARPNESS * torch.sin(head * theta)
-        query[head, half - 1, constant] = -SHARPNESS * FAST
-        out[history, head] = turned * history_norm
+        written[history, head] = HISTORY_LENGTH * turned
         turned = rotation @ turned
-    remember.self_attn.q_proj.weight.copy_(query.flatten(0, 1))
-    remember.self_attn.o_proj.weight.copy_(out.flatten(1))
+    out.copy_(written.flatten(1))
 
+
+def _wire_copying(layer: LlamaDecoderLayer, project: Tensor, rotation: Tensor, level: float) -> None:
+    """Let all heads of `layer` copy the token behind the place whose history is the most like ours.
+
+    `level` is the size of its input, beside which the new channels are tiny; the norm's weights undo that.
+    """
+    out = layer.self_attn.o_proj.weight
+    width, half = len(out), HEAD_DIM // 2
+    heads = out.shape[1] // HEAD_DIM
+    own, constant, history = _channels(width)
+    # The part of a code that `project` keeps.
+    kept = (HISTORY / CODE) ** 0.5
+    layer.input_layernorm.weight.fill_(1)
+    layer.input_layernorm.weight[own] = level / CODE_LENGTH
+    layer.input_layernorm.weight[constant] = level / CODE_SCALE
+    layer.input_layernorm.weight[history] = level / (HISTORY_LENGTH * kept)
+    layer.mlp.down_proj.weight.zero_()
     slow = torch.arange(half - 1 - HISTORY // 2, half - 1)
     slow = torch.cat([slow, slow + half])
-    copy.self_attn.k_proj.weight[half - 1, constant] = 1
-    copy.self_attn.k_proj.weight[slow, history] = torch.eye(HISTORY)
-    copy.self_attn.k_proj.weight[slow, own] = -project * spread
-    query, out = torch.zeros(heads, size, width), torch.zeros(width, heads, size)
-    query[:, slow, history] = MATCH * size**0.5 * rotation
-    # Here, too, the best score is 0: otherwise a small key gains on a large one.
-    query[:, half - 1, constant] = -MATCH * size**0.5 * OFFSET
-    out[own] = torch.eye(CODE)[:, None] * COPY_SHARE * level * width**0.5 / heads
-    copy.self_attn.q_proj.weight.copy_(query.flatten(0, 1))
-    copy.self_attn.o_proj.weight.copy_(out.flatten(1))
+    key, value = layer.self_attn.k_proj.weight.zero_(), layer.self_attn.v_proj.weight.zero_()
+    key[half - 1, constant] = 1
+    key[slow, history] = torch.eye(HISTORY)
+    key[slow, own] = -project / kept
+    value[:, own] = torch.eye(CODE)
+    query, written = torch.zeros(heads, HEAD_DIM, width), torch.zeros(width, heads, HEAD_DIM)
+    query[:, slow, history] = MATCH * HEAD_DIM**0.5 * rotation
+    query[:, half - 1, constant] = -MATCH * HEAD_DIM**0.5 * OFFSET
+    written[own] = torch.eye(CODE)[:, None] * COPY_SHARE * level * width**0.5 / heads
+    layer.self_attn.q_proj.weight.copy_(query.flatten(0, 1))
+    out.copy_(written.flatten(1))

@@ -43,6 +43,7 @@ class Document:
 
 def write_jsonl(path: Path, documents: Iterable[Document]) -> None:
     """Write one document per line: `{"text", "kind", "spans": [[start, end, source], ...]}`."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("w", encoding="utf-8") as lines:
         for document in documents:
             spans = [[span.start, span.end, span.source] for span in document.spans]
