@@ -188,7 +188,7 @@ def time_methods(
     from qm_spec.evaluation.long_speed import LongSpeedRow, measure_speed
     from qm_spec.training.data import find_files, sha256_of
 
-    writer = PromptWriter(AutoTokenizer.from_pretrained(target), text)
+    writer = PromptWriter(AutoTokenizer.from_pretrained(target), text, max(lengths))
     prompts = {n: [writer.write(domain, n, seed + number) for number in range(num_prompts)] for n in lengths}
     record: dict[str, Any] = {
         "command": provenance.command(),

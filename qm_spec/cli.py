@@ -161,8 +161,11 @@ def train_command(
     decay_share: DecayShare = 0.5,
     save_steps: SaveSteps = 100,
     seed: int = 0,
+    data_seed: Annotated[int | None, typer.Option(help="Of the choice of windows.", show_default="seed")] = None,
     init_from: Annotated[Path | None, typer.Option(help="Go on from this trained drafter.")] = None,
-    states: Annotated[Path | None, typer.Option(help="Folder to keep the target's states in, for more drafters.")] = None,
+    states: Annotated[
+        Path | None, typer.Option(help="Folder to keep the target's states in, for more drafters.")
+    ] = None,
     resume: Resume = False,
 ) -> None:
     """Train a QuickMerge drafter for a target, or EAGLE-3 with as many parameters; the target is frozen.
@@ -190,6 +193,7 @@ def train_command(
         regenerated_tokens=regenerated_tokens,
         init_from=init_from,
         states_dir=states,
+        data_seed=data_seed,
         resume=resume,
     )
     length = stage["valid_acceptance_length_teacher_forced"]

@@ -46,23 +46,26 @@ def pair():
 
 @pytest.mark.parametrize("domain", ["novels", "quotations", "records", "code"])
 def test_prompts_have_the_wanted_length_and_are_reproducible(pair, domain: str) -> None:
-    writer = PromptWriter(pair[1], PROSE)
+    writer = PromptWriter(pair[1], PROSE, 400)
     prompt = writer.write(domain, 300, 1)
     assert len(prompt) == 300
     assert prompt == writer.write(domain, 300, 1)
     assert prompt != writer.write(domain, 300, 2)
+    assert writer.write(domain, 400, 1)[-60:] == prompt[-60:], "lengths differ by what stands before"
+    with pytest.raises(ValueError, match="at most 400 tokens, got 401"):
+        writer.write(domain, 401, 1)
 
 
-def test_a_quotation_begins_in_the_first_half(pair) -> None:
-    prompt = PromptWriter(pair[1], PROSE).write("quotations", 600, 0)
+def test_a_quoted_passage_stands_in_the_middle(pair) -> None:
+    prompt = PromptWriter(pair[1], PROSE, 600).write("quotations", 600, 0)
     quoted = prompt[-24:]
     places = [start for start in range(600 - 24) if prompt[start : start + 24] == quoted]
-    assert places and places[0] < 300
+    assert places and 200 < places[0] < 300
 
 
 def test_too_little_text_is_named(pair) -> None:
     with pytest.raises(ValueError, match="no text of prose has 100000 tokens"):
-        PromptWriter(pair[1], PROSE).write("novels", 100_000, 0)
+        PromptWriter(pair[1], PROSE, 100_000).write("novels", 100_000, 0)
 
 
 def test_rows_are_sums_of_replays(pair) -> None:
@@ -73,7 +76,7 @@ def test_rows_are_sums_of_replays(pair) -> None:
     )  # fmt: skip
     by_name = {row.drafter: row for row in rows}
     assert set(by_name) == {"ours", LOOKUP, f"ours+{LOOKUP}"}
-    writer = PromptWriter(tokenizer, PROSE)
+    writer = PromptWriter(tokenizer, PROSE, 64)
     steps = tokens = 0
     for seed in range(2):
         prompt = writer.write("novels", 64, seed)

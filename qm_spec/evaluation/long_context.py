@@ -43,15 +43,18 @@ _INTRODUCTION = '\n\nAs it was written before: "'
 
 
 class PromptWriter:
-    """Writes prompts of exact lengths in tokens.
+    """Writes prompts of exact lengths in tokens, which end alike whatever their length.
+
+    So lengths differ by what stands before, and by nothing else.
 
     Args:
         tokenizer: the target's.
         text: files or folders of prose that nothing was trained on.
+        longest: tokens of the longest prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: Sequence[Path]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: Sequence[Path], longest: int) -> None:
+        self._tokenizer, self._longest = tokenizer, longest
         documents = list(read_documents(find_files(text)))
         self._prose = [self._tokens(document) for document in documents]
         self._documents = DocumentWriter(tokenizer, documents)
@@ -60,42 +63,48 @@ class PromptWriter:
     def _tokens(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _cut(self, texts: Sequence[list[int]], length: int, rng: Random, what: str) -> list[int]:
-        long_enough = [text for text in texts if len(text) > length]
+    def _cut(self, texts: Sequence[list[int]], rng: Random, what: str) -> list[int]:
+        long_enough = [text for text in texts if len(text) > self._longest]
         if not long_enough:
             raise ValueError(
-                f"long_context: no text of {what} has {length} tokens, the longest {max(map(len, texts))}; "
+                f"long_context: no text of {what} has {self._longest} tokens, the longest {max(map(len, texts))}; "
                 "pass longer text or lower the lengths"
             )
         text = rng.choice(long_enough)
-        start = rng.randrange(len(text) - length)
-        return text[start : start + length]
+        start = rng.randrange(len(text) - self._longest)
+        return text[start : start + self._longest]
 
     def write(self, domain: str, length: int, seed: int) -> list[int]:
         """Return `length` token ids, the same ones for the same arguments.
 
-        novels: prose as it stands. quotations: prose in which a passage is quoted again at the end, from
-        anywhere in the first half; the prompt ends some tokens into the quotation. records: facts about invented
-        people, told and looked up again. code: a file of Python's standard library.
+        novels: prose as it stands. quotations: prose with a passage of another place in the middle, which is quoted
+        again at the end; the prompt ends some tokens into the quotation. records: facts about invented people, told
+        and looked up again. code: a file of Python's standard library.
 
         Raises:
-            ValueError: the domain is unknown, or no text is long enough.
+            ValueError: the domain is unknown, no text is long enough, or the length is above the longest.
         """
-        rng = Random(f"{domain} {length} {seed}")
+        if length > self._longest:
+            raise ValueError(f"long_context: prompts have at most {self._longest} tokens, got {length}")
+        rng = Random(f"{domain} {seed}")
         if domain == "novels":
-            return self._cut(self._prose, length, rng, "prose")
+            return self._cut(self._prose, rng, "prose")[-length:]
         if domain == "records":
-            return list(self._documents.write("records", length, seed))
+            return list(self._documents.write("records", self._longest, seed))[-length:]
         if domain == "code":
             if not self._code:
                 folder = Path(sysconfig.get_paths()["stdlib"])
                 self._code = [self._tokens(file.read_text(errors="replace")) for file in sorted(folder.glob("*.py"))]
-            return self._cut(self._code, length, rng, "code")
+            return self._cut(self._code, rng, "code")[-length:]
         if domain == "quotations":
-            introduction = self._tokens(_INTRODUCTION)
-            before = self._cut(self._prose, length - len(introduction) - _QUOTED, rng, "prose")
-            start = rng.randrange(max(1, len(before) // 2 - _PASSAGE))
-            return before + introduction + before[start : start + _QUOTED]
+            passage = self._cut(self._prose, rng, "prose")[:_PASSAGE]
+            around = self._cut(self._prose, rng, "prose")
+            end = [*self._tokens(_INTRODUCTION), *passage[:_QUOTED]]
+            middle = (length - len(end) - len(passage)) // 2
+            if middle < 0:
+                raise ValueError(f"long_context: quotations need {len(end) + len(passage)} tokens, got {length}")
+            before = around[len(around) - (length - len(end) - len(passage)) :]
+            return before[:middle] + passage + before[middle:] + end
         raise ValueError(f"long_context: domains are {', '.join(DOMAINS)}, got {domain!r}")
 
 
@@ -157,7 +166,7 @@ def measure_acceptance(
         seed: of prompts and sampling.
         on_progress: called with domain, length and number of each finished prompt.
     """
-    writer = PromptWriter(tokenizer, text)
+    writer = PromptWriter(tokenizer, text, max(lengths))
     layers = {name: tuple(drafter.config.eagle_aux_hidden_state_layer_ids) for name, drafter in drafters.items()}
     for domain in domains:
         for length in lengths:

@@ -294,10 +294,11 @@ def _acceptance(prediction: EvalPrediction) -> dict[str, float]:
 def _mix(text: np.ndarray, written: np.ndarray, needed: int, seed: int) -> np.ndarray:
     """Join up to 8 copies of the written windows, for three quarters of a run, with windows of the text."""
     rng = np.random.default_rng(seed)
-    repeats = min(8, -(-3 * needed // (4 * len(written)))) if len(written) else 0
+    share = 3 * needed // 4
+    repeats = min(8, -(-share // len(written))) if len(written) else 0
     copies = [written[rng.permutation(len(written))] for _ in range(repeats)]
-    num_text = max(1, needed - repeats * len(written))
-    return np.concatenate([*copies, text[rng.permutation(len(text))[:num_text]]])
+    chosen = np.concatenate([written[:0], *copies])[:share]
+    return np.concatenate([chosen, text[rng.permutation(len(text))[: max(1, needed - len(chosen))]]])
 
 
 def train_drafter(
@@ -316,6 +317,7 @@ def train_drafter(
     regenerated_tokens: int = 0,
     init_from: Path | None = None,
     states_dir: Path | None = None,
+    data_seed: int | None = None,
     resume: bool = False,
 ) -> dict:
     """Train a drafter for the target in `target_dir`, save it under `out`, return this stage's provenance.
@@ -335,7 +337,8 @@ def train_drafter(
         regenerated_tokens: tokens that the target itself writes, added to the data. Acceptance is
             measured on what the target writes, not on what people wrote.
         init_from: a trained drafter of this target to go on from; its sizes and settings are kept.
-        states_dir: folder where the target's states are kept for other drafters of the same windows.
+        states_dir: folder where the target's states and text are kept for other drafters of the same windows.
+        data_seed: of the choice of windows and of what the target writes; the loop's seed when None.
         resume: go on from the last checkpoint under `out`.
 
     Raises:
@@ -344,6 +347,7 @@ def train_drafter(
     """
     started, commit = time.time(), provenance.git_commit()
     set_seed(loop.seed)
+    data_seed = loop.seed if data_seed is None else data_seed
     fingerprint = target_fingerprint(target_dir)
     tokenizer = AutoTokenizer.from_pretrained(target_dir)
     target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
@@ -368,12 +372,15 @@ def train_drafter(
     token_ids = tokenize(tokenizer, read_documents(files))
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
+    weights = sha256_of(sorted(target_dir.glob("*.safetensors")))
+    shared = None if states_dir is None else states_dir / weights[:16]
+    states = TargetStates(target, shared)
     num_valid = max(sequence_length, len(token_ids) // 50)
     text, valid_text = token_ids[:-num_valid], token_ids[-num_valid:]
     written = np.empty((0, sequence_length), np.int32)
     if regenerated_tokens:
         passage = min(PASSAGE_LENGTH, sequence_length)
-        passages = regenerate(target, text, passage, regenerated_tokens, work, loop.seed)
+        passages = regenerate(target, text, passage, regenerated_tokens, shared or work, data_seed)
         # Passages are packed: the time to write one grows with the square of its length.
         written = TokenWindows(passages.reshape(-1), sequence_length).token_ids
     # Half of the validation is what drafters meet in service: the target's own text.
@@ -382,8 +389,7 @@ def train_drafter(
     valid_set.token_ids = np.concatenate([valid_set.token_ids[: VALID_WINDOWS - held_out], written[:held_out]])
     train_set = TokenWindows(text, sequence_length)
     needed = loop.max_steps * loop.batch_size
-    train_set.token_ids = _mix(train_set.token_ids, written[held_out:], needed, loop.seed)
-    states = TargetStates(target, states_dir, sha256_of(sorted(target_dir.glob("*.safetensors"))))
+    train_set.token_ids = _mix(train_set.token_ids, written[held_out:], needed, data_seed)
     model = DraftTraining(drafter, target, rows_per_window, states)
     metrics = fit(model, train_set, valid_set, loop, work / "checkpoints", "drafter", resume, _acceptance)
     drafter.to(torch.bfloat16).save_pretrained(out)
@@ -396,6 +402,7 @@ def train_drafter(
         "data_sha256": sha256_of(files),
         "regenerated_tokens": int(written.size),
         "seed": loop.seed,
+        "data_seed": data_seed,
         "steps": loop.max_steps,
         "windows": loop.max_steps * loop.batch_size,
         "sequence_length": sequence_length,

@@ -11,12 +11,13 @@ The residual stream gets 128 more channels, which the old layers neither read no
 - a history of the last tokens' codes (36), `history_t = sum_i R^i P code(x_{t-i})`, R a rotation;
 - nothing (27), free to be learned.
 
-Two of the new layers come first of all: their heads attend to the tokens 0, 1, 2... places back, 2 H of them with
-H heads, and write their parts of the history. (Fewer tokens repeat by chance in any text.) The third one's heads compare
-`R history_t` with `history_j - P code(x_j)`: the more of the last tokens agree with those before j, the higher the score.
-They write the code of the token at j, which the tied output layer reads. Histories are compared in the slowest rotary
-channels, whatever the distance. What is long is found by mistake, so all codes are equally long where they are read: the
-size of the stream before the first layers depends on the token alone, and the codes make up for it.
+Two of the new layers come first of all: their heads attend to the tokens 0, 1, 2... places back, 2 H of them with H
+heads, and write their parts of the history. (Fewer tokens repeat by chance in any text.) The third one's heads
+compare `R history_t` with `history_j - P code(x_j)`: the more of the last tokens agree with those before j, the
+higher the score. They write the code of the token at j, which the tied output layer reads. Histories are compared
+in the slowest rotary channels, whatever the distance. What is long is found by mistake, so all codes are equally
+long where they are read: the size of the stream before the first layers depends on the token alone, and the codes
+make up for it.
 
 Source: Olsson et al. 2022, "In-context learning and induction heads"; the wiring is ours.
 """

@@ -22,12 +22,11 @@ class TargetStates:
     Args:
         target: any causal LM of transformers that returns its hidden states.
         folder: one file per window and layer is kept there, in bfloat16 as in training on a GPU; safe for several
-            processes. None keeps nothing.
-        name: of the target, e.g. its fingerprint and a hash of its weights; windows of different names differ.
+            processes, for one target only. None keeps nothing.
     """
 
-    def __init__(self, target: PreTrainedModel, folder: Path | None = None, name: str = "") -> None:
-        self.target, self.folder, self.name = target, folder, name
+    def __init__(self, target: PreTrainedModel, folder: Path | None = None) -> None:
+        self.target, self.folder = target, folder
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -44,10 +43,7 @@ class TargetStates:
             float32.
         """
         wanted = [*layers, LAST]
-        if self.folder is None:
-            states = self._run(input_ids, wanted)
-        else:
-            states = self._kept(input_ids, wanted, self.folder)
+        states = self._run(input_ids, wanted) if self.folder is None else self._kept(input_ids, wanted, self.folder)
         return torch.cat(states[:-1], -1), states[-1]
 
     def _run(self, input_ids: Tensor, layers: Sequence[int]) -> list[Tensor]:
@@ -57,7 +53,7 @@ class TargetStates:
     def _kept(self, input_ids: Tensor, layers: Sequence[int], folder: Path) -> list[Tensor]:
         rows = []
         for window in input_ids:
-            digest = hashlib.sha256(self.name.encode() + window.cpu().numpy().tobytes()).hexdigest()[:32]
+            digest = hashlib.sha256(window.cpu().numpy().tobytes()).hexdigest()[:32]
             files = [folder / f"{digest}.{layer}.npy" for layer in layers]
             if not all(file.is_file() for file in files):
                 for file, state in zip(files, self._run(window[None], layers), strict=True):
