@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
     from qm_spec.drafter.rows import Drafter
     from qm_spec.evaluation.long_context import LongContextRow
+    from qm_spec.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+# Tokens that drafters are trained at: acceptance at other lengths is compared with that here.
+BASE_LENGTH = 1024
 
 EXAMPLES = """
 Examples:
@@ -305,7 +308,31 @@ def table(rows: Sequence[LongContextRow]) -> str:
             shares = " | ".join(f"{copied[length]:.0%}" for length in lengths)
             parts.append(f"| *the target goes on quoting* | {shares} |")
         parts.append("")
+        parts.append(_ratios(mine, lengths))
     return "\n".join(parts) + "\n"
+
+
+def _ratios(rows: Sequence[LongContextRow], lengths: Sequence[int]) -> str:
+    """Return a table of the first drafter, and of its hybrid, over the others and over itself at `BASE_LENGTH`."""
+    found = {(row.drafter, row.context): row for row in rows}
+    names = list(dict.fromkeys(row.drafter for row in rows))
+    first = names[0]
+    hybrid = next(name for name in names if name.startswith(f"{first}+"))
+    lines = ["| times as long | " + " | ".join(map(str, lengths)) + " |", "| --- |" + " ---: |" * len(lengths)]
+
+    def line(label: str, ratios: list[Estimate]) -> str:
+        cells = [f"{e.value:.2f} ({e.low:.2f}-{e.high:.2f})" if e.has_interval else f"{e.value:.2f}" for e in ratios]
+        return f"| {label} | " + " | ".join(cells) + " |"
+
+    base = BASE_LENGTH if BASE_LENGTH in lengths else lengths[0]
+    for name in (first, hybrid):
+        for other in names:
+            if other != name and (name == first) == ("+" not in other):
+                ratios = [found[name, length].over(found[other, length]) for length in lengths]
+                lines.append(line(f"{name} / {other}", ratios))
+    for name in (first, hybrid):
+        lines.append(line(f"{name} / at {base}", [found[name, n].over(found[name, base]) for n in lengths]))
+    return "\n".join(lines) + "\n"
 
 
 def plot(rows: Sequence[LongContextRow], file: Path) -> None:

@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.evaluation.long_context import LOOKUP, PromptWriter, measure_acceptance
+from qm_spec.evaluation.long_context import LOOKUP, LongContextRow, PromptWriter, measure_acceptance
 from qm_spec.evaluation.lookup import lookup_drafts
 from qm_spec.evaluation.replay import read_text, replay, write_continuations
+from qm_spec.evaluation.statistics import Estimate
 
 NOVELS = Path(__file__).parents[1] / "qm_spec" / "zoo" / "novels"
 PROSE = [NOVELS / "prompts.jsonl"]
@@ -85,8 +86,20 @@ def test_rows_are_sums_of_replays(pair) -> None:
         found = replay(drafter, read_text(target, prompt, continuation, layers), 3)
         steps += len(found.accepted)
         tokens += len(found.accepted) + sum(found.accepted)
-    assert by_name["ours"].num_steps == steps
+    assert sum(by_name["ours"].steps) == steps
     assert by_name["ours"].acceptance_length.value == pytest.approx(tokens / steps)
+
+
+def test_rows_are_compared_prompt_by_prompt() -> None:
+    def row(name: str, tokens: tuple[int, ...], steps: tuple[int, ...]) -> LongContextRow:
+        return LongContextRow("novels", 64, name, Estimate(0.0), (), tokens, steps, None)
+
+    steps = (10, 12, 9, 11, 10, 13)
+    ours, theirs = row("a", tuple(4 * n for n in steps), steps), row("b", tuple(2 * n for n in steps), steps)
+    ratio = ours.over(theirs)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
+    uneven = row("c", (40, 12, 36, 11, 40, 13), steps)
+    assert uneven.over(theirs).low < uneven.over(theirs).value < uneven.over(theirs).high
 
 
 def test_another_setting_of_the_memory_is_what_the_drafter_reads_with() -> None:

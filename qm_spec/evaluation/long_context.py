@@ -118,7 +118,7 @@ class LongContextRow:
         drafter: its name.
         acceptance_length: tokens per step, the target's own one included, with a 95 % interval over prompts.
         accepted_per_position: share of steps that keep the draft at each position.
-        num_prompts, num_steps: what it is over.
+        tokens, steps: of each prompt, what it is over.
         copied: share of the continuation that goes on with the quoted passage; quotations only.
     """
 
@@ -127,9 +127,22 @@ class LongContextRow:
     drafter: str
     acceptance_length: Estimate
     accepted_per_position: tuple[float, ...]
-    num_prompts: int
-    num_steps: int
+    tokens: tuple[int, ...]
+    steps: tuple[int, ...]
     copied: float | None
+
+    def over(self, other: LongContextRow, seed: int = 0) -> Estimate:
+        """Estimate how many times as long as another row's its acceptance length is, prompt by prompt.
+
+        Args:
+            other: of the same prompts: another drafter, or another length of the context.
+            seed: of the resamples.
+        """
+        columns = {"a": self.tokens, "b": self.steps, "c": other.tokens, "d": other.steps}
+        resamples = Resamples({name: np.array(column) for name, column in columns.items()}, seed)
+        estimate = resamples.ratio({"a": 1, "b": -1, "c": -1, "d": 1})
+        assert estimate is not None
+        return estimate
 
 
 def measure_acceptance(
@@ -233,9 +246,9 @@ def _with_lookup(
 
 
 def _row(domain: str, length: int, name: str, replays: list[Replay], copied: float | None, seed: int) -> LongContextRow:
-    steps = np.array([len(replay.accepted) for replay in replays], dtype=np.float64)
-    tokens = steps + np.array([sum(replay.accepted) for replay in replays])
-    estimate = Resamples({"tokens": tokens, "steps": steps}, seed).ratio({"tokens": 1, "steps": -1})
+    steps = tuple(len(replay.accepted) for replay in replays)
+    tokens = tuple(len(replay.accepted) + sum(replay.accepted) for replay in replays)
+    estimate = Resamples({"tokens": np.array(tokens), "steps": np.array(steps)}, seed).ratio({"tokens": 1, "steps": -1})
     assert estimate is not None
     counts = [replay.counts for replay in replays]
     total = sum(counts[1:], start=counts[0])
@@ -245,7 +258,7 @@ def _row(domain: str, length: int, name: str, replays: list[Replay], copied: flo
         name,
         estimate,
         tuple(total.acceptance_per_position),
-        len(replays),
-        int(steps.sum()),
+        tokens,
+        steps,
         copied,
     )
