@@ -16,6 +16,8 @@ from kernels import program
 
 from qm_spec.ops.draft_tokens import draft_tokens_reference
 
+# The shipped pair of long contexts.
+RECALL = PriorSizes(320, 10, 2, 32, 768, 4096)
 LARGE = PriorSizes(2048, 16, 4, 128, 8192, 32000)
 
 
@@ -49,6 +51,7 @@ CASE = Case(
 PLAN = [
     *((CASE, Drafting(1, num_drafts), torch.float32) for num_drafts in (1, 4, 8)),
     *((CASE, Drafting(num_requests), torch.float32) for num_requests in (4, 16, 64)),
+    *((CASE, Drafting(1, num_tokens=num_tokens, prior=RECALL), torch.float32) for num_tokens in (1024, 8192, 65536)),
     *((CASE, Drafting(num_requests), torch.bfloat16) for num_requests in (1, 8, 16)),
     *((CASE, Drafting(num_requests, prior=LARGE), torch.float32) for num_requests in (1, 16)),
     *((CASE, Drafting(num_requests, prior=LARGE), torch.bfloat16) for num_requests in (1, 4, 8, 16)),

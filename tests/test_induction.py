@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qm_spec.training.induction import CODE, HISTORY, plant_induction, protect_induction
+from qm_spec.training.induction import CODE, plant_induction, protect_induction
 from qm_spec.training.optimizer import Muon
 
 VOCAB, DEPTH = 512, 2
@@ -86,13 +86,8 @@ def test_training_keeps_the_wiring(planted: LlamaForCausalLM) -> None:
     input_ids = torch.randint(VOCAB, (2, 32))
     model(input_ids, labels=input_ids).loss.backward()
     optimizer.step()
-    reserved = slice(192, 192 + CODE + 1 + HISTORY)
-    for name, before in planted.named_parameters():
-        after = model.get_parameter(name)
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            assert torch.equal(after[reserved], before[reserved]), name
-        if name.startswith(tuple(f"model.layers.{place}.self_attn" for place in (0, 1, DEPTH + 2))):
-            assert torch.equal(after, before), name
-    table, before = model.get_input_embeddings().weight, planted.get_input_embeddings().weight
-    assert torch.equal(table[:, reserved], before[:, reserved])
-    assert not torch.equal(table[:, :192], before[:, :192])
+    assert torch.equal(model.get_input_embeddings().weight, planted.get_input_embeddings().weight)
+    for place, (after, before) in enumerate(zip(model.model.layers, planted.model.layers, strict=True)):
+        for name, parameter in before.named_parameters():
+            kept = torch.equal(after.get_parameter(name), parameter)
+            assert kept == (place <= DEPTH + 2), (place, name)

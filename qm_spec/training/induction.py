@@ -50,11 +50,11 @@ SHARPNESS = 10.0
 HISTORY_LENGTH = 0.16
 # Score of one equal token of the history. Where nothing follows from the past, the scores are so near that what is
 # copied is a mixture, and small.
-MATCH = 2.5
+MATCH = 4.0
 # Equal tokens at which the score is 0, of 9 with five heads. At 0 a long key gains on a right one, at 9 a short one.
 OFFSET = 5.5
 # Norm of the copied code against that of the stream it is added to, and its weight in the logits.
-COPY_SHARE, COPY_GAIN = 0.5, 2.5
+COPY_SHARE, COPY_GAIN = 0.5, 3.0
 
 
 def plant_target(
@@ -142,7 +142,6 @@ def plant_induction(
         }
     )
     config.copying_layers = [0, 1, depth + 2]
-    config.copying_channels = [old.hidden_size, old.hidden_size + CODE + 1 + HISTORY]
     planted = LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(seed)
     # RMSNorm now divides by the mean over more channels.
@@ -173,24 +172,15 @@ def plant_induction(
 
 
 def protect_induction(model: PreTrainedModel) -> None:
-    """Keep the copying layers and their channels as they were wired while the rest of `model` is trained.
+    """Train only what stands behind the copying layers of `model`, so that these find what they were wired for.
 
-    The old layers write a thousand times more into the stream than the codes hold, so one step of theirs into
-    these channels would drown them. They may read them. A model without copying layers is left alone.
+    They are wired for one size of the stream, which all layers before them write to: where it doubled, the scores fell
+    to a quarter, and so did what was copied. A model without copying layers is left alone.
     """
-    for layer in getattr(model.config, "copying_layers", ()):
-        model.model.layers[layer].self_attn.requires_grad_(False)
-        model.model.layers[layer].input_layernorm.requires_grad_(False)
-    reserved = slice(*getattr(model.config, "copying_channels", (0, 0)))
-
-    def spare_rows(gradient: Tensor) -> Tensor:
-        return gradient.index_fill(0, torch.arange(*reserved.indices(len(gradient)), device=gradient.device), 0)
-
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.register_hook(spare_rows)
-    table = model.get_input_embeddings().weight
-    table.register_hook(lambda gradient: spare_rows(gradient.T).T)
+    copying = getattr(model.config, "copying_layers", ())
+    if copying:
+        model.get_input_embeddings().requires_grad_(False)
+        model.model.layers[: copying[-1] + 1].requires_grad_(False)
 
 
 def _codes(project: Tensor, count: int, generator: torch.Generator) -> Tensor:
