@@ -398,6 +398,28 @@ class TestMerge:
         # Its own 60 tokens, and the 8 of the short one's first span.
         assert counts.sum(-1).round().tolist() == [[68.0, 68.0]]
 
+    @pytest.mark.parametrize("page_size", [4, 16])
+    @pytest.mark.parametrize("shared", [1, 2, 3, 9])
+    def test_a_page_written_anew_is_no_part_of_the_span_that_it_was_merged_into(self, shared, page_size) -> None:
+        """A request frees its later pages, and the next one gets the very same ones behind the prefix they share."""
+        tokens = page_size * 16
+        case = make_case(tokens, page_size)
+        expected, table = case.copy(), case.table[:, :16]
+        merge_both(case, expected, table, lens(10**4), CONFIG)
+        shared_tokens = shared * page_size
+        for which in (case, expected):
+            append_kv_reference(
+                which.cache, case.value[shared_tokens:], case.key[shared_tokens:], case.slots[shared_tokens:]
+            )
+        query = torch.randn(2, 4, 8)
+        for frontier in (shared_tokens + 20, tokens, 10**4):
+            check_attention(case, query, table, lens(tokens), lens(0, 2), CONFIG)
+            merge_both(case, expected, table, lens(frontier), CONFIG)
+            assert_same_cache(case, expected)
+        counts = gather_entries(case.cache, table, lens(tokens), 8, CONFIG).log_count.exp().sum(-1)
+        # All of its own tokens behind the shared ones are there, and those; a span's entry may hold more.
+        assert (counts >= tokens - 0.5).all()
+
     def test_a_reused_page_merges_again(self) -> None:
         case = make_case(256)
         merge_groups_(case.cache, case.table, lens(256), 8, CONFIG)

@@ -1,7 +1,8 @@
 // The entries that a request attends to, found by walking its groups; as in qm_spec/ops/entries.py.
 //
 // Past one entry per group a span of 2, 4, 8... groups has one entry, in the first slot of its first group. The walk
-// steps over the span's other groups without reading them, so it costs time by the entries and not by the tokens.
+// steps over the span's other groups and reads of them the last one's state at most, so it costs time by the entries and
+// not by the tokens.
 #pragma once
 
 #include <algorithm>
@@ -28,13 +29,11 @@ class RequestGroups {
   }
 
   Place place(int64_t group) const {
-    // A division costs as much as all the rest of a step.
-    const int64_t column = is_power_ ? group >> shift_ : group / groups_per_page_;
-    const int64_t page = pages_[column];
+    const int64_t of_table = column(group), page = pages_[of_table];
     STD_TORCH_CHECK(
         page >= 0 && page < cache_.num_pages,
         "block_table: pages must be in 0..", cache_.num_pages - 1, ", got ", page, " for group ", group);
-    return {page, (group - column * groups_per_page_) * config_.group_size};
+    return {page, (group - of_table * groups_per_page_) * config_.group_size};
   }
 
   // The group's level, bounded to 0..L. All heads of a group have the same; head 0 is read.
@@ -42,37 +41,33 @@ class RequestGroups {
     if (!std::isfinite(first.level) || first.level < 1.0f) return 0;
     return static_cast<int64_t>(std::min(first.level, static_cast<float>(config.num_levels)));
   }
-  SlotState first_state(int64_t group) const {
-    const Place at = place(group);
-    return cache_.state(at.page, 0, at.slot);
-  }
+  SlotState state(const Place& at) const { return cache_.state(at.page, 0, at.slot); }
+  SlotState first_state(int64_t group) const { return state(place(group)); }
 
   // Fetch the state that `first_state` reads.
   void prefetch(int64_t group) const {
-    const int64_t column = is_power_ ? group >> shift_ : group / groups_per_page_, page = pages_[column];
+    const int64_t of_table = column(group), page = pages_[of_table];
     // What is wrong with the table is said when the group is read.
     if (page < 0 || page >= cache_.num_pages) return;
-    __builtin_prefetch(cache_.state_bytes(page, 0, (group - column * groups_per_page_) * config_.group_size));
+    __builtin_prefetch(cache_.state_bytes(page, 0, (group - of_table * groups_per_page_) * config_.group_size));
   }
 
-  // Whether the 2^log2 groups from `group` on are one span, of which only `group` can have an entry.
+  // Whether the 2^log2 groups from `group` on, whose first one has the level of such a span, are one span.
   //
-  // The span's head has the level even where this request parts from the one that merged it (they share its first
-  // pages only), and then its own groups behind are alive. It is whole if its last group was merged into the one
-  // before, those two into the two before and so on up to the head: then whoever merged it had this last group, and
-  // with it every page of the span, for pages are shared from the front.
+  // The first group has the level even where this request parts from the one that merged it (they share its first
+  // pages only), and then its own groups behind are alive. Inside a page they cannot part: pages are written from the
+  // front and shared whole. Else the span is whole if its last group bears the mark: whoever merged it had this last
+  // group, and with it every page of the span, for pages are shared from the front.
   bool is_span(int64_t group, int64_t log2) const {
-    for (int64_t i = 0; i < log2; ++i) {
-      const SlotState tail = first_state(group + (int64_t{1} << log2) - (int64_t{1} << i));
-      if (tail.count > 0.0f || level(tail, config_) <= config_.schedule_levels + i) return false;
-    }
-    return true;
+    const int64_t last = group + (int64_t{1} << log2) - 1;
+    if (column(group) == column(last)) return true;
+    const SlotState state = first_state(last);
+    return !(state.count > 0.0f) && level(state, config_) >= config_.schedule_levels + log2;
   }
 
-  // The groups that the walk steps over from `group` on: 2^j of a whole span, else the largest part of it that is one.
-  // `first` is the group's state, and no group from `end` on is read.
-  int64_t step(int64_t group, const SlotState& first, int64_t end) const {
-    int64_t log2 = config_.span_log2(level(first, config_));
+  // The groups that the walk steps over from `group` on, which has the level of a span of 2^log2: all of it where it is
+  // whole, else the largest part that is. No group from `end` on is read.
+  int64_t step(int64_t group, int64_t log2, int64_t end) const {
     while (log2 > 0 && ((group & ((int64_t{1} << log2) - 1)) || group + (int64_t{1} << log2) > end ||
                         !is_span(group, log2)))
       --log2;
@@ -80,6 +75,9 @@ class RequestGroups {
   }
 
  private:
+  // Of the block table; a division costs as much as all the rest of a step.
+  int64_t column(int64_t group) const { return is_power_ ? group >> shift_ : group / groups_per_page_; }
+
   const PagedCache& cache_;
   const MergeConfig& config_;
   Integers pages_;
@@ -97,11 +95,18 @@ struct EntryRun {
 // Call `visit(const EntryRun&)` for every run of entries among the request's first `num_tokens` tokens, oldest first.
 template <class Visit>
 void walk_entries(const RequestGroups& groups, const MergeConfig& config, int64_t num_tokens, Visit&& visit) {
-  const int64_t size = config.group_size, end = (num_tokens + size - 1) / size;
+  const int64_t size = config.group_size, whole = num_tokens / size, end = whole + (num_tokens % size > 0);
+  // What follows from a level is kept while neighbours have the same: the next step's address does not wait for the
+  // word of the one before.
+  float word = NAN;
+  int64_t level = 0, held = 0, log2 = 0;
   for (int64_t group = 0; group < end;) {
     const Place at = groups.place(group);
-    const SlotState first = groups.first_state(group);
-    const int64_t level = RequestGroups::level(first, config);
+    const SlotState first = groups.state(at);
+    if (first.level != word) {
+      word = first.level, level = RequestGroups::level(first, config);
+      held = config.held(level), log2 = config.span_log2(level);
+    }
     // Nothing behind the request's tokens is seen.
     const int64_t tokens = num_tokens - group * size;
     if (level == 0) {
@@ -110,9 +115,9 @@ void walk_entries(const RequestGroups& groups, const MergeConfig& config, int64_
       continue;
     }
     // Of a span only the first group holds an entry.
-    const int64_t held = level > config.schedule_levels && !(first.count > 0.0f) ? 0 : config.held(level);
-    if (held > 0) visit(EntryRun{at.page, at.slot, std::min(held, tokens), -1});
-    group += groups.step(group, first, num_tokens / size);
+    if (held > 0 && (level <= config.schedule_levels || first.count > 0.0f))
+      visit(EntryRun{at.page, at.slot, std::min(held, tokens), -1});
+    group += groups.step(group, log2, whole);
   }
 }
 

@@ -28,9 +28,10 @@ struct Rule {
   float temperature, epsilon;
 };
 
-// One group taken from a level to another, or, where `tail` is a place, the entry of a span joined by that of the next.
+// One group taken from a level to another, or, where `tail` is a place, the entry of a span joined by that of the next,
+// whose last group is marked.
 struct Step {
-  Place head, tail;
+  Place head, tail, last;
   int64_t from, to;
 };
 
@@ -73,14 +74,15 @@ class Plan {
       if (at.page == 0) return -1;
       int64_t due = level;
       while (due < config_.schedule_levels && group < due_[due + 1]) ++due;
-      if (due > level) steps.push_back({at, {-1, -1}, level, due});
+      if (due > level) steps.push_back({at, {-1, -1}, {-1, -1}, level, due});
       return due;
     }
     if (level >= level_of(log2) && groups_.is_span(group, log2)) return level;
     const int64_t half = int64_t{1} << (log2 - 1), from = level_of(log2 - 1);
     const int64_t head = visit(group, log2 - 1), tail = visit(group + half, log2 - 1);
     if (head != from || tail != from) return -1;
-    steps.push_back({groups_.place(group), groups_.place(group + half), from, from + 1});
+    steps.push_back(
+        {groups_.place(group), groups_.place(group + half), groups_.place(group + 2 * half - 1), from, from + 1});
     return from + 1;
   }
 
@@ -429,7 +431,8 @@ QM_INLINE void merge_batch_of(Batch& batch, int64_t head_dim, const Rule& rule) 
 
 // One entry joins another: the mean weighted by mass.
 template <class T>
-QM_INLINE void merge_pair_of(const Slots& head, const Slots& tail, int64_t head_dim, int64_t to) {
+QM_INLINE void merge_pair_of(
+    const Slots& head, const Slots& tail, const Slots& last, int64_t head_dim, int64_t to) {
   const SlotState a = head.state(0), b = tail.state(0);
   const float mass = a.mass + b.mass, first = a.mass / mass, second = b.mass / mass;
   const auto mean = [&](char* into, const char* other) __attribute__((always_inline)) {
@@ -448,6 +451,7 @@ QM_INLINE void merge_pair_of(const Slots& head, const Slots& tail, int64_t head_
   mean(head.value(0), tail.value(0));
   head.set_state(0, {mass, a.count + b.count, static_cast<float>(to), 0.0f});
   tail.set_state(0, {0.0f, 0.0f, static_cast<float>(to), 0.0f});
+  last.set_state(0, {0.0f, 0.0f, static_cast<float>(to), 0.0f});
 }
 
 QM_MULTIVERSION void merge_batch(Batch& batch, ScalarType type, int64_t head_dim, const Rule& rule) {
@@ -456,10 +460,11 @@ QM_MULTIVERSION void merge_batch(Batch& batch, ScalarType type, int64_t head_dim
   if (type == ScalarType::Half) merge_batch_of<Float16>(batch, head_dim, rule);
 }
 
-QM_MULTIVERSION void merge_pair(const Slots& head, const Slots& tail, ScalarType type, int64_t head_dim, int64_t to) {
-  if (type == ScalarType::Float) merge_pair_of<float>(head, tail, head_dim, to);
-  if (type == ScalarType::BFloat16) merge_pair_of<BFloat16>(head, tail, head_dim, to);
-  if (type == ScalarType::Half) merge_pair_of<Float16>(head, tail, head_dim, to);
+QM_MULTIVERSION void merge_pair(
+    const Slots& head, const Slots& tail, const Slots& last, ScalarType type, int64_t head_dim, int64_t to) {
+  if (type == ScalarType::Float) merge_pair_of<float>(head, tail, last, head_dim, to);
+  if (type == ScalarType::BFloat16) merge_pair_of<BFloat16>(head, tail, last, head_dim, to);
+  if (type == ScalarType::Half) merge_pair_of<Float16>(head, tail, last, head_dim, to);
 }
 
 // Do the work of requests that share no group.
@@ -491,7 +496,7 @@ void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan
         if (batch.size > 0) merge_batch(batch, cache.type, cache.head_dim, rule);
         batch.size = batch.num_later = 0;
         for (const Step* pair : pairs)
-          merge_pair(slots(pair->head), slots(pair->tail), cache.type, cache.head_dim, pair->to);
+          merge_pair(slots(pair->head), slots(pair->tail), slots(pair->last), cache.type, cache.head_dim, pair->to);
         pairs.clear();
       };
       const Task& part = tasks[task / cache.num_heads];

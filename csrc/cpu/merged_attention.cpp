@@ -2,11 +2,13 @@
 // -slope_h * distance (raw, causal) or far_bias_h + log(count) (merged); out = softmax(scores) v, the log-sum-exp of
 // the scores, and the entropy of the softmax. Reference in qm_spec/ops/merged_attention.py.
 //
-// A split is a few hundred entries of one request and KV head, for all its rows and query heads together: softmax in
-// one pass with a running maximum. Splits are joined by their log-sum-exp, in the same order for any number of threads.
+// First each request's entries are listed, by a walk that reads the states of one head. A split is 256 of them for one
+// KV head, for all rows and query heads together: softmax in one pass with a running maximum, keys and values read where
+// they stand. Splits are joined by their log-sum-exp, in the same order for any number of threads.
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "csrc/cpu/convert.h"
@@ -19,15 +21,35 @@ namespace {
 
 constexpr int64_t kSplitEntries = 256;
 constexpr int64_t kBlock = 64;
+// Room that every request's list begins with: as many as 256k tokens leave.
+constexpr int64_t kFirstEntries = 832;
 // Multiplications that one thread should have to do before another is woken.
 constexpr int64_t kGrainProducts = 400'000;
 
 // What one request attends with and to.
 struct Request {
   int64_t num_tokens, last_row, num_rows;  // rows computed: the newest ones
-  std::vector<EntryRun> runs;
-  std::vector<int64_t> splits{0};  // the first run of each split, and the end
   int64_t num_entries = 0;
+  // Of each entry, for the first KV head; longer than there are entries.
+  std::vector<const char*> slots;
+  std::vector<int32_t> positions;  // -1 where merged
+
+  int64_t num_splits() const { return std::max<int64_t>(1, (num_entries + kSplitEntries - 1) / kSplitEntries); }
+  void add(const PagedCache& cache, const EntryRun& run) {
+    if (num_entries + run.length > static_cast<int64_t>(slots.size())) {
+      slots.resize(std::max(kFirstEntries, 2 * (num_entries + run.length)));
+      positions.resize(slots.size());
+    }
+    const char* slot = cache.key(run.page, 0, run.slot);
+    const char** to = slots.data() + num_entries;
+    int32_t* position = positions.data() + num_entries;
+    const int32_t first = static_cast<int32_t>(run.position), step = run.position >= 0;
+    for (int64_t i = 0; i < run.length; ++i) {
+      to[i] = slot + i * cache.slot_stride_bytes();
+      position[i] = first + static_cast<int32_t>(i) * step;
+    }
+    num_entries += run.length;
+  }
 };
 
 // The query rows of one request and KV head, as floats and divided by sqrt(d). Row r * heads + h is query head h of
@@ -79,81 +101,128 @@ QM_MULTIVERSION void join(Partial& part, Partial& into) {
   }
 }
 
-// A block of entries as floats; keys are transposed by sixteens.
+// A block of entries of one KV head.
 struct Block {
-  Block(int64_t rows, int64_t width) : scratch((kLanes + 2 * kBlock) * width + (rows + 1) * kBlock) {
-    keys = scratch.get(), columns = keys + kLanes * width, values = columns + kBlock * width;
-    log_count = values + kBlock * width, scores = log_count + kBlock;
+  Block(int64_t rows, int64_t head_dim, int64_t width)
+      : scratch((rows + 1) * kBlock + 2 * width), padded(head_dim == width ? 0 : 2 * width * kBlock) {
+    scores = scratch.get(), log_count = scores + kBlock * rows, nothing = log_count + kBlock;
+    std::fill(nothing, nothing + 2 * width, 0.0f);
   }
 
-  Scratch scratch;
-  float *keys, *columns, *values;
-  float* log_count;          // -inf where nothing is
-  float* scores;             // [rows, kBlock], then e^(score - most)
-  int32_t position[kBlock];  // of raw entries, else -1
+  Scratch scratch, padded;
+  float* scores;     // [rows, kBlock], then e^(score - most)
+  float* log_count;  // -inf where nothing is
+  float* nothing;    // key and value of no entry
+  int32_t position[kBlock];
+  const char* slot[kBlock];
 };
 
-// Walks the slots of the runs of a split.
-struct Cursor {
-  const EntryRun *run, *end;
-  int64_t done = 0;
-
-  bool live() const { return run < end; }
-  int64_t slot() const { return run->slot + done; }
-  void advance() {
-    if (++done == run->length) ++run, done = 0;
-  }
-};
-
-// Entries of old spans lie pages apart, where no hardware looks ahead.
-constexpr int64_t kAhead = 24;
-
-QM_INLINE void prefetch(const PagedCache& cache, int64_t head, const Cursor& at) {
-  const char* slot = cache.key(at.run->page, head, at.slot());
-  for (int64_t byte = 0; byte < cache.slot_bytes(); byte += 64) __builtin_prefetch(slot + byte);
+// Fetch entries of one head into the second-level cache: those of old spans lie pages apart, where no hardware looks
+// ahead, and at the same place of their pages, which is a few of them in the first-level cache.
+QM_INLINE void prefetch(const PagedCache& cache, const Request& request, int64_t head, int64_t first, int64_t end) {
+  const int64_t offset = head * cache.head_stride_bytes(), bytes = cache.slot_bytes();
+  for (int64_t i = first; i < end; ++i)
+    for (int64_t byte = offset; byte < offset + bytes; byte += 64) __builtin_prefetch(request.slots[i] + byte, 0, 2);
 }
 
-// Lay out the next entries, at most kBlock; returns how many, rounded up to whole vectors with entries of count 0.
-template <class T>
-QM_INLINE int64_t fill(
-    const PagedCache& cache, const MergeConfig& config, int64_t head, int64_t width, Cursor& at, Cursor& ahead,
-    Block& block) {
-  int64_t num = 0;
-  for (; num < kBlock && at.live(); num += kLanes) {
-    float count[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      float *key = block.keys + lane * width, *value = block.values + (num + lane) * width;
-      count[lane] = 0.0f;
-      block.position[num + lane] = -1;
-      const T* row = nullptr;
-      if (at.live()) {
-        row = reinterpret_cast<const T*>(cache.key(at.run->page, head, at.slot()));
-        count[lane] = 1.0f;
-        if (at.run->position >= 0) {
-          block.position[num + lane] = static_cast<int32_t>(at.run->position + at.done);
-        } else {
-          count[lane] = bounded_count(cache.state(at.run->page, head, at.slot()).count, config);
-        }
-        at.advance();
-      }
-      if (ahead.live()) {
-        prefetch(cache, head, ahead);
-        ahead.advance();
-      }
-      // An empty slot may hold NaN, which a weight of 0 would not silence.
-      if (count[lane] > 0.0f) {
-        load_row(row, cache.head_dim, key);
-        load_row(row + cache.head_dim, cache.head_dim, value);
-      } else {
-        std::fill(key, key + width, 0.0f);
-        std::fill(value, value + width, 0.0f);
-      }
-    }
-    const Vec counts = load(count);
-    store(counts > 0.0f ? log(counts) : all(-INFINITY), block.log_count + num);
-    transpose_16(block.keys, width, block.columns + num * width);
+// List `num` entries from the request's `first` one on; up to a whole vector they are followed by nothing.
+QM_INLINE void list(
+    const PagedCache& cache, const MergeConfig& config, const Request& request, int64_t head, int64_t first,
+    int64_t num, Block& block) {
+  const int64_t offset = head * cache.head_stride_bytes();
+  const char* nothing = reinterpret_cast<const char*>(block.nothing);
+  for (int64_t i = 0; i < num; ++i) {
+    block.slot[i] = request.slots[first + i] + offset;
+    block.position[i] = request.positions[first + i];
+    block.log_count[i] = block.position[i] < 0 ? bounded_count(cache.state(block.slot[i]).count, config) : 1.0f;
+    // An empty slot may hold NaN, which a weight of 0 would not silence.
+    if (!(block.log_count[i] > 0.0f)) block.slot[i] = nothing;
   }
-  return num;
+  for (int64_t i = num; i < to_lanes(num); ++i)
+    block.slot[i] = nothing, block.position[i] = -1, block.log_count[i] = 0.0f;
+  for (int64_t i = 0; i < num; i += kLanes) {
+    const Vec count = load(block.log_count + i);
+    store(count > 0.0f ? log(count) : all(-INFINITY), block.log_count + i);
+  }
+}
+
+// Where rows are not whole vectors, copy them to where they are. Returns the bytes from a key to its value.
+QM_INLINE int64_t pad_rows(const PagedCache& cache, int64_t num, int64_t width, Block& block) {
+  const int64_t row = cache.head_dim * cache.element_bytes, padded = width * cache.element_bytes;
+  if (row == padded) return row;
+  char* to = reinterpret_cast<char*>(block.padded.get());
+  for (int64_t i = 0; i < to_lanes(num); ++i, to += 2 * padded) {
+    std::memcpy(to, block.slot[i], row);
+    std::memset(to + row, 0, padded - row);
+    std::memcpy(to + padded, block.slot[i] + row, row);
+    std::memset(to + padded + row, 0, padded - row);
+    block.slot[i] = to;
+  }
+  return padded;
+}
+
+// Call `run(r, rows)` for parts of `num_rows` rows, with `rows` 4, 2 or 1 as a constant: their sums stay in registers.
+template <class Run>
+QM_INLINE void by_rows(int64_t num_rows, const Run& run) {
+  int64_t r = 0;
+  for (; r + 4 <= num_rows; r += 4) run(r, std::integral_constant<int, 4>());
+  for (; r + 2 <= num_rows; r += 2) run(r, std::integral_constant<int, 2>());
+  if (r < num_rows) run(r, std::integral_constant<int, 1>());
+}
+
+// scores[r, lane] += query row r . some columns of the keys, for kRows rows.
+template <int kRows, class T>
+QM_INLINE void score(const float* query, int64_t width, const Columns<T>& keys, float* scores) {
+  Vec sums[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) sums[r] = load(scores + r * kBlock);
+#pragma GCC unroll 16
+  for (int c = 0; c < Columns<T>::kCount; ++c)
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sums[r] += query[r * width + c] * keys.column[c];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) store(sums[r], scores + r * kBlock);
+}
+
+// Products of all query rows with the keys of the sixteen entries from `first` on.
+template <class T>
+QM_INLINE void score_all(const Queries& queries, int64_t first, Block& block) {
+  for (int64_t r = 0; r < queries.rows; ++r) store(Vec{}, block.scores + r * kBlock + first);
+  for (int64_t c = 0; c < queries.width; c += Columns<T>::kCount) {
+    const Columns<T> keys(block.slot + first, c * sizeof(T));
+    by_rows(queries.rows, [&](int64_t r, auto rows) __attribute__((always_inline)) {
+      score<rows.value>(
+          queries.q + r * queries.width + c, queries.width, keys, block.scores + r * kBlock + first);
+    });
+  }
+}
+
+// sum[r, lane] += weights[r, entry] * value of entry, for kRows rows and sixteen columns, `offset` bytes behind the
+// beginnings of the entries.
+template <class T, int kRows>
+QM_INLINE void add_values(
+    const float* weights, const char* const* slots, int64_t num, int64_t offset, int64_t width, float* sum) {
+  Vec sums[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) sums[r] = load(sum + r * width);
+  for (int64_t i = 0; i < num; ++i) {
+    const Vec value = load(reinterpret_cast<const T*>(slots[i] + offset));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sums[r] += weights[r * kBlock + i] * value;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) store(sums[r], sum + r * width);
+}
+
+// The same for all query rows and columns.
+template <class T>
+QM_INLINE void add_all_values(const Block& block, int64_t num, int64_t offset, Partial& part) {
+  for (int64_t c = 0; c < part.width; c += kLanes, offset += kLanes * sizeof(T)) {
+    by_rows(part.rows, [&](int64_t r, auto rows) __attribute__((always_inline)) {
+      add_values<T, rows.value>(
+          block.scores + r * kBlock, block.slot, num, offset, part.width, part.sum + r * part.width + c);
+    });
+  }
 }
 
 // Scores of query row `r` to `num` entries: bias added, returns the largest.
@@ -174,17 +243,15 @@ QM_INLINE float add_bias(const Queries& queries, int64_t r, int64_t num, Block& 
 
 template <class T>
 QM_INLINE void attend_to(
-    const PagedCache& cache, const MergeConfig& config, int64_t head, Cursor at, const Queries& queries, Block& block,
-    Partial& part) {
-  const int64_t rows = queries.rows, width = queries.width;
-  Cursor ahead = at;
-  for (int64_t i = 0; i < kAhead && ahead.live(); ++i) {
-    prefetch(cache, head, ahead);
-    ahead.advance();
-  }
-  while (const int64_t num = fill<T>(cache, config, head, width, at, ahead, block)) {
-    for (int64_t i = 0; i < num; i += kLanes)
-      multiply(queries.q, rows, width, block.columns + i * width, kLanes, width, false, block.scores + i, kBlock);
+    const PagedCache& cache, const MergeConfig& config, const Request& request, int64_t head, int64_t split,
+    const Queries& queries, Block& block, Partial& part) {
+  const int64_t rows = queries.rows, end = std::min(request.num_entries, (split + 1) * kSplitEntries);
+  for (int64_t first = split * kSplitEntries; first < end; first += kBlock) {
+    const int64_t num = std::min(kBlock, end - first), next = std::min(first + kBlock, request.num_entries);
+    prefetch(cache, request, head, next, std::min(next + kBlock, request.num_entries));
+    list(cache, config, request, head, first, num, block);
+    const int64_t value = pad_rows(cache, num, queries.width, block);
+    for (int64_t i = 0; i < num; i += kLanes) score_all<T>(queries, i, block);
     for (int64_t r = 0; r < rows; ++r) {
       const float most = std::max(part.most[r], add_bias(queries, r, num, block));
       raise(part, r, most);
@@ -202,18 +269,17 @@ QM_INLINE void attend_to(
       part.total[r] += sum(total);
       part.weighted[r] += sum(weighted);
     }
-    for (int64_t c = 0; c < width; c += kLanes)
-      multiply(block.scores, rows, kBlock, block.values + c, width, num, true, part.sum + c, width);
+    add_all_values<T>(block, num, value, part);
   }
 }
 
 // Add the entries of one split to `part`.
 QM_MULTIVERSION void attend(
-    const PagedCache& cache, const MergeConfig& config, int64_t head, const Cursor& at, const Queries& queries,
-    Block& block, Partial& part) {
-  if (cache.type == ScalarType::Float) attend_to<float>(cache, config, head, at, queries, block, part);
-  if (cache.type == ScalarType::BFloat16) attend_to<BFloat16>(cache, config, head, at, queries, block, part);
-  if (cache.type == ScalarType::Half) attend_to<Float16>(cache, config, head, at, queries, block, part);
+    const PagedCache& cache, const MergeConfig& config, const Request& request, int64_t head, int64_t split,
+    const Queries& queries, Block& block, Partial& part) {
+  if (cache.type == ScalarType::Float) attend_to<float>(cache, config, request, head, split, queries, block, part);
+  if (cache.type == ScalarType::BFloat16) attend_to<BFloat16>(cache, config, request, head, split, queries, block, part);
+  if (cache.type == ScalarType::Half) attend_to<Float16>(cache, config, request, head, split, queries, block, part);
 }
 
 // Where each row's results go.
@@ -259,17 +325,7 @@ std::vector<Request> list_requests(
     for (int64_t i = first; i < last; ++i) {
       Request& request = requests[i];
       const RequestGroups groups(cache, config, integers(block_table, op, numbers[i]));
-      int64_t in_split = 0;
-      walk_entries(groups, config, request.num_tokens, [&](const EntryRun& run) {
-        if (in_split >= kSplitEntries) {
-          request.splits.push_back(static_cast<int64_t>(request.runs.size()));
-          in_split = 0;
-        }
-        request.runs.push_back(run);
-        request.num_entries += run.length;
-        in_split += run.length;
-      });
-      request.splits.push_back(static_cast<int64_t>(request.runs.size()));
+      walk_entries(groups, config, request.num_tokens, [&](const EntryRun& run) { request.add(cache, run); });
     }
   });
   return requests;
@@ -327,7 +383,7 @@ std::tuple<Tensor, Tensor, Tensor> merged_attention(
   std::vector<int64_t> begin{0};  // the first task of each request and head, and the end
   const bool apart = requests.size() * cache.num_heads < torch::stable::get_num_threads();
   for (const Request& request : requests) {
-    const int64_t num_splits = static_cast<int64_t>(request.splits.size()) - 1;
+    const int64_t num_splits = request.num_splits();
     for (int64_t head = 0; head < cache.num_heads; ++head) {
       for (int64_t first = 0; first < num_splits; first += apart ? 1 : num_splits)
         tasks.push_back({&request, head, first, apart ? first + 1 : num_splits, nullptr});
@@ -352,12 +408,12 @@ std::tuple<Tensor, Tensor, Tensor> merged_attention(
         for (int64_t c = 0; c < head_dim; ++c) q[r * width + c] = from[c] * scale;
       }
       const Queries queries{num, heads, width, request.num_tokens - 1, q, slope + first_head, far + first_head};
-      Block block(num, width);
-      const EntryRun* runs = request.runs.data();
+      Block block(num, head_dim, width);
+      const int64_t first_entry = task.first * kSplitEntries;
+      prefetch(cache, request, task.head, first_entry, std::min(first_entry + kBlock, request.num_entries));
       for (int64_t split = task.first; split < task.last; ++split) {
         auto part = std::make_unique<Partial>(num, width);
-        const Cursor at{runs + request.splits[split], runs + request.splits[split + 1]};
-        attend(cache, config, task.head, at, queries, block, *part);
+        attend(cache, config, request, task.head, split, queries, block, *part);
         if (task.part) {
           join(*part, *task.part);
         } else {

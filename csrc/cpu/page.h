@@ -59,9 +59,16 @@ class PagedCache {
     std::memcpy(&state, state_bytes(page, head, slot), sizeof state);
     return state;
   }
+  SlotState state(const char* key) const {
+    SlotState state;
+    std::memcpy(&state, key + 2 * head_dim * element_bytes, sizeof state);
+    return state;
+  }
   void set_state(int64_t page, int64_t head, int64_t slot, const SlotState& state) const {
     std::memcpy(state_bytes(page, head, slot), &state, sizeof state);
   }
+  // From one head to the next.
+  int64_t head_stride_bytes() const { return head_stride_bytes_; }
   // From one slot of a page to the next.
   int64_t slot_stride_bytes() const { return slot_stride_bytes_; }
   // Of key, value and state, side by side.

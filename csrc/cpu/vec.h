@@ -42,19 +42,20 @@ QM_INLINE V read_bytes(const T* from) {
   return v;
 }
 
-QM_INLINE Vec load(const float* x) { return read_bytes<Vec>(x); }
-
-QM_INLINE Vec load(const BFloat16* x) {
-  return (Vec)(__builtin_convertvector(read_bytes<HalfVec>(x), BitVec) << 16);
-}
-
+// What the low half of each word stands for.
+QM_INLINE Vec widened(BitVec bits, const BFloat16*) { return (Vec)(bits << 16); }
 // Exponent and mantissa are shifted into place and scaled by 2^112, which handles subnormals as well.
-QM_INLINE Vec load(const Float16* x) {
-  const BitVec bits = __builtin_convertvector(read_bytes<HalfVec>(x), BitVec);
+QM_INLINE Vec widened(BitVec bits, const Float16*) {
   const BitVec magnitude = (bits & 0x7fffu) << 13;
   const BitVec finite = (BitVec)((Vec)magnitude * 0x1p112f);
   const BitVec special = magnitude | 0x7f800000u;
   return (Vec)((magnitude >= 0x0f800000u ? special : finite) | (bits & 0x8000u) << 16);
+}
+
+QM_INLINE Vec load(const float* x) { return read_bytes<Vec>(x); }
+template <class T>
+QM_INLINE Vec load(const T* x) {
+  return widened(__builtin_convertvector(read_bytes<HalfVec>(x), BitVec), x);
 }
 
 QM_INLINE void store(Vec v, float* x) { std::memcpy(x, &v, sizeof v); }
@@ -194,12 +195,11 @@ QM_INLINE Vec sqrt(Vec x) {
   return x;
 }
 
-// Eight rows of eight floats as columns: out[c * out_stride + r] = rows[r * stride + c].
-QM_INLINE void transpose_8x8(const float* rows, int64_t stride, float* out, int64_t out_stride) {
+// Eight rows of eight floats become columns.
+QM_INLINE void transpose_8x8(EightVec* r) {
   using Row = EightVec;
   using Pick = EightPick;
-  Row r[8], pairs[8], quads[8];
-  for (int i = 0; i < 8; ++i) r[i] = read_bytes<Row>(rows + i * stride);
+  Row pairs[8], quads[8];
   for (int i = 0; i < 8; i += 2) {
     pairs[i] = __builtin_shuffle(r[i], r[i + 1], Pick{0, 8, 1, 9, 4, 12, 5, 13});
     pairs[i + 1] = __builtin_shuffle(r[i], r[i + 1], Pick{2, 10, 3, 11, 6, 14, 7, 15});
@@ -211,51 +211,49 @@ QM_INLINE void transpose_8x8(const float* rows, int64_t stride, float* out, int6
     }
   }
   for (int i = 0; i < 4; ++i) {
-    const Row low = __builtin_shuffle(quads[i], quads[i + 4], Pick{0, 1, 2, 3, 8, 9, 10, 11});
-    const Row high = __builtin_shuffle(quads[i], quads[i + 4], Pick{4, 5, 6, 7, 12, 13, 14, 15});
-    std::memcpy(out + i * out_stride, &low, sizeof low);
-    std::memcpy(out + (i + 4) * out_stride, &high, sizeof high);
+    r[i] = __builtin_shuffle(quads[i], quads[i + 4], Pick{0, 1, 2, 3, 8, 9, 10, 11});
+    r[i + 4] = __builtin_shuffle(quads[i], quads[i + 4], Pick{4, 5, 6, 7, 12, 13, 14, 15});
   }
 }
 
-// Sixteen rows of `width` floats, a multiple of 16, as `width` vectors: out[c * 16 + r] = rows[r * width + c].
-QM_INLINE void transpose_16(const float* rows, int64_t width, float* out) {
-  for (int64_t c = 0; c < width; c += 8) {
-    transpose_8x8(rows + c, width, out + c * kLanes, kLanes);
-    transpose_8x8(rows + 8 * width + c, width, out + c * kLanes + 8, kLanes);
-  }
+// The same in memory: out[c * out_stride + r] = rows[r * stride + c].
+QM_INLINE void transpose_8x8(const float* rows, int64_t stride, float* out, int64_t out_stride) {
+  EightVec r[8];
+  for (int i = 0; i < 8; ++i) r[i] = read_bytes<EightVec>(rows + i * stride);
+  transpose_8x8(r);
+  for (int i = 0; i < 8; ++i) std::memcpy(out + i * out_stride, &r[i], sizeof r[i]);
 }
 
-// out[r * out_stride + lane] = sum_k rows[r * stride + k] * columns[k * column_stride + lane], for kRows rows
-// whose sums stay in registers.
-template <int kRows>
-QM_INLINE void multiply(
-    const float* rows, int64_t stride, const float* columns, int64_t column_stride, int64_t depth, bool add,
-    float* out, int64_t out_stride) {
-  Vec sums[kRows] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vec column = load(columns + k * column_stride);
+// Columns of sixteen rows as floats: 32 bytes of each row.
+template <class T>
+struct Columns {
+  static constexpr int kCount = 32 / sizeof(T);
+  Vec column[kCount];
+
+  // From `byte` of each row on.
+  QM_INLINE Columns(const char* const* rows, int64_t byte) {
+    EightVec low[8], high[8];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sums[r] += rows[r * stride + k] * column;
-  }
+    for (int i = 0; i < 8; ++i) {
+      low[i] = read_bytes<EightVec>(rows[i] + byte);
+      high[i] = read_bytes<EightVec>(rows[i + 8] + byte);
+    }
+    transpose_8x8(low);
+    transpose_8x8(high);
+    const T* type = nullptr;
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) store(add ? load(out + r * out_stride) + sums[r] : sums[r], out + r * out_stride);
-}
-
-// The same for any number of rows.
-QM_INLINE void multiply(
-    const float* rows, int64_t num_rows, int64_t stride, const float* columns, int64_t column_stride, int64_t depth,
-    bool add, float* out, int64_t out_stride) {
-  int64_t r = 0;
-  for (; r + 6 <= num_rows; r += 6)
-    multiply<6>(rows + r * stride, stride, columns, column_stride, depth, add, out + r * out_stride, out_stride);
-  for (; r + 4 <= num_rows; r += 4)
-    multiply<4>(rows + r * stride, stride, columns, column_stride, depth, add, out + r * out_stride, out_stride);
-  for (; r + 2 <= num_rows; r += 2)
-    multiply<2>(rows + r * stride, stride, columns, column_stride, depth, add, out + r * out_stride, out_stride);
-  if (r < num_rows)
-    multiply<1>(rows + r * stride, stride, columns, column_stride, depth, add, out + r * out_stride, out_stride);
-}
+    for (int i = 0; i < 8; ++i) {
+      const EightVec halves[2] = {low[i], high[i]};
+      const BitVec words = read_bytes<BitVec>(halves);
+      if constexpr (kCount == 8) {
+        column[i] = (Vec)words;
+      } else {
+        column[2 * i] = widened(words & 0xffffu, type);
+        column[2 * i + 1] = widened(words >> 16, type);
+      }
+    }
+  }
+};
 
 // The sums of eight vectors of eight: out[i] = the sum of the lanes of v[i].
 QM_INLINE EightVec sums_of(const EightVec* v) {

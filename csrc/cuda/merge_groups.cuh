@@ -270,10 +270,11 @@ __global__ void merge_levels_kernel(Merge<T> merge) {
   }
 }
 
-// Merge the one entry of the group at `second` into that of the group at `first`, for one KV head.
+// Merge the one entry of the group at `second` into that of the group at `first`, for one KV head, and mark the span's
+// last group.
 template <typename T>
-__device__ void merge_pair(const Cache<T>& cache, const Schedule& schedule, Place first, Place second, int64_t head,
-                           int level) {
+__device__ void merge_pair(
+    const Cache<T>& cache, const Schedule& schedule, Place first, Place second, Place last, int64_t head, int level) {
   const SlotState a = *cache.state(first.page, head, first.slot), b = *cache.state(second.page, head, second.slot);
   const float mass = a.mass + b.mass, weight_a = a.mass / mass, weight_b = b.mass / mass;
   T* to = cache.slot(first.page, head, first.slot);
@@ -289,27 +290,29 @@ __device__ void merge_pair(const Cache<T>& cache, const Schedule& schedule, Plac
     *cache.state(first.page, head, first.slot + i) =
         SlotState{is_first ? mass : 0.0f, is_first ? a.count + b.count : 0.0f, word, 0.0f};
     *cache.state(second.page, head, second.slot + i) = SlotState{0.0f, 0.0f, word, 0.0f};
+    *cache.state(last.page, head, last.slot + i) = SlotState{0.0f, 0.0f, word, 0.0f};
   }
 }
 
-// Whether the 2^log2 groups from `group` on are one span of this request: one entry, in the first of them.
+// Whether the 2^log2 groups from `group` on, the first of which has the level of such a span, are one span of this
+// request.
 //
-// The first has the level of a span also where another request merged it with pages that this one does not share. The
-// span is whole if its last group was merged into the one before, those two into the two before and so on.
+// The first has the level also where another request merged it with pages that this one does not share. Inside a page
+// they cannot part. Else the span is whole if its last group bears the mark of the merge: whoever did it had that group.
 template <typename T>
 __device__ bool is_whole(const Merge<T>& merge, int64_t request, int64_t group, int log2) {
-  for (int i = 0; i < log2; ++i) {
-    const int64_t tail = group + (int64_t{1} << log2) - (int64_t{1} << i);
-    const Place at = place_of(merge.cache, merge.table, merge.schedule, request, tail);
-    if (!merge.cache.holds(at.page)) return false;
-    const SlotState state = *merge.cache.state(at.page, 0, at.slot);
-    if (state.count > 0.0f || bounded_level(state.level, merge.schedule) <= merge.schedule.num_counts + i) return false;
-  }
-  return true;
+  const int64_t groups_per_page = merge.cache.page_size / merge.schedule.group_size;
+  const int64_t last = group + (int64_t{1} << log2) - 1;
+  if (group / groups_per_page == last / groups_per_page) return true;
+  const Place at = place_of(merge.cache, merge.table, merge.schedule, request, last);
+  if (!merge.cache.holds(at.page)) return false;
+  const SlotState state = *merge.cache.state(at.page, 0, at.slot);
+  return !(state.count > 0.0f) && bounded_level(state.level, merge.schedule) >= merge.schedule.num_counts + log2;
 }
 
 // Whether the request's two spans from `group` on, of half a span of `level` each, can become one: both are whole, and
-// the second one's level is `level` - 1, or `most` at most. Of what is read here this launch changes the second one's level alone.
+// the second one's level is `level` - 1, or `most` at most. Of what is read here this launch changes the levels of the
+// second one and of its last group, which were `level` - 1.
 template <typename T>
 __device__ bool is_pair(const Merge<T>& merge, int64_t request, int64_t group, int level, int most) {
   const Schedule& schedule = merge.schedule;
@@ -345,6 +348,7 @@ __global__ void merge_spans_kernel(Merge<T> merge, int level) {
       const int64_t group = (base + num_warps * (__ffs(waiting) - 1)) * span;
       const Place first = place_of(cache, merge.table, schedule, request, group);
       const Place second = place_of(cache, merge.table, schedule, request, group + span / 2);
+      const Place last = place_of(cache, merge.table, schedule, request, group + span - 1);
       // Requests may share the span's first pages and not the rest: the first of them that can merge it gives the
       // entry its content. It may have done so by now, and then the level of its second half is `level`.
       bool is_others = false;
@@ -353,7 +357,8 @@ __global__ void merge_spans_kernel(Merge<T> merge, int level) {
                      merge.table.page(other, group / groups_per_page) == first.page &&
                      is_pair(merge, other, group, level, level);
       if (__any_sync(kAllLanes, is_others)) continue;
-      for (int64_t head = 0; head < cache.num_heads; ++head) merge_pair(cache, schedule, first, second, head, level);
+      for (int64_t head = 0; head < cache.num_heads; ++head)
+        merge_pair(cache, schedule, first, second, last, head, level);
     }
   }
 }

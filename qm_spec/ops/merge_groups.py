@@ -76,10 +76,14 @@ def merge_groups_reference(
         empty = ~(state[:, 0, ::group_size, COUNT][pages].flatten(1) > 0)
         # Due and whole: two spans beside each other, [B, n, 2, groups of each].
         due, empty, level, members = (_pairs(words, span) for words in (due, empty, level, groups))
-        pair = (due[..., 0] & _whole(level, empty, len(schedule))).all(-1)
-        now = members[..., 0][pair]
+        pair = (due[..., 0] & _whole(level, empty, members // groups_per_page, len(schedule))).all(-1)
+        # The first groups of both, and the last one.
+        now = torch.cat([members[..., 0][pair], members[..., -1, -1:][pair]], -1)
         if now.numel():
-            _merge(keys, values, state, _first_of_each(now), 1, 1, new_level, config)
+            now = _first_of_each(now)
+            _merge(keys, values, state, now[:, :2], 1, 1, new_level, config)
+            last = now[:, 2]
+            state[last // groups_per_page, :, last % groups_per_page * group_size, LEVEL] = new_level
 
 
 torch.library.impl("qm_spec::merge_groups_", "default", merge_groups_reference)
@@ -91,22 +95,20 @@ def _pairs(words: Tensor, span: int) -> Tensor:
     return words[:, : number * span].unflatten(1, (number, 2, span // 2))
 
 
-def _whole(level: Tensor, empty: Tensor, schedule_levels: int) -> Tensor:
-    """Say which spans `[..., groups]` are one span of this request.
+def _whole(level: Tensor, empty: Tensor, page: Tensor, schedule_levels: int) -> Tensor:
+    """Say which spans `[..., groups]`, whose heads have the level of such a span, are one span of this request.
 
-    Its head has the level also where another request merged it with pages that this one does not
-    share. A span is whole if its last group was merged into the one before, those two into the two
-    before and so on up to the head: whoever merged it had this last group, and so every page of it.
+    The head has the level also where another request merged it with pages that this one does not share. Inside a page
+    they cannot part. Else a span is whole if its last group bears the mark of the merge: whoever did it had this last
+    group, and so every page of the span.
     """
-    whole = torch.ones_like(empty[..., 0])
-    for number in range(level.shape[-1].bit_length() - 1):
-        tail = -(2**number)
-        whole &= empty[..., tail] & (level[..., tail] > schedule_levels + number)
-    return whole
+    doublings = level.shape[-1].bit_length() - 1
+    marked = empty[..., -1] & (level[..., -1] >= schedule_levels + doublings)
+    return marked | (page[..., 0] == page[..., -1])
 
 
 def _first_of_each(pairs: Tensor) -> Tensor:
-    """Drop the pairs `[n, 2]` whose first group another pair before them has: requests may share pages."""
+    """Drop the pairs `[n, 3]` whose first group another pair before them has: requests may share pages."""
     _, inverse = torch.unique(pairs[:, 0], return_inverse=True)
     number = torch.arange(len(pairs), device=pairs.device)
     first = torch.full_like(number, len(pairs)).scatter_reduce_(0, inverse, number, "amin")

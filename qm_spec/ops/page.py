@@ -7,7 +7,8 @@ the key (never rotated), the next d the value, and the rest four float32 words o
     count   tokens the entry stands for; 0 marks an empty slot
     level   of the group, in the group's first slot: 0 raw, l >= 1 merged to `schedule[l - 1]`
             entries; past the schedule the group's one entry lies in the first slot of its span's
-            first group, and the first slots of the others are empty
+            first group, the first slots of the others are empty, and the span's last group has the
+            level of the span as its first one has
     (spare) keeps C a multiple of 16 bytes
 
 State lies inside the page so that block copies, offload and memory accounting carry it. A new page
