@@ -34,6 +34,8 @@ FOLDER = Path(__file__).resolve().parent
 # Larger than the last-level cache of any machine this is meant for.
 COPIED_BYTES = 1 << 28
 MATRIX = 2048
+# Until a call takes no less time than the one before.
+WARMING_CALLS = 3
 
 EXAMPLES = """
 Examples:
@@ -56,9 +58,11 @@ class Measurement:
         operator: its name.
         sizes: in words.
         dtype: of its floats.
-        time_ms: median of the operator's times.
+        time_ms: median of the operator's times, each right after untimed calls of it (or after what undoes its
+            changes): the caches hold as much of what it reads as they can.
         time_ms_p10: lower decile.
         time_ms_p90: upper decile.
+        cold_ms: median where more than the caches hold was read before each call instead.
         reference_ms: median of its PyTorch reference.
         alternative_ms: median of the alternative; None where there is none.
         alternative: in words.
@@ -73,6 +77,7 @@ class Measurement:
     time_ms: float
     time_ms_p10: float
     time_ms_p90: float
+    cold_ms: float
     reference_ms: float
     alternative_ms: float | None
     alternative: str
@@ -117,9 +122,22 @@ def measure(case: Case, sizes: Any, dtype: torch.dtype, device: str, rounds: int
     outputs = case.operator(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     runs = [case.operator, case.reference, *([case.alternative] if case.alternative else [])]
-    before = partial(case.restore, *arguments) if case.restore else lambda: None
+    other = torch.ones(COPIED_BYTES // 4, device=device)
+
+    def warm() -> None:
+        if case.restore:
+            case.restore(*arguments)
+        else:
+            for _ in range(WARMING_CALLS):
+                case.operator(*arguments)
+
+    def evict() -> None:
+        warm()
+        other.sum()
+
     with torch.no_grad():
-        times = alternate([partial(run, *arguments) for run in runs], device, rounds, before)
+        times = alternate([partial(run, *arguments) for run in runs], device, rounds, warm)
+        (cold,) = alternate([partial(case.operator, *arguments)], device, rounds, evict)
     inputs_and_outputs = sum(x.nbytes for x in (*arguments, *outputs) if isinstance(x, Tensor))
     deciles = statistics.quantiles(times[0], n=10)
     return Measurement(
@@ -129,6 +147,7 @@ def measure(case: Case, sizes: Any, dtype: torch.dtype, device: str, rounds: int
         statistics.median(times[0]),
         deciles[0],
         deciles[-1],
+        statistics.median(cold),
         statistics.median(times[1]),
         statistics.median(times[2]) if case.alternative else None,
         case.alternative_name,
@@ -156,7 +175,7 @@ def table(rows: list[Measurement], bandwidth: float, product: float, peak: float
     result = Table(title=title)
     for name in ("operator", "sizes", "dtype"):
         result.add_column(name, no_wrap=True)
-    for name in ("ms", "MB", "of copy", "GFLOP/s", "of torch.mm", "of peak", "x reference", "x alternative"):
+    for name in ("ms", "cold ms", "MB", "of copy", "GFLOP/s", "of torch.mm", "of peak", "x reference", "x alternative"):
         result.add_column(name, justify="right")
     result.add_column("alternative", no_wrap=True)
     for row in rows:
@@ -166,6 +185,7 @@ def table(rows: list[Measurement], bandwidth: float, product: float, peak: float
             row.sizes,
             row.dtype,
             f"{row.time_ms:.3f}",
+            f"{row.cold_ms:.3f}",
             f"{row.moved_bytes / 1e6:.1f}",
             f"{row.moved_bytes / row.time_ms * 1e3 / bandwidth:.0%}",
             f"{rate / 1e9:.0f}" if rate else "",
