@@ -163,6 +163,15 @@ def test_the_checkpoint_is_vllms_format_and_loads_again(window, tmp_path):
         assert torch.equal(loaded.state_dict()[name], weight.float())
 
 
+def test_normed_states_have_one_size(tmp_path):
+    drafter = Eagle3Drafter(make_config(fc_norm=True))
+    states = torch.randn(1, 5, 3 * HIDDEN)
+    large = states.unflatten(-1, (3, HIDDEN)) * torch.tensor([0.3, 1.0, 100.0])[:, None]
+    torch.testing.assert_close(drafter.fuse(large.flatten(-2)), drafter.fuse(states), rtol=1e-3, atol=1e-3)
+    drafter.save_pretrained(tmp_path)
+    assert {f"fc_norm.{number}.weight" for number in range(3)} <= set(load_file(tmp_path / "model.safetensors"))
+
+
 def test_other_architectures_are_not_loaded(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(ValueError, match=r"Eagle3QuickMergeForCausalLM.*got LlamaForCausalLM"):

@@ -79,6 +79,18 @@ def test_other_shapes_are_refused(old: LlamaForCausalLM) -> None:
         plant_induction(LlamaForCausalLM(config), torch.zeros(1, 4, dtype=torch.long), keep_layers=[0], depth=1)
 
 
+@torch.no_grad()
+def test_a_planted_model_gets_new_copying_layers(planted: LlamaForCausalLM) -> None:
+    input_ids = torch.randint(VOCAB, (1, 64))
+    again = plant_induction(planted, input_ids, keep_layers=[2, 3, 5], depth=DEPTH, seed=1)
+    assert again.config.copying_layers == planted.config.copying_layers
+    torch.testing.assert_close(again.get_input_embeddings().weight, planted.get_input_embeddings().weight)
+    expected = planted(input_ids).logits
+    assert (again(input_ids).logits - expected).norm() < 0.2 * expected.norm()
+    with pytest.raises(ValueError, match=r"layers \[0, 1, 4\] copy already"):
+        plant_induction(planted, input_ids, keep_layers=[2, 3, 4, 5], depth=DEPTH)
+
+
 def test_training_keeps_the_wiring(planted: LlamaForCausalLM) -> None:
     model = copy.deepcopy(planted).train()
     protect_induction(model)

@@ -267,13 +267,22 @@ def texts(novels):
     return list(zip(prompts, write_continuations(novels, prompts, NUM_TOKENS + NUM_DRAFTS - 1), strict=True))
 
 
-def trained_briefly(target, texts, sliding_window):
+# How EAGLE-3 is trained to be compared with vLLM: its window, the layers it reads, and whether it norms them.
+IN_VLLM = {
+    "eagle3": (None, [6, 13, 19], False),
+    "eagle3-window": (24, [6, 13, 19], False),
+    "eagle3-normed": (None, [0, 13, 19], True),
+}
+
+
+def trained_briefly(target, texts, sliding_window, layers, fc_norm):
     """Train EAGLE-3 for some steps on the very texts, so that it is accepted now and then."""
     torch.manual_seed(0)
     sizes = {**SIZES, "hidden_size": 192, "vocab_size": 4096, "num_attention_heads": 6, "head_dim": 32}
     config = Eagle3Config(
-        **{**sizes, "eagle_aux_hidden_state_layer_ids": [6, 13, 19], "num_speculative_tokens": NUM_DRAFTS},
+        **{**sizes, "eagle_aux_hidden_state_layer_ids": layers, "num_speculative_tokens": NUM_DRAFTS},
         sliding_window=sliding_window,
+        fc_norm=fc_norm,
         max_position_embeddings=4096,
     )
     training = DraftTraining(Eagle3Drafter(config), target, rows_per_window=60)
@@ -288,14 +297,14 @@ def trained_briefly(target, texts, sliding_window):
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("name", ["qm_spec", "eagle3", "eagle3-window"])
+@pytest.mark.parametrize("name", ["qm_spec", *IN_VLLM])
 def test_vllm_accepts_what_the_replay_says(novels, texts, name, tmp_path):
     """Request by request; vLLM runs EAGLE-3 with its own code, its sliding window included."""
     if name == "qm_spec":
         folder, speculation = ZOO / "drafter", qm_spec.speculative_config(str(ZOO / "target"))
     else:
         folder = tmp_path / "drafter"
-        trained_briefly(novels, texts, {"eagle3": None, "eagle3-window": 24}[name]).save_pretrained(folder)
+        trained_briefly(novels, texts, *IN_VLLM[name]).save_pretrained(folder)
         speculation = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": NUM_DRAFTS}
     engine = {"model": str(ZOO / "target"), "max_model_len": 1024, "speculative_config": speculation}
     sampling = {"temperature": 0, "max_tokens": NUM_TOKENS}
@@ -304,8 +313,9 @@ def test_vllm_accepts_what_the_replay_says(novels, texts, name, tmp_path):
     assert [answer[0] for answer in run["answers"]] == [text[:NUM_TOKENS] for _, text in texts]
 
     drafter, total = load_drafter(folder).eval(), DraftCounts()
+    layers = drafter.config.eagle_aux_hidden_state_layer_ids
     for (prompt, text), counters in zip(texts, run["counters"], strict=True):
-        total = total + replay(drafter, read_text(novels, prompt, text, [6, 13, 19]), NUM_DRAFTS).counts
+        total = total + replay(drafter, read_text(novels, prompt, text, layers), NUM_DRAFTS).counts
         got = [counters[f"vllm:spec_decode_num_{what}"] for what in ("drafts", "draft_tokens", "accepted_tokens")]
         assert got == [total.drafts, total.draft_tokens, total.accepted_tokens]
     assert total.accepted_tokens > 20, "the drafts are hardly ever right: equal counts show little"

@@ -50,7 +50,7 @@ SHARPNESS = 10.0
 HISTORY_LENGTH = 0.16
 # Score of one equal token of the history. Where nothing follows from the past, the scores are so near that what is
 # copied is a mixture, and small.
-MATCH = 4.0
+MATCH = 2.4
 # Equal tokens at which the score is 0, of 9 with five heads. At 0 a long key gains on a right one, at 9 a short one.
 OFFSET = 5.5
 # Norm of the copied code against that of the stream it is added to, and its weight in the logits.
@@ -110,7 +110,8 @@ def plant_induction(
     """Return a wider copy of `model` with three copying layers.
 
     Args:
-        model: a trained Llama with tied ends, one key/value head and a head size of 64.
+        model: a trained Llama with tied ends, one key/value head and a head size of 64; or one that was planted and
+            trained before, which gets new copying layers in the place of its own.
         input_ids: `[B, N]`, some text: the size of its residual stream at `depth` sets the scales.
         keep_layers: the old layers that are taken over, in order.
         depth: number of kept layers before the one that copies; at least 1.
@@ -129,45 +130,38 @@ def plant_induction(
         )
     if not 1 <= depth <= len(keep_layers):
         raise ValueError(f"plant_induction: depth must be in 1..{len(keep_layers)}, got {depth}")
-    states = model(input_ids=input_ids, output_hidden_states=True, use_cache=False).hidden_states
-    level = states[keep_layers[depth - 1] + 1].square().mean(-1).sqrt().median().item()
-    config = LlamaConfig(
-        **{
-            **old.to_dict(),
-            "hidden_size": old.hidden_size + EXTRA,
-            "num_attention_heads": old.num_attention_heads + EXTRA // HEAD_DIM,
-            "num_hidden_layers": len(keep_layers) + 3,
-            "max_position_embeddings": context,
-            "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
-        }
-    )
+    copying_before = getattr(old, "copying_layers", [])
+    if set(keep_layers) & set(copying_before):
+        raise ValueError(f"plant_induction: layers {copying_before} copy already; leave them out of {keep_layers}")
+    wide = _kept(model, keep_layers) if copying_before else _widened(model, keep_layers, rope_theta, context)
+    states = wide(input_ids=input_ids, output_hidden_states=True, use_cache=False).hidden_states
+    level = states[depth].square().mean(-1).sqrt().median().item()
+
+    config = LlamaConfig(**{**wide.config.to_dict(), "num_hidden_layers": len(keep_layers) + 3})
     config.copying_layers = [0, 1, depth + 2]
     planted = LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(seed)
-    # RMSNorm now divides by the mean over more channels.
-    shrink = (old.hidden_size / config.hidden_size) ** 0.5
-
-    table = model.get_input_embeddings().weight
+    own, constant, history = _channels(config.hidden_size)
+    table = wide.get_input_embeddings().weight
+    table[:, own.start : history.stop] = 0
     project = torch.linalg.qr(torch.randn(CODE, HISTORY, generator=generator))[0].T
     # Lengths for which RMSNorm, which sees the code beside the rest, makes all codes equally long.
-    rest = table.square().sum(-1, keepdim=True) + CODE_SCALE**2
+    table[:, constant] = CODE_SCALE
+    rest = table.square().sum(-1, keepdim=True)
     share = 1 / (1 + rest.median().item() / CODE_LENGTH**2)
-    lengths = (share / (1 - share) * rest).sqrt()
-    extra = torch.cat([_codes(project, len(table), generator) * lengths, rest.new_full(rest.shape, CODE_SCALE)], -1)
-    spare = table.new_zeros(len(table), EXTRA - CODE - 1)
-    planted.get_input_embeddings().weight.copy_(torch.cat([table, extra, spare], -1))
-
+    table[:, own] = _codes(project, len(table), generator) * (share / (1 - share) * rest).sqrt()
+    planted.get_input_embeddings().weight.copy_(table)
     places = [place for place in range(config.num_hidden_layers) if place not in config.copying_layers]
-    for index, place in zip(keep_layers, places, strict=True):
-        _widen(model.model.layers[index], planted.model.layers[place], shrink)
-    planted.model.norm.weight.copy_(_widen_norm(model.model.norm.weight, shrink))
-    planted.model.norm.weight[old.hidden_size : old.hidden_size + CODE] = COPY_GAIN
-    planted.model.norm.weight[old.hidden_size + CODE :] = 0
+    for layer, place in zip(wide.model.layers, places, strict=True):
+        planted.model.layers[place].load_state_dict(layer.state_dict())
+    planted.model.norm.weight.copy_(wide.model.norm.weight)
+    planted.model.norm.weight[own] = COPY_GAIN
+    planted.model.norm.weight[constant:] = 0
     rotation = torch.linalg.qr(torch.randn(HISTORY, HISTORY, generator=generator))[0]
     *remembering, copying = (planted.model.layers[place] for place in config.copying_layers)
     for number, layer in enumerate(remembering):
-        _wire_memory(layer, number, project, rotation, share, rope_theta)
-    _wire_copying(copying, project, rotation, level * shrink)
+        _wire_memory(layer, number, project, rotation, share, config.rope_parameters["rope_theta"])
+    _wire_copying(copying, project, rotation, level)
     return planted
 
 
@@ -181,6 +175,42 @@ def protect_induction(model: PreTrainedModel) -> None:
     if copying:
         model.get_input_embeddings().requires_grad_(False)
         model.model.layers[: copying[-1] + 1].requires_grad_(False)
+
+
+def _kept(model: LlamaForCausalLM, keep_layers: Sequence[int]) -> LlamaForCausalLM:
+    """Return a copy of `model` with some of its layers."""
+    kept = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": len(keep_layers)})).eval()
+    kept.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight)
+    kept.model.norm.weight.copy_(model.model.norm.weight)
+    for index, layer in zip(keep_layers, kept.model.layers, strict=True):
+        layer.load_state_dict(model.model.layers[index].state_dict())
+    return kept
+
+
+def _widened(
+    model: LlamaForCausalLM, keep_layers: Sequence[int], rope_theta: float, context: int
+) -> LlamaForCausalLM:
+    """Return a copy of `model` with some of its layers, and channels and heads that they leave alone."""
+    old = model.config
+    wide = LlamaForCausalLM(
+        LlamaConfig(
+            **{
+                **old.to_dict(),
+                "hidden_size": old.hidden_size + EXTRA,
+                "num_attention_heads": old.num_attention_heads + EXTRA // HEAD_DIM,
+                "num_hidden_layers": len(keep_layers),
+                "max_position_embeddings": context,
+                "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
+            }
+        )
+    ).eval()
+    # RMSNorm now divides by the mean over more channels.
+    shrink = (old.hidden_size / wide.config.hidden_size) ** 0.5
+    wide.get_input_embeddings().weight.zero_()[:, : old.hidden_size] = model.get_input_embeddings().weight
+    wide.model.norm.weight.copy_(_widen_norm(model.model.norm.weight, shrink))
+    for index, layer in zip(keep_layers, wide.model.layers, strict=True):
+        _widen(model.model.layers[index], layer, shrink)
+    return wide
 
 
 def _codes(project: Tensor, count: int, generator: torch.Generator) -> Tensor:
