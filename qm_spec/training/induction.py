@@ -54,7 +54,7 @@ MATCH = 2.4
 # Equal tokens at which the score is 0, of 9 with five heads. At 0 a long key gains on a right one, at 9 a short one.
 OFFSET = 5.5
 # Norm of the copied code against that of the stream it is added to, and its weight in the logits.
-COPY_SHARE, COPY_GAIN = 0.5, 3.0
+COPY_SHARE, COPY_GAIN = 0.5, 4.5
 
 
 def plant_target(
