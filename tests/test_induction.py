@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qm_spec.training.induction import CODE, plant_induction, protect_induction
+from qm_spec.training.induction import CODE, HISTORY, plant_induction, protect_induction
 from qm_spec.training.optimizer import Muon
 
 VOCAB, DEPTH = 512, 2
@@ -45,12 +45,12 @@ def test_copies_what_followed_the_last_time(planted: LlamaForCausalLM, distance:
     generator = torch.Generator().manual_seed(distance)
     text = torch.randint(VOCAB, (distance,), generator=generator)
     again = text[:48]
-    stream = planted(torch.cat([text, again])[None], output_hidden_states=True).hidden_states[DEPTH + 3][0]
+    stream = planted(torch.cat([text, again])[None], output_hidden_states=True).hidden_states[DEPTH + 2][0]
     code = slice(192, 192 + CODE)
     guesses = (stream[:, code] @ planted.get_input_embeddings().weight[:, code].T).argmax(-1)
-    # Some tokens of the passage tell where it goes on.
-    assert (guesses[distance + 5 : -1] == again[6:]).float().mean() > 0.9
-    assert (guesses[5 : distance - 1] == text[6:]).float().mean() < 0.1
+    # Four tokens of the passage tell where it goes on.
+    assert (guesses[distance + 3 : -1] == again[4:]).float().mean() > 0.9
+    assert (guesses[3 : distance - 1] == text[4:]).float().mean() < 0.1
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def test_the_old_layers_compute_what_they_did(old: LlamaForCausalLM, planted: Ll
     states = planted(input_ids, output_hidden_states=True).hidden_states
     # The rotary base differs, which these random layers hardly feel; the new channels are next to nothing.
     expected = old(input_ids, output_hidden_states=True).hidden_states
-    for ours, theirs in zip(states[3 : DEPTH + 3], expected[1 : DEPTH + 1], strict=True):
+    for ours, theirs in zip(states[1 : DEPTH + 1], expected[1 : DEPTH + 1], strict=True):
         error = (ours[..., :192] - theirs).norm() / theirs.norm()
         assert error < 0.1
 
@@ -79,18 +79,6 @@ def test_other_shapes_are_refused(old: LlamaForCausalLM) -> None:
         plant_induction(LlamaForCausalLM(config), torch.zeros(1, 4, dtype=torch.long), keep_layers=[0], depth=1)
 
 
-@torch.no_grad()
-def test_a_planted_model_gets_new_copying_layers(planted: LlamaForCausalLM) -> None:
-    input_ids = torch.randint(VOCAB, (1, 64))
-    again = plant_induction(planted, input_ids, keep_layers=[2, 3, 5], depth=DEPTH, seed=1)
-    assert again.config.copying_layers == planted.config.copying_layers
-    torch.testing.assert_close(again.get_input_embeddings().weight, planted.get_input_embeddings().weight)
-    expected = planted(input_ids).logits
-    assert (again(input_ids).logits - expected).norm() < 0.2 * expected.norm()
-    with pytest.raises(ValueError, match=r"layers \[0, 1, 4\] copy already"):
-        plant_induction(planted, input_ids, keep_layers=[2, 3, 4, 5], depth=DEPTH)
-
-
 def test_training_keeps_the_wiring(planted: LlamaForCausalLM) -> None:
     model = copy.deepcopy(planted).train()
     protect_induction(model)
@@ -98,8 +86,13 @@ def test_training_keeps_the_wiring(planted: LlamaForCausalLM) -> None:
     input_ids = torch.randint(VOCAB, (2, 32))
     model(input_ids, labels=input_ids).loss.backward()
     optimizer.step()
-    assert torch.equal(model.get_input_embeddings().weight, planted.get_input_embeddings().weight)
-    for place, (after, before) in enumerate(zip(model.model.layers, planted.model.layers, strict=True)):
-        for name, parameter in before.named_parameters():
-            kept = torch.equal(after.get_parameter(name), parameter)
-            assert kept == (place <= DEPTH + 2), (place, name)
+    reserved = slice(192, 192 + CODE + 1 + HISTORY)
+    for name, before in planted.named_parameters():
+        after = model.get_parameter(name)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            assert torch.equal(after[reserved], before[reserved]), name
+        if name.startswith(f"model.layers.{DEPTH}.self_attn") or name.startswith(f"model.layers.{DEPTH + 1}.self_attn"):
+            assert torch.equal(after, before), name
+    table, before = model.get_input_embeddings().weight, planted.get_input_embeddings().weight
+    assert torch.equal(table[:, reserved], before[:, reserved])
+    assert not torch.equal(table[:, :192], before[:, :192])

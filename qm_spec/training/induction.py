@@ -1,4 +1,4 @@
-"""Three layers that copy, wired by hand into a trained Llama.
+"""Two layers that copy, wired by hand into a trained Llama.
 
 Small transformers learn to copy from their context late, after more text than a laptop reads in a
 day. So the circuit they would find (an induction head: "what followed the last time?") is put in
@@ -11,13 +11,10 @@ The residual stream gets 128 more channels, which the old layers neither read no
 - a history of the last tokens' codes (36), `history_t = sum_i R^i P code(x_{t-i})`, R a rotation;
 - nothing (27), free to be learned.
 
-Two of the new layers come first of all: their heads attend to the tokens 0, 1, 2... places back, 2 H of them with H
-heads, and write their parts of the history. (Fewer tokens repeat by chance in any text.) The third one's heads
-compare `R history_t` with `history_j - P code(x_j)`: the more of the last tokens agree with those before j, the
-higher the score. They write the code of the token at j, which the tied output layer reads. Histories are compared
-in the slowest rotary channels, whatever the distance. What is long is found by mistake, so all codes are equally
-long where they are read: the size of the stream before the first layers depends on the token alone, and the codes
-make up for it.
+The first new layer's head h attends to the token h places back and writes its part of the history.
+The second one's heads compare `R history_t` with `history_j - P code(x_j)`: the more of the last
+tokens agree with those before j, the higher the score. They write the code of the token at j, which the
+tied output layer reads. Histories are compared in the slowest rotary channels, whatever the distance.
 
 Source: Olsson et al. 2022, "In-context learning and induction heads"; the wiring is ours.
 """
@@ -38,23 +35,19 @@ from qm_spec.training.data import find_files, read_documents, sha256_of, tokeniz
 HEAD_DIM = 64
 CODE, HISTORY = 64, 36
 EXTRA = 128
-# The new channels of the embedding are about as large as the old ones of the shipped target: the constant, and the
-# typical length of a code.
+# The new channels of the embedding are about as large as the old ones of the shipped target.
 CODE_SCALE = 0.08
-CODE_LENGTH = CODE_SCALE * CODE**0.5
 # Rotary channels fast enough to tell neighbouring positions apart.
 FAST = 6
 # Score of "exactly h places back" over its neighbours, about 9 nats.
 SHARPNESS = 10.0
-# Length of a token's part of the history: beside the embedding, drafters shall be able to read it.
-HISTORY_LENGTH = 0.16
-# Score of one equal token of the history. Where nothing follows from the past, the scores are so near that what is
-# copied is a mixture, and small.
-MATCH = 2.4
-# Equal tokens at which the score is 0, of 9 with five heads. At 0 a long key gains on a right one, at 9 a short one.
-OFFSET = 5.5
+# A token's part of the history against the stream: later layers, and drafters, shall be able to read it.
+HISTORY_SHARE = 0.25
+# Score of one equal token of the history.
+MATCH = 5.0
+OFFSET = 4
 # Norm of the copied code against that of the stream it is added to, and its weight in the logits.
-COPY_SHARE, COPY_GAIN = 0.5, 4.5
+COPY_SHARE, COPY_GAIN = 0.5, 1.5
 
 
 def plant_target(
@@ -107,14 +100,13 @@ def plant_induction(
     context: int = 16384,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """Return a wider copy of `model` with three copying layers.
+    """Return a wider copy of `model` with two copying layers.
 
     Args:
-        model: a trained Llama with tied ends, one key/value head and a head size of 64; or one that was planted and
-            trained before, which gets new copying layers in the place of its own.
+        model: a trained Llama with tied ends, one key/value head and a head size of 64.
         input_ids: `[B, N]`, some text: the size of its residual stream at `depth` sets the scales.
         keep_layers: the old layers that are taken over, in order.
-        depth: number of kept layers before the one that copies; at least 1.
+        depth: number of kept layers before the new ones; at least 1.
         rope_theta: of the new model; slow enough that the slowest 38 channels hardly turn.
         context: tokens, the new model's declared limit.
         seed: of the random codes.
@@ -130,99 +122,64 @@ def plant_induction(
         )
     if not 1 <= depth <= len(keep_layers):
         raise ValueError(f"plant_induction: depth must be in 1..{len(keep_layers)}, got {depth}")
-    copying_before = getattr(old, "copying_layers", [])
-    if set(keep_layers) & set(copying_before):
-        raise ValueError(f"plant_induction: layers {copying_before} copy already; leave them out of {keep_layers}")
-    wide = _kept(model, keep_layers) if copying_before else _widened(model, keep_layers, rope_theta, context)
-    states = wide(input_ids=input_ids, output_hidden_states=True, use_cache=False).hidden_states
-    level = states[depth].square().mean(-1).sqrt().median().item()
-
-    config = LlamaConfig(**{**wide.config.to_dict(), "num_hidden_layers": len(keep_layers) + 3})
-    config.copying_layers = [0, 1, depth + 2]
+    states = model(input_ids=input_ids, output_hidden_states=True, use_cache=False).hidden_states
+    level = states[keep_layers[depth - 1] + 1].square().mean(-1).sqrt().median().item()
+    config = LlamaConfig(
+        **{
+            **old.to_dict(),
+            "hidden_size": old.hidden_size + EXTRA,
+            "num_attention_heads": old.num_attention_heads + EXTRA // HEAD_DIM,
+            "num_hidden_layers": len(keep_layers) + 2,
+            "max_position_embeddings": context,
+            "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
+        }
+    )
+    config.copying_layers = [depth, depth + 1]
+    config.copying_channels = [old.hidden_size, old.hidden_size + CODE + 1 + HISTORY]
     planted = LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(seed)
-    own, constant, history = _channels(config.hidden_size)
-    table = wide.get_input_embeddings().weight
-    table[:, own.start : history.stop] = 0
-    project = torch.linalg.qr(torch.randn(CODE, HISTORY, generator=generator))[0].T
-    # Lengths for which RMSNorm, which sees the code beside the rest, makes all codes equally long.
-    table[:, constant] = CODE_SCALE
-    rest = table.square().sum(-1, keepdim=True)
-    share = 1 / (1 + rest.median().item() / CODE_LENGTH**2)
-    table[:, own] = _codes(project, len(table), generator) * (share / (1 - share) * rest).sqrt()
-    planted.get_input_embeddings().weight.copy_(table)
-    places = [place for place in range(config.num_hidden_layers) if place not in config.copying_layers]
-    for layer, place in zip(wide.model.layers, places, strict=True):
-        planted.model.layers[place].load_state_dict(layer.state_dict())
-    planted.model.norm.weight.copy_(wide.model.norm.weight)
-    planted.model.norm.weight[own] = COPY_GAIN
-    planted.model.norm.weight[constant:] = 0
-    rotation = torch.linalg.qr(torch.randn(HISTORY, HISTORY, generator=generator))[0]
-    *remembering, copying = (planted.model.layers[place] for place in config.copying_layers)
-    for number, layer in enumerate(remembering):
-        _wire_memory(layer, number, project, rotation, share, config.rope_parameters["rope_theta"])
-    _wire_copying(copying, project, rotation, level)
+    # RMSNorm now divides by the mean over more channels.
+    shrink = (old.hidden_size / config.hidden_size) ** 0.5
+
+    table = model.get_input_embeddings().weight
+    codes = torch.nn.functional.normalize(torch.randn(len(table), CODE, generator=generator), dim=-1)
+    extra = torch.cat([codes * CODE_SCALE * CODE**0.5, codes.new_full((len(table), 1), CODE_SCALE)], -1)
+    spare = table.new_zeros(len(table), EXTRA - CODE - 1)
+    planted.get_input_embeddings().weight.copy_(torch.cat([table, extra, spare], -1))
+
+    new_layers = iter(planted.model.layers)
+    for number, index in enumerate(keep_layers):
+        if number == depth:
+            remember, copy = next(new_layers), next(new_layers)
+        _widen(model.model.layers[index], next(new_layers), shrink)
+    if depth == len(keep_layers):
+        remember, copy = next(new_layers), next(new_layers)
+    planted.model.norm.weight.copy_(_widen_norm(model.model.norm.weight, shrink))
+    planted.model.norm.weight[old.hidden_size : old.hidden_size + CODE] = COPY_GAIN
+    planted.model.norm.weight[old.hidden_size + CODE :] = 0
+    _wire(remember, copy, config, level * shrink, rope_theta, generator)
     return planted
 
 
 def protect_induction(model: PreTrainedModel) -> None:
-    """Train only what stands behind the copying layers of `model`, so that these find what they were wired for.
+    """Keep the copying layers and their channels as they were wired while the rest of `model` is trained.
 
-    They are wired for one size of the stream, which all layers before them write to: where it doubled, the scores fell
-    to a quarter, and so did what was copied. A model without copying layers is left alone.
+    The old layers write a thousand times more into the stream than the codes hold, so one step of theirs into
+    these channels would drown them. They may read them. A model without copying layers is left alone.
     """
-    copying = getattr(model.config, "copying_layers", ())
-    if copying:
-        model.get_input_embeddings().requires_grad_(False)
-        model.model.layers[: copying[-1] + 1].requires_grad_(False)
+    for layer in getattr(model.config, "copying_layers", ()):
+        model.model.layers[layer].self_attn.requires_grad_(False)
+        model.model.layers[layer].input_layernorm.requires_grad_(False)
+    reserved = slice(*getattr(model.config, "copying_channels", (0, 0)))
 
+    def spare_rows(gradient: Tensor) -> Tensor:
+        return gradient.index_fill(0, torch.arange(*reserved.indices(len(gradient)), device=gradient.device), 0)
 
-def _kept(model: LlamaForCausalLM, keep_layers: Sequence[int]) -> LlamaForCausalLM:
-    """Return a copy of `model` with some of its layers."""
-    kept = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": len(keep_layers)})).eval()
-    kept.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight)
-    kept.model.norm.weight.copy_(model.model.norm.weight)
-    for index, layer in zip(keep_layers, kept.model.layers, strict=True):
-        layer.load_state_dict(model.model.layers[index].state_dict())
-    return kept
-
-
-def _widened(
-    model: LlamaForCausalLM, keep_layers: Sequence[int], rope_theta: float, context: int
-) -> LlamaForCausalLM:
-    """Return a copy of `model` with some of its layers, and channels and heads that they leave alone."""
-    old = model.config
-    wide = LlamaForCausalLM(
-        LlamaConfig(
-            **{
-                **old.to_dict(),
-                "hidden_size": old.hidden_size + EXTRA,
-                "num_attention_heads": old.num_attention_heads + EXTRA // HEAD_DIM,
-                "num_hidden_layers": len(keep_layers),
-                "max_position_embeddings": context,
-                "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
-            }
-        )
-    ).eval()
-    # RMSNorm now divides by the mean over more channels.
-    shrink = (old.hidden_size / wide.config.hidden_size) ** 0.5
-    wide.get_input_embeddings().weight.zero_()[:, : old.hidden_size] = model.get_input_embeddings().weight
-    wide.model.norm.weight.copy_(_widen_norm(model.model.norm.weight, shrink))
-    for index, layer in zip(keep_layers, wide.model.layers, strict=True):
-        _widen(model.model.layers[index], layer, shrink)
-    return wide
-
-
-def _codes(project: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return random codes `[count, CODE]` of length 1, all with the same share in the space of `project`.
-
-    A token whose code is long in the history would be found in place of the right one.
-    """
-    codes = torch.randn(count, CODE, generator=generator)
-    inside = codes @ project.T @ project
-    share = (HISTORY / CODE) ** 0.5
-    normalize = torch.nn.functional.normalize
-    return share * normalize(inside, dim=-1) + (1 - share**2) ** 0.5 * normalize(codes - inside, dim=-1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.register_hook(spare_rows)
+    table = model.get_input_embeddings().weight
+    table.register_hook(lambda gradient: spare_rows(gradient.T).T)
 
 
 def _widen_norm(weight: Tensor, shrink: float) -> Tensor:
@@ -243,76 +200,62 @@ def _widen(old: LlamaDecoderLayer, new: LlamaDecoderLayer, shrink: float) -> Non
     new.mlp.down_proj.weight.zero_()[:width] = old.mlp.down_proj.weight
 
 
-def _channels(width: int) -> tuple[slice, int, slice]:
-    """Return where the token's code, the constant and the history stand in a stream of `width` channels."""
-    constant = width - EXTRA + CODE
-    return slice(width - EXTRA, constant), constant, slice(constant + 1, constant + 1 + HISTORY)
-
-
-def _wire_memory(
-    layer: LlamaDecoderLayer, number: int, project: Tensor, rotation: Tensor, share: float, rope_theta: float
+def _wire(
+    remember: LlamaDecoderLayer,
+    copy: LlamaDecoderLayer,
+    config: LlamaConfig,
+    level: float,
+    rope_theta: float,
+    generator: torch.Generator,
 ) -> None:
-    """Let head h of memory layer `number` write the token `number H + h` places back into the history.
+    """Set the weights of the two new layers; `level` is the size of their input."""
+    width, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
+    half, start = size // 2, config.hidden_size - EXTRA
+    own, constant, history = (
+        slice(start, start + CODE),
+        start + CODE,
+        slice(start + CODE + 1, start + CODE + 1 + HISTORY),
+    )
+    rotation = torch.linalg.qr(torch.randn(HISTORY, HISTORY, generator=generator))[0]
+    project = torch.linalg.qr(torch.randn(CODE, HISTORY, generator=generator))[0].T
+    code_norm = CODE_SCALE * CODE**0.5
+    history_norm = HISTORY_SHARE * level * CODE**0.5
+    spread = (CODE / HISTORY) ** 0.5
+    for layer in (remember, copy):
+        # The new channels are tiny beside the stream; the norm's weights bring them to length 1.
+        layer.input_layernorm.weight.fill_(1)
+        layer.input_layernorm.weight[own] = level / code_norm
+        layer.input_layernorm.weight[constant] = level / CODE_SCALE
+        layer.input_layernorm.weight[history] = level / history_norm * spread
+        layer.mlp.down_proj.weight.zero_()
+        layer.self_attn.k_proj.weight.zero_()
+        layer.self_attn.v_proj.weight.zero_()[:, own] = torch.eye(CODE)
 
-    The score is `cos(theta (distance - wanted))` in the fast channels; the slowest one takes the maximum off again, so
-    that it is 0 at the wanted place and below elsewhere, however large the key is. `share` is the code's part of the
-    square of its norm's input.
-    """
-    out = layer.self_attn.o_proj.weight
-    width, half = len(out), HEAD_DIM // 2
-    heads = out.shape[1] // HEAD_DIM
-    own, constant, history = _channels(width)
-    layer.input_layernorm.weight.fill_(1)
-    # In units in which a code has the length 1, and the constant is about 1.
-    layer.input_layernorm.weight[own] = (share * width) ** -0.5
-    layer.input_layernorm.weight[constant] = CODE_LENGTH / CODE_SCALE * (share * width) ** -0.5
-    layer.mlp.down_proj.weight.zero_()
-    for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
-        projection.weight.zero_()
+    # cos(theta (distance - h)) in the fast channels; the slowest one takes the maximum off again, so
+    # that the score is 0 at the wanted place and below it elsewhere, however large the key is.
     theta = rope_theta ** (-torch.arange(FAST) / half)
-    angle = (number * heads + torch.arange(heads))[:, None] * theta
-    query = torch.zeros(heads, HEAD_DIM, width)
-    query[:, :FAST, constant] = SHARPNESS * torch.cos(angle)
-    query[:, half : half + FAST, constant] = -SHARPNESS * torch.sin(angle)
-    query[:, half - 1, constant] = -SHARPNESS * FAST
-    layer.self_attn.q_proj.weight.copy_(query.flatten(0, 1))
-    layer.self_attn.k_proj.weight[:FAST, constant] = SHARPNESS
-    layer.self_attn.k_proj.weight[half - 1, constant] = SHARPNESS
-    layer.self_attn.v_proj.weight[:, own] = torch.eye(CODE)
-    written = torch.zeros(width, heads, HEAD_DIM)
-    turned = torch.linalg.matrix_power(rotation, number * heads) @ project
+    remember.self_attn.k_proj.weight[:FAST, constant] = SHARPNESS
+    remember.self_attn.k_proj.weight[half - 1, constant] = SHARPNESS
+    query, out = torch.zeros(heads, size, width), torch.zeros(width, heads, size)
+    turned = project
     for head in range(heads):
-        written[history, head] = HISTORY_LENGTH * turned
+        query[head, :FAST, constant] = SHARPNESS * torch.cos(head * theta)
+        query[head, half : half + FAST, constant] = -SHARPNESS * torch.sin(head * theta)
+        query[head, half - 1, constant] = -SHARPNESS * FAST
+        out[history, head] = turned * history_norm
         turned = rotation @ turned
-    out.copy_(written.flatten(1))
+    remember.self_attn.q_proj.weight.copy_(query.flatten(0, 1))
+    remember.self_attn.o_proj.weight.copy_(out.flatten(1))
 
-
-def _wire_copying(layer: LlamaDecoderLayer, project: Tensor, rotation: Tensor, level: float) -> None:
-    """Let all heads of `layer` copy the token behind the place whose history is the most like ours.
-
-    `level` is the size of its input, beside which the new channels are tiny; the norm's weights undo that.
-    """
-    out = layer.self_attn.o_proj.weight
-    width, half = len(out), HEAD_DIM // 2
-    heads = out.shape[1] // HEAD_DIM
-    own, constant, history = _channels(width)
-    # The part of a code that `project` keeps.
-    kept = (HISTORY / CODE) ** 0.5
-    layer.input_layernorm.weight.fill_(1)
-    layer.input_layernorm.weight[own] = level / CODE_LENGTH
-    layer.input_layernorm.weight[constant] = level / CODE_SCALE
-    layer.input_layernorm.weight[history] = level / (HISTORY_LENGTH * kept)
-    layer.mlp.down_proj.weight.zero_()
     slow = torch.arange(half - 1 - HISTORY // 2, half - 1)
     slow = torch.cat([slow, slow + half])
-    key, value = layer.self_attn.k_proj.weight.zero_(), layer.self_attn.v_proj.weight.zero_()
-    key[half - 1, constant] = 1
-    key[slow, history] = torch.eye(HISTORY)
-    key[slow, own] = -project / kept
-    value[:, own] = torch.eye(CODE)
-    query, written = torch.zeros(heads, HEAD_DIM, width), torch.zeros(width, heads, HEAD_DIM)
-    query[:, slow, history] = MATCH * HEAD_DIM**0.5 * rotation
-    query[:, half - 1, constant] = -MATCH * HEAD_DIM**0.5 * OFFSET
-    written[own] = torch.eye(CODE)[:, None] * COPY_SHARE * level * width**0.5 / heads
-    layer.self_attn.q_proj.weight.copy_(query.flatten(0, 1))
-    out.copy_(written.flatten(1))
+    copy.self_attn.k_proj.weight[half - 1, constant] = 1
+    copy.self_attn.k_proj.weight[slow, history] = torch.eye(HISTORY)
+    copy.self_attn.k_proj.weight[slow, own] = -project * spread
+    query, out = torch.zeros(heads, size, width), torch.zeros(width, heads, size)
+    query[:, slow, history] = MATCH * size**0.5 * rotation
+    # Here, too, the best score is 0: otherwise a small key gains on a large one.
+    query[:, half - 1, constant] = -MATCH * size**0.5 * OFFSET
+    out[own] = torch.eye(CODE)[:, None] * COPY_SHARE * level * width**0.5 / heads
+    copy.self_attn.q_proj.weight.copy_(query.flatten(0, 1))
+    copy.self_attn.o_proj.weight.copy_(out.flatten(1))
