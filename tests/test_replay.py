@@ -288,7 +288,7 @@ def trained_briefly(target, texts, sliding_window, layers, fc_norm):
     training = DraftTraining(Eagle3Drafter(config), target, rows_per_window=60)
     optimizer = torch.optim.AdamW(training.parameters(), lr=1e-2)
     ids = torch.tensor([[*prompt, *text][-64:] for prompt, text in texts[2:]])
-    for _ in range(40):
+    for _ in range(80):
         training(ids)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
