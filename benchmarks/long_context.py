@@ -58,6 +58,10 @@ def main(
     temperature: Annotated[float, typer.Option(metavar="T", help="Of the target; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(metavar="S", help="Of prompts and sampling.")] = 0,
     threads: Annotated[int, typer.Option(metavar="T", help="Of torch.")] = 1,
+    draw: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="What the plot shows of all that is measured, e.g. ours,ours+lookup."),
+    ] = None,
     speed: Annotated[
         str | None,
         typer.Option(metavar="DOMAIN", help="Measure speed in vLLM instead, on the prompts of this domain."),
@@ -92,6 +96,7 @@ def main(
             temperature,
             seed,
             threads,
+            None if draw is None else draw.split(","),
             out,
         )
     except (ValueError, OSError) as error:
@@ -115,6 +120,7 @@ def measure(
     temperature: float,
     seed: int,
     threads: int,
+    drawn: Sequence[str] | None,
     out: Path,
 ) -> None:
     """Measure all rows and keep the files in `out` up to date."""
@@ -164,7 +170,7 @@ def measure(
             record["rows"] = [dataclasses.asdict(row) for row in rows]
             (out / "long_context.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "long_context.md").write_text(table(rows))
-    plot(rows, out / "long_context.png")
+    plot([row for row in rows if drawn is None or row.drafter in drawn], out / "long_context.png")
     print(table(rows))
 
 
