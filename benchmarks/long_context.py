@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,12 @@ Examples:
 
 def main(
     target: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the target model.")],
-    drafter: Annotated[list[str], typer.Option(metavar="NAME=DIR", help="A drafter of it; may be repeated.")],
+    drafter: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=DIR", help="A drafter of it; may be repeated. NAME-1, NAME-2... are its other seeds."
+        ),
+    ],
     text: Annotated[list[Path], typer.Option(metavar="PATH", help="Prose that nothing was trained on.")],
     merge: Annotated[
         list[str] | None,
@@ -318,8 +324,26 @@ def table(rows: Sequence[LongContextRow]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def pool_seeds(rows: Sequence[LongContextRow]) -> list[LongContextRow]:
+    """Take `NAME-1`, `NAME-2`... for other seeds of `NAME`, and add their tokens and steps to its own."""
+    pooled: dict[tuple[str, int, str], LongContextRow] = {}
+    for row in rows:
+        name = re.sub(r"-\d+(?=\+|$)", "", row.drafter)
+        key = (row.domain, row.context, name)
+        if key in pooled:
+            tokens, steps = (
+                tuple(a + b for a, b in zip(getattr(pooled[key], what), getattr(row, what), strict=True))
+                for what in ("tokens", "steps")
+            )
+            pooled[key] = dataclasses.replace(pooled[key], tokens=tokens, steps=steps)
+        else:
+            pooled[key] = dataclasses.replace(row, drafter=name)
+    return list(pooled.values())
+
+
 def _ratios(rows: Sequence[LongContextRow], lengths: Sequence[int]) -> str:
     """Return a table of the first drafter, and of its hybrid, over the others and over itself at `BASE_LENGTH`."""
+    rows = pool_seeds(rows)
     found = {(row.drafter, row.context): row for row in rows}
     names = list(dict.fromkeys(row.drafter for row in rows))
     first = names[0]
@@ -333,7 +357,7 @@ def _ratios(rows: Sequence[LongContextRow], lengths: Sequence[int]) -> str:
     base = BASE_LENGTH if BASE_LENGTH in lengths else lengths[0]
     for name in (first, hybrid):
         for other in names:
-            if other != name and (name == first) == ("+" not in other):
+            if other != name and (name == hybrid or "+" not in other):
                 ratios = [found[name, length].over(found[other, length]) for length in lengths]
                 lines.append(line(f"{name} / {other}", ratios))
     for name in (first, hybrid):

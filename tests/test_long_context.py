@@ -102,6 +102,21 @@ def test_rows_are_compared_prompt_by_prompt() -> None:
     assert uneven.over(theirs).low < uneven.over(theirs).value < uneven.over(theirs).high
 
 
+def test_seeds_are_pooled_by_name() -> None:
+    import long_context
+
+    def row(name: str, tokens: int) -> LongContextRow:
+        return LongContextRow("novels", 64, name, Estimate(0.0), (), (tokens, 2 * tokens), (1, 2), None)
+
+    rows = [row("a", 4), row("b-x", 9), row("a-1", 6), row("a+lookup", 3), row("a-1+lookup", 5)]
+    pooled = long_context.pool_seeds(rows)
+    assert [(r.drafter, r.tokens, r.steps) for r in pooled] == [
+        ("a", (10, 20), (2, 4)),
+        ("b-x", (9, 18), (1, 2)),
+        ("a+lookup", (8, 16), (2, 4)),
+    ]
+
+
 def test_another_setting_of_the_memory_is_what_the_drafter_reads_with() -> None:
     import long_context
 
