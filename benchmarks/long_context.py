@@ -66,7 +66,10 @@ def main(
     threads: Annotated[int, typer.Option(metavar="T", help="Of torch.")] = 1,
     draw: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="What the plot shows of all that is measured, e.g. ours,ours+lookup."),
+        typer.Option(
+            metavar="NAME,...",
+            help="What the plot shows, e.g. ours,lookup,ours+lookup; all but the other drafters' hybrids if not given.",
+        ),
     ] = None,
     speed: Annotated[
         str | None,
@@ -151,6 +154,7 @@ def measure(
         "rows": [],
     }
     drafters = load_drafters(named, merges, target_dir)
+    drawn = chosen_to_draw(list(drafters), drawn)
     record["entries_attended"] = {name: _entries(drafter, lengths) for name, drafter in drafters.items()}
     tokenizer = AutoTokenizer.from_pretrained(target_dir)
     target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32).eval()
@@ -176,7 +180,7 @@ def measure(
             record["rows"] = [dataclasses.asdict(row) for row in rows]
             (out / "long_context.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "long_context.md").write_text(table(rows))
-    plot([row for row in rows if drawn is None or row.drafter in drawn], out / "long_context.png")
+    plot([row for row in rows if row.drafter in drawn], out / "long_context.png")
     print(table(rows))
 
 
@@ -282,6 +286,23 @@ def load_drafters(named: Sequence[str], merges: Sequence[str], target_dir: Path)
     return drafters
 
 
+def chosen_to_draw(drafters: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    """Return the rows that the plot shows: the wanted ones, or all but the hybrids of the second drafter on.
+
+    Raises:
+        ValueError: a wanted one is not measured.
+    """
+    from qm_spec.evaluation.long_context import LOOKUP
+
+    hybrids = [f"{name}+{LOOKUP}" for name in drafters]
+    if wanted is None:
+        return [*drafters, LOOKUP, hybrids[0]]
+    known = [*drafters, LOOKUP, *hybrids]
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"--draw: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    return list(wanted)
+
+
 def _split(option: str, sign: str, form: str) -> tuple[str, str]:
     left, found, right = option.partition(sign)
     if not (left and found and right):
@@ -366,7 +387,7 @@ def _ratios(rows: Sequence[LongContextRow], lengths: Sequence[int]) -> str:
 
 
 def plot(rows: Sequence[LongContextRow], file: Path) -> None:
-    """Draw acceptance length over context, one panel per domain; of the hybrids the first drafter's alone."""
+    """Draw acceptance length over context, one panel per domain; hybrids are dashed."""
     from matplotlib.figure import Figure
 
     domains = list(dict.fromkeys(row.domain for row in rows))
@@ -374,8 +395,6 @@ def plot(rows: Sequence[LongContextRow], file: Path) -> None:
     panels = figure.subplots(1, len(domains), squeeze=False, sharey=True)[0]
     colours = ("#0072B2", "#D55E00", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#999999", "#000000")
     names = list(dict.fromkeys(row.drafter for row in rows))
-    hybrids = [name for name in names if "+" in name]
-    names = [name for name in names if name not in hybrids[1:]]
     for axes, domain in zip(panels, domains, strict=True):
         for number, name in enumerate(names):
             mine = sorted(
@@ -388,7 +407,7 @@ def plot(rows: Sequence[LongContextRow], file: Path) -> None:
                 marker="o",
                 color=colours[number % 8],
                 label=name,
-                linestyle="--" if name in hybrids else "-",
+                linestyle="--" if "+" in name else "-",
             )
             if all(row.acceptance_length.has_interval for row in mine):
                 axes.fill_between(

@@ -131,3 +131,13 @@ def test_another_setting_of_the_memory_is_what_the_drafter_reads_with() -> None:
     assert visible == {"ours": 320, "near": 128, "all": 1024}
     with pytest.raises(ValueError, match="NAME=KEY:VALUE"):
         long_context.load_drafters([f"ours={NOVELS / 'drafter'}"], ["near"], NOVELS / "target")
+
+
+def test_the_plot_shows_what_is_asked_for() -> None:
+    import long_context
+
+    assert long_context.chosen_to_draw(["ours", "eagle3"], None) == ["ours", "eagle3", "lookup", "ours+lookup"]
+    wanted = ["ours+lookup", "eagle3+lookup"]
+    assert long_context.chosen_to_draw(["ours", "eagle3"], wanted) == wanted
+    with pytest.raises(ValueError, match=r"--draw: expected some of ours, .*eagle3\+lookup, got eagle"):
+        long_context.chosen_to_draw(["ours", "eagle3"], ["ours", "eagle"])

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from typer.testing import CliRunner
 
 from qm_spec.cli import app
@@ -225,13 +225,29 @@ def test_drafters_share_the_states_that_are_kept(folder, tmp_path):
 def test_kept_states_are_the_targets(folder, tmp_path):
     target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)
     input_ids = torch.randint(300, (2, 40))
-    expected = TargetStates(target).read(input_ids, [1, 2])
+    expected_states, expected_logits = TargetStates(target).read(input_ids, [1, 2])
+    torch.testing.assert_close(expected_logits, target(input_ids).logits)
     states = TargetStates(target, tmp_path / "states")
     first, again = states.read(input_ids, [1, 2]), states.read(input_ids, [1, 2])
-    for want, got, twice in zip(expected, first, again, strict=True):
-        torch.testing.assert_close(got, want, rtol=2**-8, atol=0)
+    torch.testing.assert_close(first[0], expected_states, rtol=2**-8, atol=0)
+    # States are rounded to bfloat16 before the head reads them.
+    torch.testing.assert_close(first[1], expected_logits, rtol=2**-6, atol=2**-6)
+    for got, twice in zip(first, again, strict=True):
         assert torch.equal(got, twice)
     one_more = states.read(input_ids, [3])[0]
     torch.testing.assert_close(one_more, TargetStates(target).read(input_ids, [3])[0], rtol=2**-8, atol=0)
     count = len(list((tmp_path / "states").iterdir()))
     assert count == 2 * 4, "two windows of three layers and the last state"
+
+
+def test_a_target_that_caps_its_logits_is_learned_as_it_is(tmp_path):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = Gemma2Config(
+        **sizes, vocab_size=40, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5, query_pre_attn_scalar=8
+    )
+    target = Gemma2ForCausalLM(config).eval()
+    input_ids = torch.randint(40, (1, 12))
+    torch.testing.assert_close(TargetStates(target).read(input_ids, [1])[1], target(input_ids).logits)
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM changes what its vocabulary head returns.*leave --states"):
+        TargetStates(target, tmp_path).read(input_ids, [1])
+    assert not list(tmp_path.iterdir()), "nothing wrong is kept"

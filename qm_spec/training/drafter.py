@@ -225,15 +225,8 @@ class DraftTraining(nn.Module):
         return self._target[0]
 
     def read_target(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the target's auxiliary states `[B, N, 3 D]` and its vocabulary head's input `[B, N, D]`."""
+        """Return the target's auxiliary states `[B, N, 3 D]` and its logits `[B, N, V]`."""
         return self._states.read(input_ids, self.drafter.config.eagle_aux_hidden_state_layer_ids)
-
-    @torch.no_grad()
-    def _expected(self, last_states: Tensor, positions: Tensor) -> Tensor:
-        """Return the target's logits `[B, T, V]` behind the tokens at `positions` `[B, T]`."""
-        head = self.target.get_output_embeddings()
-        index = positions.unsqueeze(-1).expand(-1, -1, last_states.shape[-1])
-        return head(last_states.gather(1, index).to(head.weight.dtype))
 
     def unroll(self, aux_states: Tensor, input_ids: Tensor, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         """Run all draft steps at the given positions, fed with the text's own tokens.
@@ -274,13 +267,14 @@ class DraftTraining(nn.Module):
             # Validation looks at the same, evenly spread rows each time.
             stride = max(1, num_rows // self.rows_per_window)
             rows = torch.arange(0, num_rows, stride, device=input_ids.device).expand(len(input_ids), -1)
-        aux_states, last_states = self.read_target(input_ids)
+        aux_states, target_logits = self.read_target(input_ids)
         logits, loss = self.unroll(aux_states, input_ids, rows)
         agreed = torch.ones_like(rows, dtype=torch.bool)
         accepted = torch.zeros_like(rows)
         weights = [STEP_DISCOUNT**step for step in range(steps)]
         for step, draft in enumerate(logits):
-            expected = self._expected(last_states, rows + 1 + step)
+            index = (rows + 1 + step).unsqueeze(-1).expand(-1, -1, target_logits.shape[-1])
+            expected = target_logits.gather(1, index)
             loss = loss + weights[step] / sum(weights) * distillation_loss(draft, expected)
             agreed = agreed & (draft.argmax(-1) == expected.argmax(-1))
             accepted = accepted + agreed

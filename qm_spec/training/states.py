@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qm_spec.drafter.rows import read_target
+
 # Of the states behind the target's last norm, which its vocabulary head reads.
 LAST = -1
 
@@ -32,23 +34,26 @@ class TargetStates:
 
     @torch.no_grad()
     def read(self, input_ids: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return what the target holds at each position of some windows.
+        """Return what `read_target` returns for some windows.
 
         Args:
             input_ids: `[B, N]` int64.
             layers: whose input states are wanted.
 
         Returns:
-            These states side by side `[B, N, len(layers) D]`, and the input of the vocabulary head `[B, N, D]`;
-            float32.
-        """
-        wanted = [*layers, LAST]
-        states = self._run(input_ids, wanted) if self.folder is None else self._kept(input_ids, wanted, self.folder)
-        return torch.cat(states[:-1], -1), states[-1]
+            These states side by side `[B, N, len(layers) D]` float32, and the target's logits `[B, N, V]`.
 
-    def _run(self, input_ids: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        out = self.target(input_ids=input_ids, output_hidden_states=True, use_cache=False, logits_to_keep=1)
-        return [out.hidden_states[layer].float() for layer in layers]
+        Raises:
+            ValueError: logits are to come from kept states, and the target changes what its vocabulary head returns.
+        """
+        if self.folder is None:
+            return read_target(self.target, input_ids, layers)
+        states = self._kept(input_ids, [*layers, LAST], self.folder)
+        return torch.cat(states[:-1], -1), self._head(states[-1])
+
+    def _head(self, last_states: Tensor) -> Tensor:
+        head = self.target.get_output_embeddings()
+        return head(last_states.to(head.weight.dtype))
 
     def _kept(self, input_ids: Tensor, layers: Sequence[int], folder: Path) -> list[Tensor]:
         rows = []
@@ -56,10 +61,23 @@ class TargetStates:
             digest = hashlib.sha256(window.cpu().numpy().tobytes()).hexdigest()[:32]
             files = [folder / f"{digest}.{layer}.npy" for layer in layers]
             if not all(file.is_file() for file in files):
-                for file, state in zip(files, self._run(window[None], layers), strict=True):
-                    self._save(file, state[0])
+                for file, state in zip(files, self._read_window(window, layers), strict=True):
+                    self._save(file, state)
             rows.append([torch.from_numpy(np.load(file)).view(torch.bfloat16) for file in files])
         return [torch.stack(state).to(input_ids.device).float() for state in zip(*rows, strict=True)]
+
+    def _read_window(self, window: Tensor, layers: Sequence[int]) -> Sequence[Tensor]:
+        """Return the states `[N, D]` of each layer, the last of which the vocabulary head is known to read."""
+        states, logits = read_target(self.target, window[None], layers, logits_to_keep=1)
+        each = states[0].chunk(len(layers), -1)
+        expected, got = logits[0, -1].float(), self._head(each[-1][-1]).float()
+        # A wrong head is off by far more than another order of summation is.
+        if (got - expected).norm() > 1e-2 * expected.norm():
+            raise ValueError(
+                f"train: {type(self.target).__name__} changes what its vocabulary head returns (soft caps, scales), so "
+                "its logits cannot be had from kept states; leave --states out"
+            )
+        return each
 
     @staticmethod
     def _save(file: Path, state: Tensor) -> None:
