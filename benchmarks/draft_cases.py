@@ -127,6 +127,7 @@ def random_weights(sizes: PriorSizes, dtype: torch.dtype) -> DraftWeights:
         q_proj=matrix(query_size, 2 * hidden),
         k_proj=matrix(kv_size, hidden),
         v_proj=matrix(kv_size, hidden),
+        next_proj=matrix(kv_size, hidden),
         o_proj=matrix(hidden, query_size),
         mlp_norm=norm(),
         gate_proj=matrix(middle, hidden),

@@ -149,7 +149,7 @@ def train_command(
         typer.Option(
             metavar="L,L,L",
             help="Layers whose input states are read, 0 = the embedding.",
-            show_default="L/3, 2L/3, L - 1",
+            show_default="0, 2L/3, L - 1",
         ),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens kept raw.")] = 128,

@@ -19,10 +19,11 @@ class MergeConfig:
 
     A group is `group_size` consecutive tokens. While fewer than `window` tokens follow it, it is
     raw. At `window` tokens it is merged to `schedule[0]` entries, and each time its distance
-    doubles to the next number of `schedule`. A schedule that ends in 1 goes on in the same rhythm:
-    two neighbouring entries become one, which then spans 2 groups, then 4, 8... So every doubling
-    of the context adds the same number of entries, and what is attended grows with log(N). A
-    schedule that ends in another number stays there.
+    doubles to the next number of `schedule`. A schedule that ends in 1 goes on faster: each time the
+    distance doubles, four neighbouring entries become one, by two levels, so an entry spans 4
+    groups, then 16, 64... Every doubling of the context then adds half as many entries as the one
+    before it, and what is attended hardly grows with N. A schedule that ends in another number
+    stays there.
 
     Attributes:
         window: tokens kept raw behind the newest one.
@@ -34,8 +35,8 @@ class MergeConfig:
         temperature: of the softmax over the saliencies of a group (paper: tau).
         epsilon: mass of a token that is not selected at all (paper: eps).
         doublings: how often an entry's span doubles after the schedule has come to 1; from then on
-            what is attended grows with N again. With the other defaults, 8 doublings end at 4096
-            tokens an entry, a quarter of a million tokens behind the newest one.
+            what is attended grows with N again. With the other defaults, 12 doublings end at 65536
+            tokens an entry, as many tokens behind the newest one.
 
     Source: QuickMerge++, arXiv 2508.13204; the schedule is ours.
     """
@@ -46,7 +47,7 @@ class MergeConfig:
     saliency: str = "entropy"
     temperature: float = 0.5
     epsilon: float = 0.01
-    doublings: int = 8
+    doublings: int = 12
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", tuple(self.schedule))
@@ -103,8 +104,13 @@ class MergeConfig:
 
     @property
     def level_distances(self) -> tuple[int, ...]:
-        """Tokens that must follow a group, or a span, before each level: window, 2 window, 4 window..."""
-        return tuple(self.window << level for level in range(len(self.spans)))
+        """Tokens that must follow a group, or a span, before each level.
+
+        Window, 2 window, 4 window... within the schedule; past it two levels share a distance.
+        """
+        counts = len(self.schedule)
+        past = (counts + number // 2 for number in range(len(self.spans) - counts))
+        return tuple(self.window << power for power in (*range(counts), *past))
 
     def entries_attended(self, num_tokens: int) -> int:
         """Count the entries one KV head attends to after `num_tokens` verified tokens."""

@@ -334,6 +334,7 @@ def test_the_priors_cache_is_the_same_in_ragged_steps_as_in_one():
     model = tiny_llama(VOCAB)
     torch.manual_seed(1)
     config = untrained_config(model)
+    config.next_token_values = True
     config.merge = type(config.merge)(window=12, group_size=4, schedule=(2, 1))
     prior = QuickMergePrior(config)
     for parameter in prior.parameters():
@@ -341,7 +342,8 @@ def test_the_priors_cache_is_the_same_in_ragged_steps_as_in_one():
     drafter = PriorDrafter(prior, model)
     states, lengths = torch.randn(2, 60, 48), torch.tensor([60, 43])
     whole, steps = (drafter.start(2, 64, None) for _ in range(2))
-    whole.remember(torch.zeros(2, 60), states, lengths)
+    token_ids = torch.randint(VOCAB, (2, 61))
+    whole.remember(token_ids[:, :60], states, lengths)
     done = torch.zeros(2, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     while bool((done < lengths).any()):
@@ -349,16 +351,17 @@ def test_the_priors_cache_is_the_same_in_ragged_steps_as_in_one():
             # The shorter row is complete: the longer goes on alone.
             for run in (steps, whole):
                 run.select(torch.tensor([0]))
-            done, lengths, states = done[:1], lengths[:1], states[:1]
+            done, lengths, states, token_ids = done[:1], lengths[:1], states[:1], token_ids[:1]
         counts = torch.minimum(torch.randint(1, 6, done.shape, generator=generator), lengths - done)
         index = (done.unsqueeze(1) + torch.arange(6)).clamp_max(59)
         chunk = states.gather(1, index.unsqueeze(-1).expand(-1, -1, 48))
-        steps.remember(torch.zeros(len(done), 6), chunk, counts)
+        steps.remember(token_ids.gather(1, index), chunk, counts)
         done = done + counts
         seen = []
-        steps.draft(torch.zeros(len(done), dtype=torch.int64), 3, lambda x, seen=seen: seen.append(x) or x.argmax(-1))
+        next_ids = token_ids.gather(1, done.unsqueeze(1)).squeeze(1)
+        steps.draft(next_ids, 3, lambda x, seen=seen: seen.append(x) or x.argmax(-1))
     expected = []
-    whole.draft(torch.zeros(1, dtype=torch.int64), 3, lambda x: expected.append(x) or x.argmax(-1))
+    whole.draft(next_ids, 3, lambda x: expected.append(x) or x.argmax(-1))
     for one, other in zip(seen, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 

@@ -239,6 +239,8 @@ def test_speculative_config_is_what_vllm_needs(target: Path, monkeypatch: pytest
         "disable_eagle_block_drop": True,
     }
     assert qm_spec.speculative_config(target, 7)["num_speculative_tokens"] == 7
+    edit_json(target / "qm_spec" / "config.json", next_token_values=True)
+    assert qm_spec.speculative_config(target)["disable_eagle_block_drop"] is False
 
 
 def test_a_moved_pair_still_belongs_together(target: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_the_window_holds_as_many_entries_as_the_prior_attends_to():
     target = tiny_target(**SIZES[0])
     prior = drafter_config(target, "f" * 16, MergeConfig(), 4)
     config = new_drafter("eagle3-window", target, prior, 8192).config
-    assert config.sliding_window + config.attention_sinks == prior.merge.entries_attended(8192) == 512
+    assert config.sliding_window + config.attention_sinks == prior.merge.entries_attended(8192) == 432
     assert new_drafter("eagle3", target, prior, 8192).config.sliding_window is None
     with pytest.raises(ValueError, match=r"one of \('quickmerge', 'eagle3', 'eagle3-window'\), got 'eagle2'"):
         new_drafter("eagle2", target, prior, 8192)

@@ -218,8 +218,8 @@ def test_rows_of_the_embedding_behind_the_vocabulary_are_padding():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("num_drafts", [1, 4])
-def test_drafts_what_the_loop_drafts_layer_by_layer(num_drafts):
+@pytest.mark.parametrize(("num_drafts", "next_token_values"), [(1, False), (4, False), (4, True)])
+def test_drafts_what_the_loop_drafts_layer_by_layer(num_drafts, next_token_values):
     """The operator with a prior's weights, against `DraftLoop` with its modules."""
     config = QuickMergeConfig(
         hidden_size=SMALL.hidden,
@@ -228,6 +228,7 @@ def test_drafts_what_the_loop_drafts_layer_by_layer(num_drafts):
         num_key_value_heads=SMALL.num_kv_heads,
         head_dim=SMALL.head_dim,
         vocab_size=SMALL.vocabulary,
+        next_token_values=next_token_values,
         quickmerge=SHORT_WINDOW.to_dict(),
     )
     layer = QuickMergePrior(config).eval().layer
@@ -258,8 +259,14 @@ def test_wrong_arguments_are_refused_by_name():
         (ValueError, "num_drafts must be at least 1", case, (0,)),
         (ValueError, "must be of 2 requests", replace(case, next_ids=case.next_ids[:1]), (2,)),
         (ValueError, r"q_proj must be \[64, 96\]", _with(case, q_proj=weights.q_proj[:, :48]), (2,)),
+        (ValueError, r"next_proj must be \[0, 48\]", _with(case, next_proj=weights.next_proj[:0, :4]), (2,)),
         (ValueError, r"norm must be \[48\]", _with(case, norm=weights.norm[:4]), (2,)),
-        (ValueError, "heads of one size", _with(case, k_proj=weights.k_proj[:16], v_proj=weights.v_proj[:16]), (2,)),
+        (
+            ValueError,
+            "heads of one size",
+            _with(case, **{name: getattr(weights, name)[:16] for name in ("k_proj", "v_proj", "next_proj")}),
+            (2,),
+        ),
         (TypeError, "head must be torch.float32", _with(case, head=weights.head.half()), (2,)),
         (ValueError, "both be given, or neither", case, (2, torch.ones(2))),
         (ValueError, r"uniform \[2, 2\]", case, (2, torch.ones(2), torch.rand(2, 3, dtype=torch.float64))),

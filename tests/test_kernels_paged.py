@@ -395,8 +395,8 @@ class TestMerge:
             merge_both(case, expected, tables, frontier, CONFIG)
             assert_same_cache(case, expected)
         counts = gather_entries(case.cache, long, lens(64), 8, CONFIG).log_count.exp()
-        # Its own 60 tokens, and the 8 of the short one's first span.
-        assert counts.sum(-1).round().tolist() == [[68.0, 68.0]]
+        # Its own 60 tokens, and the 16 of the short one's first span.
+        assert counts.sum(-1).round().tolist() == [[76.0, 76.0]]
 
     @pytest.mark.parametrize("page_size", [4, 16])
     @pytest.mark.parametrize("shared", [1, 2, 3, 9])

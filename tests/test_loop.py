@@ -28,7 +28,7 @@ def target():
     return LlamaForCausalLM(config).eval()
 
 
-def make_prior(schedule):
+def make_prior(schedule, next_token_values=False):
     torch.manual_seed(1)
     config = QuickMergeConfig(
         hidden_size=HIDDEN,
@@ -39,6 +39,7 @@ def make_prior(schedule):
         vocab_size=VOCAB,
         eagle_aux_hidden_state_layer_ids=[1, 2, 3],
         num_speculative_tokens=STEPS,
+        next_token_values=next_token_values,
         quickmerge=MergeConfig(window=24, group_size=8, schedule=schedule).to_dict(),
     )
     prior = QuickMergePrior(config).eval()
@@ -50,10 +51,10 @@ def make_prior(schedule):
     return prior
 
 
-@pytest.mark.parametrize("schedule", [(4, 2, 1), (0,)])
+@pytest.mark.parametrize(("schedule", "next_token_values"), [((4, 2, 1), False), ((4, 2, 1), True), ((0,), True)])
 @torch.no_grad()
-def test_training_mask_equals_step_by_step_cache(target, schedule):
-    prior = make_prior(schedule)
+def test_training_mask_equals_step_by_step_cache(target, schedule, next_token_values):
+    prior = make_prior(schedule, next_token_values)
     training = DraftTraining(prior, target, rows_per_window=8)
     ids = torch.randint(0, VOCAB, (1, LENGTH))
     # Spans of two groups stand from 192 tokens on, of four from 384.
@@ -75,7 +76,7 @@ def test_training_mask_equals_step_by_step_cache(target, schedule):
     fused = layer.fuse(aux[0])
     for position in range(LENGTH - STEPS):
         slot = block_table[0, position // page_size].long() * page_size + position % page_size
-        loop.remember(cache, fused[position : position + 1], slot.view(1))
+        loop.remember(cache, fused[position : position + 1], ids[0, position + 1 : position + 2], slot.view(1))
         seen.clear()
         # One id past the end: the last sample of the last row feeds no further step.
         text = iter(torch.cat([ids[0], ids[0, :1]])[position + 2 :])

@@ -62,6 +62,7 @@ def model() -> Any:
         num_key_value_heads=SIZES.num_kv_heads,
         head_dim=SIZES.head_dim,
         vocab_size=SIZES.vocabulary,
+        next_token_values=True,
         quickmerge=MERGE.to_dict(),
     )
     layer = QuickMergePrior(config).eval().layer.requires_grad_(False)
@@ -186,6 +187,7 @@ def propose(
     drafted = plugin.propose(
         proposer,
         num_drafts,
+        torch.randint(SIZES.vocabulary, (9,), dtype=torch.int32),
         torch.randn(9, 3 * SIZES.hidden).to(model.model.layer.slopes.dtype),
         case.next_ids.int(),
         starts[1:] - 1 - rejected,

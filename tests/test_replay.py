@@ -36,8 +36,8 @@ SIZES = {
     "num_speculative_tokens": STEPS,
 }
 DRAFTERS = {
-    "merged": {"schedule": (4, 2, 1)},
-    "emptied": {"schedule": (0,)},
+    "merged": {"schedule": (4, 2, 1), "next_token_values": True},
+    "emptied": {"schedule": (0,), "next_token_values": False},
     "eagle3": {},
     "eagle3-window": {"sliding_window": 20},
     "eagle3-sinks": {"sliding_window": 16, "attention_sinks": 4},
@@ -67,8 +67,9 @@ def make_drafter(kind):
     torch.manual_seed(1)
     settings = DRAFTERS[kind]
     if "schedule" in settings:
-        merge = MergeConfig(window=24, group_size=8, **settings)
-        drafter = QuickMergePrior(QuickMergeConfig(quickmerge=merge.to_dict(), **SIZES))
+        merge = MergeConfig(window=24, group_size=8, schedule=settings["schedule"])
+        following = settings["next_token_values"]
+        drafter = QuickMergePrior(QuickMergeConfig(quickmerge=merge.to_dict(), next_token_values=following, **SIZES))
     else:
         drafter = Eagle3Drafter(Eagle3Config(**settings, **SIZES))
     for name, parameter in drafter.named_parameters():
@@ -90,7 +91,8 @@ def paged_draft(prior, target, token_ids):
     table = torch.arange(1, num_pages, dtype=torch.int32)[None]
     loop = DraftLoop(layer, target.get_input_embeddings(), target.lm_head, prior.config.merge)
     for position in range(len(fused)):
-        loop.remember(cache, fused[position : position + 1], torch.tensor([16 + position]))
+        here = slice(position, position + 1)
+        loop.remember(cache, fused[here], token_ids[position + 1 : position + 2], torch.tensor([16 + position]))
     count = torch.tensor([len(fused)], dtype=torch.int32)
     drafted = loop.draft(cache, table, count, fused[-1:], token_ids[-1:], STEPS, lambda logits: logits.argmax(-1))
     return drafted[0].tolist()

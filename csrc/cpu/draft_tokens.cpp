@@ -6,7 +6,8 @@
 //   s = f + W_in x + W_o a,   s = s + W_down(silu(W_gate norm(s)) * W_up norm(s))      [B, D]
 //   logits = W_head norm(s)                              [B, V]
 //
-// The next step has f = s and the token chosen from the logits; its key and value are W_k norm(f) and W_v norm(f).
+// The next step has f = s and the token chosen from the logits; its key is W_k norm(f), its value
+// W_v norm(f) + W_next norm(e).
 // Source: ours; reference in qm_spec/ops/draft_tokens.py.
 //
 // All numbers between the weights are float32. Each product is one parallel region over the rows of its weight.
@@ -115,24 +116,25 @@ struct Weights {
         q_proj(at(all, 5), kOp),
         k_proj(at(all, 6), kOp),
         v_proj(at(all, 7), kOp),
-        o_proj(at(all, 8), kOp),
-        mlp_norm(at(all, 9)),
-        gate_proj(at(all, 10), kOp),
-        up_proj(at(all, 11), kOp),
-        down_proj(at(all, 12), kOp),
-        norm(at(all, 13)),
-        slopes(at(all, 14)),
-        far_bias(at(all, 15)) {}
+        next_proj(at(all, 8), kOp),
+        o_proj(at(all, 9), kOp),
+        mlp_norm(at(all, 10)),
+        gate_proj(at(all, 11), kOp),
+        up_proj(at(all, 12), kOp),
+        down_proj(at(all, 13), kOp),
+        norm(at(all, 14)),
+        slopes(at(all, 15)),
+        far_bias(at(all, 16)) {}
 
   static const Tensor& at(const std::vector<Tensor>& all, size_t i) {
-    STD_TORCH_CHECK(all.size() == 16, kOp, ": weights must be 16 tensors, got ", all.size());
+    STD_TORCH_CHECK(all.size() == 17, kOp, ": weights must be 17 tensors, got ", all.size());
     return all[i];
   }
 
   const Tensor& embedding;
   Matrix head;
   Vector embed_norm, state_norm;
-  Matrix in_proj, q_proj, k_proj, v_proj, o_proj;
+  Matrix in_proj, q_proj, k_proj, v_proj, next_proj, o_proj;
   Vector mlp_norm;
   Matrix gate_proj, up_proj, down_proj;
   Vector norm, slopes, far_bias;
@@ -146,7 +148,7 @@ std::tuple<Tensor, Tensor> draft_tokens(
   const Weights w(weights);
   const float eps = static_cast<float>(epsilon);
   const int64_t batch = state.size(0), hidden = state.size(1), vocabulary = w.head.rows;
-  const int64_t num_groups = cache.size(1), num_heads = weights[14].numel(), heads_per_group = num_heads / num_groups;
+  const int64_t num_groups = cache.size(1), num_heads = weights[15].numel(), heads_per_group = num_heads / num_groups;
   const int64_t kv_size = w.k_proj.rows, dim = kv_size / num_groups, query_size = num_heads * dim;
   const int64_t middle = w.gate_proj.rows;
   const PagedCache pages(cache, dim, kOp);
@@ -174,7 +176,7 @@ std::tuple<Tensor, Tensor> draft_tokens(
   const Scratch state_scratch(batch * hidden), input_scratch(batch * 2 * hidden), query_scratch(batch * query_size),
       attended_scratch(batch * query_size), change_scratch(batch * hidden), gate_scratch(batch * middle),
       up_scratch(batch * middle), logits_scratch(batch * vocabulary), row_scratch(hidden),
-      drafted_scratch(2 * (num_drafts - 1) * batch * kv_size);
+      following_scratch(w.next_proj.rows > 0 ? batch * kv_size : 0), drafted_scratch(2 * (num_drafts - 1) * batch * kv_size);
   float *f = state_scratch.get(), *x = input_scratch.get(), *query = query_scratch.get(),
         *attended = attended_scratch.get(), *change = change_scratch.get(), *gate = gate_scratch.get(),
         *up = up_scratch.get(), *logits = logits_scratch.get();
@@ -204,6 +206,10 @@ std::tuple<Tensor, Tensor> draft_tokens(
            {&w.k_proj, x + hidden, 2 * hidden, drafted_keys + own},
            {&w.v_proj, x + hidden, 2 * hidden, drafted_values + own}},
           batch);
+      if (w.next_proj.rows > 0) {
+        multiply({{&w.next_proj, x, 2 * hidden, following_scratch.get()}}, batch);
+        add(drafted_values + own, following_scratch.get(), batch * kv_size, drafted_values + own);
+      }
     }
     add(f, change, batch * hidden, f);
     scale(1.0f / std::sqrt(static_cast<float>(dim)), batch * query_size, query);

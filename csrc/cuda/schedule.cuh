@@ -20,11 +20,15 @@ struct Schedule {
   }
   // Entries of one group; past the schedule, of one span.
   __host__ __device__ int entries(int level) const { return level <= num_counts ? held[level] : 1; }
+  // The binary logarithm of the windows that must follow; past the schedule two levels share a distance.
+  __host__ __device__ int distance_log2(int level) const {
+    return level <= num_counts ? level - 1 : level - 1 - (level - num_counts) / 2;
+  }
   // The most tokens that an entry can stand for.
   __host__ __device__ float largest_count() const { return static_cast<float>(group_size * span(num_levels)); }
   // Groups, counted from position 0, that are old enough for a level; a multiple of its span.
   __host__ __device__ int64_t groups_due(int level, int64_t frontier) const {
-    const int64_t tokens = frontier - (window << (level - 1));
+    const int64_t tokens = frontier - (window << distance_log2(level));
     return tokens < 0 ? 0 : tokens / (span(level) * group_size) * span(level);
   }
   // The level of the schedule that a group should have, 0..num_counts.

@@ -75,7 +75,7 @@ class QuickMergeModel(nn.Module):
         """Run one draft step over all rows; `positions` are not used, see the attention layer."""
         embedding = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         query, residual = self.layer.query(embedding, hidden_states)
-        key, value = self.layer.keys_values(hidden_states)
+        key, value = self.layer.keys_values(hidden_states, embedding)
         attended = self.attn(query.flatten(1), key.flatten(1), value.flatten(1))
         return self.layer.finish(attended.view(query.shape), residual)
 
@@ -137,7 +137,10 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         shards, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         if name.endswith((".slopes", ".far_bias")):
             weight = weight.chunk(shards)[rank]
-        elif name.endswith((".k_proj.weight", ".v_proj.weight")) and self.config.num_key_value_heads < shards:
+        elif (
+            name.endswith((".k_proj.weight", ".v_proj.weight", ".next_proj.weight"))
+            and self.config.num_key_value_heads < shards
+        ):
             # Fewer key/value heads than ranks: every rank gets the one that its query heads read.
             heads = weight.unflatten(0, (self.config.num_key_value_heads, -1))
             weight = heads.repeat_interleave(shards // self.config.num_key_value_heads, 0).flatten(0, 1)

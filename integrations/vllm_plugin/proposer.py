@@ -100,6 +100,7 @@ def draft_graphs(proposer: Any) -> DraftGraphs | None:
 def propose(
     proposer: Any,
     num_speculative_tokens: int,
+    target_token_ids: Tensor,
     target_hidden_states: Tensor,
     next_token_ids: Tensor,
     token_indices_to_sample: Tensor | None,
@@ -113,7 +114,8 @@ def propose(
     Args:
         proposer: vLLM's EAGLE proposer, whose `propose` this stands in for.
         num_speculative_tokens: K; 0 keeps the cache in step and drafts nothing.
-        target_hidden_states: `[T, 3 D]`, rejected rows included.
+        target_token_ids: `[T]`, what the target read in this step, rejected rows included.
+        target_hidden_states: `[T, 3 D]`, of these.
         next_token_ids: `[B]`, the token after each request's last verified one.
         token_indices_to_sample: `[B]` rows of the last verified tokens; the last rows when None.
         common_attn_metadata: of the draft layer's cache group.
@@ -131,16 +133,18 @@ def propose(
     loop = DraftLoop(layer, model.model.embed_tokens, model.compute_logits, merge)
 
     states = model.combine_hidden_states(target_hidden_states)
-    loop.remember(cache, states, common.slot_mapping[: len(states)])
+    rows = token_indices_to_sample
+    if rows is None:
+        rows = common.query_start_loc[1:] - 1
+    # The token after each one that was read; what follows a rejected one does not matter.
+    following = target_token_ids.roll(-1).index_put((rows.long(),), next_token_ids.to(target_token_ids.dtype))
+    loop.remember(cache, states, following, common.slot_mapping[: len(states)])
     if num_speculative_tokens == 0:
         return next_token_ids.new_empty((len(next_token_ids), 0), dtype=torch.int64)
     sampled = proposer._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
     if found and all(lookup.length for lookup in found) and not sampled:
         # A later step merges what this one leaves.
         return next_token_ids.new_tensor([lookup.drafts for lookup in found], dtype=torch.int64)
-    rows = token_indices_to_sample
-    if rows is None:
-        rows = common.query_start_loc[1:] - 1
     state, table, verified = states[rows.long()], common.block_table_tensor, common.seq_lens
     if num_rejected_tokens_gpu is not None:
         verified = verified - num_rejected_tokens_gpu
@@ -220,6 +224,7 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return propose(
                 self,
                 num_speculative_tokens,
+                target_token_ids,
                 target_hidden_states,
                 next_token_ids,
                 token_indices_to_sample,

@@ -56,14 +56,19 @@ def check_drafter(
 
 
 def vllm_settings(drafter: Path, num_speculative_tokens: int) -> dict[str, Any]:
-    """Return the entries of vLLM's `speculative_config` that name a drafter and its depth."""
+    """Return the entries of vLLM's `speculative_config` that name a drafter and its depth.
+
+    Raises:
+        FileNotFoundError: the drafter or its config.json is missing.
+    """
+    values_tell_next = _read_config(drafter.expanduser()).get("next_token_values", False)
     return {
         "method": "eagle3",
         "model": str(drafter.expanduser().absolute()),
         "num_speculative_tokens": num_speculative_tokens,
-        # vLLM drops the last cached block of a prefix, because an EAGLE drafter's keys depend on
-        # the next token. Ours depend on the target's state at their own position only.
-        "disable_eagle_block_drop": True,
+        # vLLM drops the last cached block of a prefix, because what an EAGLE drafter caches depends on the next
+        # token, which may be another request's. Our keys do not, and values only where they tell that token.
+        "disable_eagle_block_drop": not values_tell_next,
     }
 
 

@@ -23,6 +23,8 @@ class QuickMergeConfig(LlamaConfig):
         num_speculative_tokens: drafted tokens per step when the user names no number.
         norm_aux_states: bring the states to one size before they are fused; their sizes differ a thousandfold
             between the embedding (layer 0) and the last layer.
+        next_token_values: a token's value says which token followed it. Then one layer can find where the newest token
+            stood before and draft what followed it there.
         quickmerge: `MergeConfig` settings as a dict.
         lookup_length: in vLLM, where so many of a request's last tokens (2..8) have stood in it before, what followed
             them there is drafted in place of the prior's tokens; 0 never looks them up.
@@ -38,6 +40,7 @@ class QuickMergeConfig(LlamaConfig):
         eagle_aux_hidden_state_layer_ids: list[int] | None = None,
         num_speculative_tokens: int = 4,
         norm_aux_states: bool = False,
+        next_token_values: bool = False,
         quickmerge: dict[str, Any] | None = None,
         lookup_length: int = 0,
         **kwargs: Any,
@@ -46,6 +49,7 @@ class QuickMergeConfig(LlamaConfig):
         self.target_fingerprint = target_fingerprint
         self.eagle_aux_hidden_state_layer_ids = list(eagle_aux_hidden_state_layer_ids or [])
         self.norm_aux_states = norm_aux_states
+        self.next_token_values = next_token_values
         limit = self.merge.max_speculative_tokens
         if not 1 <= num_speculative_tokens <= limit:
             raise ValueError(
@@ -61,6 +65,11 @@ class QuickMergeConfig(LlamaConfig):
         super().__init__(**kwargs)
         self.architectures = [ARCHITECTURE]
         self.draft_vocab_size = self.vocab_size
+
+    @property
+    def reads_embedding(self) -> bool:
+        """The first fused state is the target's embedding, brought to the size of the others."""
+        return self.norm_aux_states and self.eagle_aux_hidden_state_layer_ids[:1] == [0]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `config.json`."""

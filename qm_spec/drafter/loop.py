@@ -16,7 +16,9 @@ from qm_spec.ops.entries import gather_entries
 def dense_weights(layer: PriorLayer, embedding: Tensor, head: Tensor) -> DraftWeights:
     """Return what `draft_tokens` needs of a prior on one rank and of its target's embedding and head."""
     # Between the target's two and the biases of the heads the fields are the layer's own modules.
-    own = [getattr(layer, name).weight for name in DraftWeights._fields[2:-2]]
+    nothing = layer.slopes.new_empty(0, embedding.shape[1])
+    modules = [getattr(layer, name) for name in DraftWeights._fields[2:-2]]
+    own = [nothing if module is None else module.weight for module in modules]
     weights = [embedding, head, *own, layer.slopes, layer.far_bias]
     return DraftWeights(*weights)
 
@@ -31,7 +33,7 @@ class DraftLoop:
 
     Args:
         layer: the prior.
-        embed: token ids `[B]` to embeddings `[B, D]`.
+        embed: token ids `[n]` to embeddings `[n, D]`.
         compute_logits: `[B, D]` to logits `[B, V]`.
         config: the merging schedule.
     """
@@ -48,15 +50,18 @@ class DraftLoop:
         self.compute_logits = compute_logits
         self.config = config
 
-    def remember(self, cache: Tensor, states: Tensor, slots: Tensor) -> None:
+    def remember(self, cache: Tensor, states: Tensor, next_ids: Tensor, slots: Tensor) -> None:
         """Write the keys and values of fused states into the cache.
 
         Args:
             cache: `[pages, G, P, C]`, changed in place.
             states: `[T, D]`.
+            next_ids: `[T]`, the token after each of them.
             slots: `[T]` int64; negative rows are padding.
         """
-        keys, values = self.layer.keys_values(states)
+        # Prompts are long: nothing is looked up for a prior that would not read it.
+        following = states if self.layer.next_proj is None else self.embed(next_ids)
+        keys, values = self.layer.keys_values(states, following)
         append_kv_(cache, keys, values, slots)
 
     def draft(

@@ -79,11 +79,12 @@ class PagedLoop:
         drafted: list[Tensor] = []
         probs: list[Tensor] = []
         for step in range(num_drafts):
+            embedding = F.embedding(token_ids, weights.embedding)
             if step > 0:
-                own_key, own_value = layer.keys_values(state)
+                own_key, own_value = layer.keys_values(state, embedding)
                 keys.append(own_key)
                 values.append(own_value)
-            query, residual = layer.query(F.embedding(token_ids, weights.embedding), state)
+            query, residual = layer.query(embedding, state)
             output, state = layer.finish(self._attend(query, inputs, keys, values), residual)
             logits = F.linear(output, weights.head)
             if inputs.temperature is None or inputs.uniform is None:

@@ -15,6 +15,11 @@ from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.rows import PriorSequences
 
 NUM_AUX_STATES = 3
+# How the global heads begin, see `wire_recall`: the query that looks for the newest token, against keys of unit size
+# per element; what the state adds to it; and what is found, against the residual stream.
+RECALL_SHARPNESS = 3.0
+RECALL_DOUBT = 0.3
+RECALL_STRENGTH = 1.0
 
 
 class LinearFactory(Protocol):
@@ -34,8 +39,9 @@ class PriorLayer(nn.Module):
     """The prior without its target: fusion, projections, MLP and norms, but no attention.
 
     The prior reads, at position t, the fused target state `f_t` and the next token's embedding
-    `e(x_{t+1})`, and predicts `x_{t+2}`. Keys and values come from `f_t` alone, so a prompt costs
-    one small projection per token; everything else runs only at the rows that are sampled from.
+    `e(x_{t+1})`, and predicts `x_{t+2}`. Keys come from `f_t` alone, values from both or from `f_t`
+    alone, so a prompt costs small projections per token; everything else runs only at the rows that
+    are sampled from.
 
     Args:
         config: sizes; `num_attention_heads` and `num_key_value_heads` are the whole model's.
@@ -57,6 +63,8 @@ class PriorLayer(nn.Module):
         self.norm_aux_states = config.norm_aux_states
         self.num_heads = config.num_attention_heads // shards
         self.num_kv_heads = max(1, config.num_key_value_heads // shards)
+        # The last of the last key/value head, which look furthest.
+        self.num_global_heads = (self.num_heads // self.num_kv_heads + 1) // 2
         query_size = config.num_attention_heads * config.head_dim
         kv_size = max(config.num_key_value_heads, shards) * config.head_dim
 
@@ -70,6 +78,7 @@ class PriorLayer(nn.Module):
         self.q_proj = make("q_proj", 2 * hidden, query_size, "column")
         self.k_proj = make("k_proj", hidden, kv_size, "column")
         self.v_proj = make("v_proj", hidden, kv_size, "column")
+        self.next_proj = make("next_proj", hidden, kv_size, "column") if config.next_token_values else None
         self.o_proj = make("o_proj", query_size, hidden, "row")
         self.mlp_norm = nn.RMSNorm(hidden, eps)
         self.gate_proj = make("gate_proj", hidden, config.intermediate_size, "column")
@@ -88,6 +97,24 @@ class PriorLayer(nn.Module):
         # A steep head would give far entries no weight, and so no gradient to change that.
         self.far_bias.copy_((-self.slopes * window).clamp_min(-4.0))
 
+    @torch.no_grad()
+    def wire_recall(self) -> None:
+        """Begin with global heads that look for the newest token and copy what followed it.
+
+        The first of the fused states must be the target's embedding. Attention to the same token earlier, over
+        values that tell the next token, is an induction head in one layer (Olsson et al. 2022, "In-context learning
+        and induction heads"). Training then finds what else makes a place the right one; this it finds very late.
+        """
+        weight = dict(self.named_parameters())
+        hidden, head_dim, heads = len(weight["fc.weight"]), self.head_dim, self.num_global_heads
+        size = heads * head_dim
+        key_of_embedding = weight["k_proj.weight"][-head_dim:] @ weight["fc.weight"][:, :hidden]
+        query = weight["q_proj.weight"][-size:]
+        query[:, :hidden] = RECALL_SHARPNESS * key_of_embedding.repeat(heads, 1)
+        query[:, hidden:] *= RECALL_DOUBT
+        value = weight["next_proj.weight"][-head_dim:]
+        weight["o_proj.weight"][:, -size:] = RECALL_STRENGTH * value.T.repeat(1, heads)
+
     def fuse(self, aux_states: Tensor) -> Tensor:
         """Combine the target's auxiliary states `[..., 3 D]` into the fused state `[..., D]`."""
         if self.norm_aux_states:
@@ -95,11 +122,19 @@ class PriorLayer(nn.Module):
             aux_states = F.rms_norm(states, states.shape[-1:], eps=1e-6).flatten(-2)
         return self.fc(aux_states)
 
-    def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return unrotated keys and values `[..., G, d]` of states `[..., D]`."""
+    def keys_values(self, state: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Return unrotated keys and values `[..., G, d]`.
+
+        Args:
+            state: `[..., D]`, as in `query`.
+            embedding: `[..., D]` of the token after the state's position; not read without `next_proj`.
+        """
         x = self.state_norm(state)
         shape = (*state.shape[:-1], self.num_kv_heads, self.head_dim)
-        return self.k_proj(x).view(shape), self.v_proj(x).view(shape)
+        value = self.v_proj(x)
+        if self.next_proj is not None:
+            value = value + self.next_proj(self.embed_norm(embedding))
+        return self.k_proj(x).view(shape), value.view(shape)
 
     def query(self, embedding: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Begin a row: return its queries `[..., H, d]` and its residual stream `[..., D]`.
@@ -144,8 +179,8 @@ class QuickMergePrior(PreTrainedModel):
         self.post_init()
 
     def read(self, aux_states: Tensor, embeddings: Tensor) -> PriorSequences:
-        """Read whole sequences: the target's states `[B, N, 3 D]`; the tokens' embeddings are not looked at."""
-        return PriorSequences(self.layer, self.config.merge, aux_states)
+        """Read whole sequences: the target's states `[B, N, 3 D]` and the tokens' embeddings `[B, N, D]`."""
+        return PriorSequences(self.layer, self.config.merge, aux_states, embeddings)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save a drafter folder; its config names vLLM's class, not this one."""
@@ -164,3 +199,5 @@ class QuickMergePrior(PreTrainedModel):
             for projection in (module.o_proj, module.down_proj, module.in_proj):
                 for weight in projection.parameters():
                     nn.init.zeros_(weight)
+            if module.next_proj is not None and self.config.reads_embedding:
+                module.wire_recall()

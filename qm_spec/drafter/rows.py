@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qm_spec.config import MergeConfig
@@ -77,6 +78,7 @@ class PriorSequences:
         layer: the prior.
         config: the merging schedule.
         aux_states: `[B, N, 3 D]`.
+        embeddings: `[B, N, D]` of the tokens; what follows the last one is taken for 0, and no row stands there.
 
     Attributes:
         states: `[B, N, D]`, fused.
@@ -85,10 +87,11 @@ class PriorSequences:
         memory: all of them with their mask.
     """
 
-    def __init__(self, layer: PriorLayer, config: MergeConfig, aux_states: Tensor) -> None:
+    def __init__(self, layer: PriorLayer, config: MergeConfig, aux_states: Tensor, embeddings: Tensor) -> None:
         self.layer = layer
         self.states = layer.fuse(aux_states)
-        keys, self.values = (x.transpose(1, 2) for x in layer.keys_values(self.states))
+        following = F.pad(embeddings[:, 1:], (0, 0, 0, 1))
+        keys, self.values = (x.transpose(1, 2) for x in layer.keys_values(self.states, following))
         self.levels = merge_levels(keys, self.values, config)
         self.memory = Memory.build(keys, self.values, self.levels, config)
 
@@ -103,11 +106,18 @@ class PriorSequences:
 
 
 class PriorRows:
-    """Rows of `PriorSequences` in the middle of drafting; what they draft stays out of the memory."""
+    """Rows of `PriorSequences` in the middle of drafting; what they draft stays out of the memory.
+
+    Attributes:
+        positions: `[B, T]` int64, where drafting started.
+        num_steps: tokens fed so far.
+        query: `[B, T, H, d]` of the last step.
+        row_bias: `[B, H, T, E]` of the last step, what was added to the scores of the memory's entries.
+    """
 
     def __init__(self, sequences: PriorSequences, positions: Tensor) -> None:
         layer, memory = sequences.layer, sequences.memory
-        self.layer, self.entries = layer, memory.entries
+        self.layer, self.entries, self.positions = layer, memory.entries, positions
         self.bias = memory.bias(positions, layer.slopes, layer.far_bias)
         self.raw_slopes = layer.slopes.view(-1, 1, 1) * memory.entries.raw[:, None, None]
         states = sequences.states
@@ -120,15 +130,16 @@ class PriorRows:
         """Feed each row its next token `[B, T, D]`; return the vocabulary head's input `[B, T, D]`."""
         layer = self.layer
         if self.num_steps > 0:
-            own_key, own_value = layer.keys_values(self.state)
+            own_key, own_value = layer.keys_values(self.state, embedding)
             self.keys = torch.cat([self.keys, own_key.unsqueeze(2)], 2)
             self.values = torch.cat([self.values, own_value.unsqueeze(2)], 2)
-        query, residual = layer.query(embedding, self.state)
+        self.query, residual = layer.query(embedding, self.state)
+        self.row_bias = self.bias - self.num_steps * self.raw_slopes
         attended = draft_attention(
-            query,
+            self.query,
             self.entries.keys,
             self.entries.values,
-            self.bias - self.num_steps * self.raw_slopes,
+            self.row_bias,
             self.keys,
             self.values,
             layer.slopes,

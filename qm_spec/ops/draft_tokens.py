@@ -36,6 +36,7 @@ class DraftWeights(NamedTuple):
         q_proj: `[H d, 2 D]`.
         k_proj: `[G d, D]`.
         v_proj: `[G d, D]`.
+        next_proj: `[G d, D]`, or `[0, D]` where values do not tell the next token.
         o_proj: `[D, H d]`.
         mlp_norm: `[D]`.
         gate_proj: `[I, D]`.
@@ -54,6 +55,7 @@ class DraftWeights(NamedTuple):
     q_proj: Tensor
     k_proj: Tensor
     v_proj: Tensor
+    next_proj: Tensor
     o_proj: Tensor
     mlp_norm: Tensor
     gate_proj: Tensor
@@ -80,8 +82,8 @@ class DraftLayer(Protocol):
         """Bias of merged entries, `[H]`."""
         ...
 
-    def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values `[B, G, d]` of states `[B, D]`."""
+    def keys_values(self, state: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values `[B, G, d]` of states and of the next tokens' embeddings, `[B, D]` each."""
         ...
 
     def query(self, embedding: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,11 +134,12 @@ def draft_steps(
     draft_keys, draft_values = state.new_empty(shape), state.new_empty(shape)
     token_ids, drafted = next_ids, []
     for step in range(num_drafts):
+        embedding = embed(token_ids)
         if step > 0:
-            own_key, own_value = layer.keys_values(state)
+            own_key, own_value = layer.keys_values(state, embedding)
             draft_keys[:, 0, step - 1], draft_values[:, 0, step - 1] = own_key, own_value
             bias = bias - raw_slopes
-        query, residual = layer.query(embed(token_ids), state)
+        query, residual = layer.query(embedding, state)
         attended = draft_attention(
             query.unsqueeze(1),
             keys,
@@ -173,12 +176,15 @@ class DenseLayer:
         """Return the RMS norm of `[..., D]`."""
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
-    def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values `[B, G, d]` of states `[B, D]`."""
+    def keys_values(self, state: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values `[B, G, d]` of states and of the next tokens' embeddings, `[B, D]` each."""
         w = self.weights
         x = self.norm(state, w.state_norm)
         shape = (-1, self.num_kv_heads, self.head_dim)
-        return F.linear(x, w.k_proj).view(shape), F.linear(x, w.v_proj).view(shape)
+        value = F.linear(x, w.v_proj)
+        if len(w.next_proj):
+            value = value + F.linear(self.norm(embedding, w.embed_norm), w.next_proj)
+        return F.linear(x, w.k_proj).view(shape), value.view(shape)
 
     def query(self, embedding: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Begin a step: queries `[B, H, d]` and residual stream `[B, D]`."""
@@ -358,6 +364,7 @@ def _check_weights(weights: DraftWeights, dtype: torch.dtype, hidden: int, num_k
         "q_proj": (query_size, 2 * hidden),
         "k_proj": (kv_size, hidden),
         "v_proj": (kv_size, hidden),
+        "next_proj": (kv_size if len(weights.next_proj) else 0, hidden),
         "o_proj": (hidden, query_size),
         "gate_proj": (middle, hidden),
         "up_proj": (middle, hidden),

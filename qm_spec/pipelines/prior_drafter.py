@@ -70,24 +70,31 @@ class PriorRun:
     def remember(self, token_ids: Tensor, states: Tensor, counts: Tensor) -> None:
         """Take over the target's states of newly verified tokens.
 
+        The newest one waits for `draft`, which knows the token that follows it.
+
         Args:
-            token_ids: `[B, n]`; not used, the states say all.
+            token_ids: `[B, n]`.
             states: `[B, n, 3 D]`.
             counts: `[B]` int64, at least 1: the first so many of each row are verified.
         """
         fused = self.loop.layer.fuse(states)
         column = torch.arange(states.shape[1], device=states.device)
-        verified = column < counts.unsqueeze(1)
-        position = torch.where(verified, self.num_tokens.unsqueeze(1) + column, 0)
-        page = self.block_table.long().gather(1, position // self.page_size)
-        slots = torch.where(verified, page * self.page_size + position % self.page_size, -1)
-        self.loop.remember(self.cache, fused.flatten(0, 1), slots.flatten())
+        followed = column < counts.unsqueeze(1) - 1
+        slots = torch.where(followed, self._slots(self.num_tokens.unsqueeze(1) + column * followed), -1)
+        next_ids = token_ids.roll(-1, 1)
+        self.loop.remember(self.cache, fused.flatten(0, 1), next_ids.flatten(), slots.flatten())
         self.state = fused[torch.arange(len(counts), device=counts.device), counts - 1]
         self.num_tokens = self.num_tokens + counts.int()
 
     def draft(self, next_ids: Tensor, num_drafts: int, sample: Callable[[Tensor], Tensor]) -> Tensor:
         """Return `[B, K]` drafted tokens after `next_ids` `[B]`, the token that follows the verified ones."""
+        self.loop.remember(self.cache, self.state, next_ids, self._slots(self.num_tokens.unsqueeze(1) - 1).squeeze(1))
         return self.loop.draft(self.cache, self.block_table, self.num_tokens, self.state, next_ids, num_drafts, sample)
+
+    def _slots(self, position: Tensor) -> Tensor:
+        """Return the slots `[B, n]` of positions `[B, n]`."""
+        page = self.block_table.long().gather(1, position.long() // self.page_size)
+        return page * self.page_size + position % self.page_size
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows `[n]`."""

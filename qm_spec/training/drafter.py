@@ -22,6 +22,7 @@ from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.losses import AlignmentHeads, distillation_loss, fidelity_loss
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.drafter.recall import recall_loss
 from qm_spec.drafter.rows import Drafter, PriorSequences
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.loop import LoopSettings, fit
@@ -32,6 +33,7 @@ from qm_spec.training.states import TargetStates
 STEP_DISCOUNT = 0.8
 ALIGNMENT_WEIGHT = 0.1
 FIDELITY_WEIGHT = 0.1
+RECALL_WEIGHT = 0.15
 # Tokens of one passage that the target writes, its prompt included.
 PASSAGE_LENGTH = 512
 VALID_WINDOWS = 16
@@ -43,14 +45,14 @@ MLP_MULTIPLE = 8
 
 
 def default_aux_layers(num_layers: int) -> list[int]:
-    """Return three target layers whose input states the prior reads: an early, a middle and the last.
+    """Return three target layers whose input states a drafter reads: the embedding (0), a late and the last.
 
     Raises:
         ValueError: the target has fewer than four layers.
     """
     if num_layers < 4:
         raise ValueError(f"train: the target needs at least 4 layers to read states from, got {num_layers}")
-    return [max(1, num_layers // 3), 2 * num_layers // 3, num_layers - 1]
+    return [0, 2 * num_layers // 3, num_layers - 1]
 
 
 def _sizes(target: PreTrainedModel, num_speculative_tokens: int, fingerprint: str) -> dict[str, Any]:
@@ -106,7 +108,8 @@ def drafter_config(
         sizes["eagle_aux_hidden_state_layer_ids"] = list(aux_layers)
     return QuickMergeConfig(
         **sizes,
-        norm_aux_states=aux_layers is not None,
+        norm_aux_states=True,
+        next_token_values=True,
         quickmerge=merge.to_dict(),
         intermediate_size=intermediate_size or target.config.intermediate_size,
     )
@@ -237,19 +240,22 @@ class DraftTraining(nn.Module):
             rows: `[B, T]` int64, positions t; t + K must lie below N.
 
         Returns:
-            K tensors of draft logits `[B, T, V]` (step j predicts token t + 2 + j), and the loss of
-            merging: alignment and fidelity with their weights, 0 for a drafter that merges nothing.
+            K tensors of draft logits `[B, T, V]` (step j predicts token t + 2 + j), and what the prior learns
+            besides: alignment, fidelity and recall with their weights, 0 for another drafter.
         """
         embed, head = self.target.get_input_embeddings(), self.target.get_output_embeddings()
         embeddings = embed(input_ids).float()
         sequences = self.drafter.read(aux_states, embeddings)
-        drafts = sequences.rows(rows)
-        logits = []
-        for step in range(self.drafter.config.num_speculative_tokens):
+        drafts: Any = sequences.rows(rows)
+        loss = aux_states.new_zeros(()) if self.merging is None else self.merging(sequences)
+        logits, num_steps = [], self.drafter.config.num_speculative_tokens
+        for step in range(num_steps):
             index = (rows + 1 + step).unsqueeze(-1).expand(-1, -1, embeddings.shape[-1])
             output = drafts.step(embeddings.gather(1, index))
             logits.append(head(output.to(head.weight.dtype)))
-        return logits, aux_states.new_zeros(()) if self.merging is None else self.merging(sequences)
+            if self.training and isinstance(sequences, PriorSequences) and sequences.layer.next_proj is not None:
+                loss = loss + RECALL_WEIGHT / num_steps * recall_loss(sequences, drafts, input_ids)
+        return logits, loss
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return `loss` and `accepted` `[B, T]`, the drafted tokens that greedy verification would keep.
