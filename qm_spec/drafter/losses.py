@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qm_spec.drafter.memory import entry_of_token
 from qm_spec.ops.merge_entries import Merged
 
 
@@ -63,7 +62,13 @@ def fidelity_loss(values: Tensor, levels: Sequence[Merged]) -> Tensor:
     Source: QuickMerge++, norm-based fidelity constraint.
     """
     losses = []
-    for level, place in zip(levels, entry_of_token(levels), strict=True):
+    place: Tensor | None = None
+    for level in levels:
+        num_groups = level.cluster.shape[2]
+        if place is not None and place.shape[2] > num_groups:
+            # A span of two neighbours, of one entry each: every token of both is at that entry.
+            place = place[:, :, : 2 * num_groups].unflatten(2, (-1, 2)).flatten(3)
+        place = level.cluster if place is None else level.cluster.gather(-1, place)
         kept = level.values.shape[-2]
         if kept == 0:
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,21 +44,6 @@ def merge_levels(keys: Tensor, values: Tensor, config: MergeConfig) -> list[Merg
         levels.append(level)
         k, v, mass, count = level.keys, level.values, level.mass, level.count
     return levels
-
-
-def entry_of_token(levels: Sequence[Merged]) -> Iterator[Tensor]:
-    """Yield, for each level, the entry of its span that each token is in: `[B, G, n, tokens]` int64."""
-    place: Tensor | None = None
-    before = 0
-    for level in levels:
-        num_spans, kept = level.cluster.shape[2], level.mass.shape[-1]
-        if place is not None and place.shape[2] > num_spans:
-            # A span is two neighbours, the entries of the second one behind those of the first.
-            pairs = place[:, :, : 2 * num_spans].unflatten(2, (-1, 2))
-            place = (pairs + torch.arange(2, device=pairs.device).view(2, 1) * before).flatten(3)
-        place = level.cluster if place is None else level.cluster.gather(-1, place)
-        yield place
-        before = kept
 
 
 @dataclass(frozen=True)
@@ -108,34 +92,6 @@ class Memory:
             log_count=torch.cat(parts_n, 2).log(),
         )
         return cls(entries, group, rank, config)
-
-    def holding(self, levels: list[Merged], head: int, row_position: Tensor, wanted: Tensor) -> Tensor:
-        """Return which entries of one key/value head hold wanted tokens, at the level they have for each row.
-
-        Args:
-            levels: that the memory was built of.
-            head: of keys and values.
-            row_position: `[B, T]` int64.
-            wanted: `[B, T, N]` bool.
-
-        Returns:
-            `[B, T, E]` bool.
-        """
-        num_tokens = wanted.shape[-1]
-        due = due_levels(row_position.flatten() + 1, int(self.group.max()) + 1, self.config)
-        level_of_token = due[:, self.group[:num_tokens]].view(wanted.shape)
-        held = [wanted & (level_of_token == 0)]
-        for number, (level, place) in enumerate(zip(levels, entry_of_token(levels), strict=True), 1):
-            kept = level.mass.shape[-1]
-            if kept == 0:
-                continue
-            # `[B, n, M]`, which of all entries of the level: spans side by side.
-            index = place[:, head] + torch.arange(place.shape[2], device=place.device).view(-1, 1) * kept
-            index = index.flatten(1).unsqueeze(1)
-            hits = (wanted & (level_of_token == number))[:, :, : index.shape[-1]].float()
-            count = hits.new_zeros(*row_position.shape, level.mass.shape[2] * kept)
-            held.append(count.scatter_add_(2, index.expand_as(hits), hits) > 0)
-        return torch.cat(held, -1)
 
     def bias(self, row_position: Tensor, slopes: Tensor, far_bias: Tensor) -> Tensor:
         """Return the mask and bias of inference for rows of any age.

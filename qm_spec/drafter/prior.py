@@ -63,8 +63,6 @@ class PriorLayer(nn.Module):
         self.norm_aux_states = config.norm_aux_states
         self.num_heads = config.num_attention_heads // shards
         self.num_kv_heads = max(1, config.num_key_value_heads // shards)
-        # The last of the last key/value head, which look furthest.
-        self.num_global_heads = (self.num_heads // self.num_kv_heads + 1) // 2
         query_size = config.num_attention_heads * config.head_dim
         kv_size = max(config.num_key_value_heads, shards) * config.head_dim
 
@@ -103,10 +101,12 @@ class PriorLayer(nn.Module):
 
         The first of the fused states must be the target's embedding. Attention to the same token earlier, over
         values that tell the next token, is an induction head in one layer (Olsson et al. 2022, "In-context learning
-        and induction heads"). Training then finds what else makes a place the right one; this it finds very late.
+        and induction heads"). Training finds this very late, and what else makes a place the right one soon.
         """
         weight = dict(self.named_parameters())
-        hidden, head_dim, heads = len(weight["fc.weight"]), self.head_dim, self.num_global_heads
+        hidden, head_dim = len(weight["fc.weight"]), self.head_dim
+        # Of the last key/value head the half that looks furthest.
+        heads = (self.num_heads // self.num_kv_heads + 1) // 2
         size = heads * head_dim
         key_of_embedding = weight["k_proj.weight"][-head_dim:] @ weight["fc.weight"][:, :hidden]
         query = weight["q_proj.weight"][-size:]

@@ -106,18 +106,11 @@ class PriorSequences:
 
 
 class PriorRows:
-    """Rows of `PriorSequences` in the middle of drafting; what they draft stays out of the memory.
-
-    Attributes:
-        positions: `[B, T]` int64, where drafting started.
-        num_steps: tokens fed so far.
-        query: `[B, T, H, d]` of the last step.
-        row_bias: `[B, H, T, E]` of the last step, what was added to the scores of the memory's entries.
-    """
+    """Rows of `PriorSequences` in the middle of drafting; what they draft stays out of the memory."""
 
     def __init__(self, sequences: PriorSequences, positions: Tensor) -> None:
         layer, memory = sequences.layer, sequences.memory
-        self.layer, self.entries, self.positions = layer, memory.entries, positions
+        self.layer, self.entries = layer, memory.entries
         self.bias = memory.bias(positions, layer.slopes, layer.far_bias)
         self.raw_slopes = layer.slopes.view(-1, 1, 1) * memory.entries.raw[:, None, None]
         states = sequences.states
@@ -133,13 +126,12 @@ class PriorRows:
             own_key, own_value = layer.keys_values(self.state, embedding)
             self.keys = torch.cat([self.keys, own_key.unsqueeze(2)], 2)
             self.values = torch.cat([self.values, own_value.unsqueeze(2)], 2)
-        self.query, residual = layer.query(embedding, self.state)
-        self.row_bias = self.bias - self.num_steps * self.raw_slopes
+        query, residual = layer.query(embedding, self.state)
         attended = draft_attention(
-            self.query,
+            query,
             self.entries.keys,
             self.entries.values,
-            self.row_bias,
+            self.bias - self.num_steps * self.raw_slopes,
             self.keys,
             self.values,
             layer.slopes,

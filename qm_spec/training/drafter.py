@@ -22,7 +22,6 @@ from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.losses import AlignmentHeads, distillation_loss, fidelity_loss
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.drafter.recall import recall_loss
 from qm_spec.drafter.rows import Drafter, PriorSequences
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.loop import LoopSettings, fit
@@ -33,7 +32,6 @@ from qm_spec.training.states import TargetStates
 STEP_DISCOUNT = 0.8
 ALIGNMENT_WEIGHT = 0.1
 FIDELITY_WEIGHT = 0.1
-RECALL_WEIGHT = 0.15
 # Tokens of one passage that the target writes, its prompt included.
 PASSAGE_LENGTH = 512
 VALID_WINDOWS = 16
@@ -240,22 +238,19 @@ class DraftTraining(nn.Module):
             rows: `[B, T]` int64, positions t; t + K must lie below N.
 
         Returns:
-            K tensors of draft logits `[B, T, V]` (step j predicts token t + 2 + j), and what the prior learns
-            besides: alignment, fidelity and recall with their weights, 0 for another drafter.
+            K tensors of draft logits `[B, T, V]` (step j predicts token t + 2 + j), and the loss of
+            merging: alignment and fidelity with their weights, 0 for a drafter that merges nothing.
         """
         embed, head = self.target.get_input_embeddings(), self.target.get_output_embeddings()
         embeddings = embed(input_ids).float()
         sequences = self.drafter.read(aux_states, embeddings)
-        drafts: Any = sequences.rows(rows)
-        loss = aux_states.new_zeros(()) if self.merging is None else self.merging(sequences)
-        logits, num_steps = [], self.drafter.config.num_speculative_tokens
-        for step in range(num_steps):
+        drafts = sequences.rows(rows)
+        logits = []
+        for step in range(self.drafter.config.num_speculative_tokens):
             index = (rows + 1 + step).unsqueeze(-1).expand(-1, -1, embeddings.shape[-1])
             output = drafts.step(embeddings.gather(1, index))
             logits.append(head(output.to(head.weight.dtype)))
-            if self.training and isinstance(sequences, PriorSequences) and sequences.layer.next_proj is not None:
-                loss = loss + RECALL_WEIGHT / num_steps * recall_loss(sequences, drafts, input_ids)
-        return logits, loss
+        return logits, aux_states.new_zeros(()) if self.merging is None else self.merging(sequences)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return `loss` and `accepted` `[B, T]`, the drafted tokens that greedy verification would keep.
