@@ -11,6 +11,8 @@ from itertools import cycle, islice
 MAX_LENGTH = 8
 # A suffix of so many tokens is taken as a sign that the text repeats itself, where nothing else is asked for.
 SURE_LENGTH = 4
+# Earlier places of one n-gram that are looked at: a common one may have stood anywhere in a long text.
+MOST_PLACES = 256
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,11 @@ class Lookup:
 
 
 class SuffixIndex:
-    """The tokens of one text, and where each of its n-grams stood last.
+    """The tokens of one text, and where each of its n-grams of `min_length` tokens stood.
 
-    Reading a token and looking up cost the same at any length of the text: a dictionary entry per length of n-gram.
-    Memory is 450 to 750 bytes per token read, for text in which hardly an n-gram repeats; repeated ones cost 4.
+    Reading a token costs a dictionary entry; looking up goes through the earlier places of one n-gram, the latest
+    first, at most `MOST_PLACES`. So both cost the same at any length of the text. Memory is about 120 bytes per token
+    read, for text in which hardly an n-gram repeats; repeated ones cost 8.
 
     Args:
         min_length: shortest suffix that counts, in tokens.
@@ -45,8 +48,10 @@ class SuffixIndex:
             raise ValueError(f"SuffixIndex: expected 1 <= min_length <= max_length, got {min_length} and {max_length}")
         self.min_length, self.max_length = min_length, max_length
         self.token_ids = array("i")
-        # By the n-gram's bytes, which take half the memory of a tuple.
+        # The latest end of each n-gram, by its bytes, which take half the memory of a tuple; and for each end the one
+        # before it of the same n-gram, 0 where there is none.
         self._ends: dict[bytes, int] = {}
+        self._earlier = array("i", [0])
 
     def __len__(self) -> int:
         """The number of tokens read."""
@@ -55,12 +60,15 @@ class SuffixIndex:
     def read(self, token_ids: Iterable[int]) -> None:
         """Append tokens to the text."""
         ids, size = self.token_ids, self.token_ids.itemsize
-        start = len(ids)
+        start = max(0, len(ids) + 1 - self.min_length)
         ids.extend(token_ids)
-        for end in range(start + 1, len(ids) + 1):
-            suffix = ids[max(0, end - self.max_length) : end].tobytes()
-            for length in range(self.min_length * size, len(suffix) + 1, size):
-                self._ends[suffix[-length:]] = end
+        text, width, ends, earlier = ids[start:].tobytes(), self.min_length * size, self._ends, self._earlier
+        # Ends before which there is no n-gram.
+        earlier.extend([0] * (min(len(ids), self.min_length - 1) + 1 - len(earlier)))
+        for first in range(0, len(text) - width + 1, size):
+            ngram = text[first : first + width]
+            earlier.append(ends.get(ngram, 0))
+            ends[ngram] = len(earlier) - 1
 
     def look_up(self, newest: int, num_drafts: int) -> Lookup:
         """Find the longest suffix of the text and a newest token in the text read, and of its places the latest.
@@ -72,11 +80,20 @@ class SuffixIndex:
             newest: the token behind those read; it is not added to them.
             num_drafts: K.
         """
-        ids, size = self.token_ids, self.token_ids.itemsize
-        suffix = array("i", [*ids[max(0, len(ids) + 1 - self.max_length) :], newest]).tobytes()
-        for length in range(len(suffix) // size, self.min_length - 1, -1):
-            end = self._ends.get(suffix[-length * size :])
-            if end is not None:
-                followed = [*ids[end : end + num_drafts], newest]
-                return Lookup(tuple(islice(cycle(followed), num_drafts)), length)
-        return Lookup((), 0)
+        ids = self.token_ids
+        suffix = array("i", [*ids[max(0, len(ids) + 1 - self.max_length) :], newest])
+        end = self._ends.get(suffix[-self.min_length :].tobytes(), 0)
+        found, found_end = 0, 0
+        for _ in range(MOST_PLACES):
+            if end == 0 or found == len(suffix):
+                break
+            length = self.min_length
+            while length < min(len(suffix), end) and ids[end - 1 - length] == suffix[-1 - length]:
+                length += 1
+            if length > found:
+                found, found_end = length, end
+            end = self._earlier[end]
+        if not found:
+            return Lookup((), 0)
+        followed = [*ids[found_end : found_end + num_drafts], newest]
+        return Lookup(tuple(islice(cycle(followed), num_drafts)), found)
