@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import qm_spec
 from qm_spec.config import MergeConfig
+from qm_spec.discovery import target_fingerprint
 from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
@@ -277,17 +278,26 @@ IN_VLLM = {
 }
 
 
-def trained_briefly(target, texts, sliding_window, layers, fc_norm):
-    """Train EAGLE-3 for some steps on the very texts, so that it is accepted now and then."""
-    torch.manual_seed(0)
+def new_drafter(name):
+    """Make a drafter for the novels target that is not shipped: a prior of today's kind, or EAGLE-3."""
     sizes = {**SIZES, "hidden_size": 192, "vocab_size": 4096, "num_attention_heads": 6, "head_dim": 32}
-    config = Eagle3Config(
-        **{**sizes, "eagle_aux_hidden_state_layer_ids": layers, "num_speculative_tokens": NUM_DRAFTS},
-        sliding_window=sliding_window,
-        fc_norm=fc_norm,
-        max_position_embeddings=4096,
+    sizes["num_speculative_tokens"] = NUM_DRAFTS
+    if name == "qm_spec-new":
+        sizes["eagle_aux_hidden_state_layer_ids"] = [0, 13, 19]
+        fingerprint = target_fingerprint(ZOO / "target")
+        return QuickMergePrior(
+            QuickMergeConfig(**sizes, target_fingerprint=fingerprint, norm_aux_states=True, next_token_values=True)
+        )
+    sliding_window, sizes["eagle_aux_hidden_state_layer_ids"], fc_norm = IN_VLLM[name]
+    return Eagle3Drafter(
+        Eagle3Config(**sizes, sliding_window=sliding_window, fc_norm=fc_norm, max_position_embeddings=4096)
     )
-    training = DraftTraining(Eagle3Drafter(config), target, rows_per_window=60)
+
+
+def trained_briefly(target, texts, name):
+    """Train a new drafter for some steps on the very texts, so that it is accepted now and then."""
+    torch.manual_seed(0)
+    training = DraftTraining(new_drafter(name), target, rows_per_window=60)
     optimizer = torch.optim.AdamW(training.parameters(), lr=1e-2)
     ids = torch.tensor([[*prompt, *text][-64:] for prompt, text in texts[2:]])
     for _ in range(80):
@@ -299,16 +309,18 @@ def trained_briefly(target, texts, sliding_window, layers, fc_norm):
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("name", ["qm_spec", *IN_VLLM])
+@pytest.mark.parametrize("name", ["qm_spec", "qm_spec-new", *IN_VLLM])
 def test_vllm_accepts_what_the_replay_says(novels, texts, name, tmp_path):
-    """Request by request; vLLM runs EAGLE-3 with its own code, its sliding window included."""
+    """Request by request; vLLM runs EAGLE-3 with its own code, its sliding window included, and reads in pieces."""
     if name == "qm_spec":
         folder, speculation = ZOO / "drafter", qm_spec.speculative_config(str(ZOO / "target"))
     else:
         folder = tmp_path / "drafter"
-        trained_briefly(novels, texts, *IN_VLLM[name]).save_pretrained(folder)
+        trained_briefly(novels, texts, name).save_pretrained(folder)
         speculation = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": NUM_DRAFTS}
     engine = {"model": str(ZOO / "target"), "max_model_len": 1024, "speculative_config": speculation}
+    # Where a piece ends the next token is the prompt's, not a sampled one.
+    engine["max_num_batched_tokens"] = 256
     sampling = {"temperature": 0, "max_tokens": NUM_TOKENS}
     requests = [{"prompts": [{"prompt_token_ids": prompt}], "sampling": sampling} for prompt, _ in texts]
     run = run_offline(tmp_path, engine, requests)
