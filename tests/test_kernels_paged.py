@@ -324,6 +324,21 @@ class TestMerge:
         merge_both(case, expected, case.table, lens(num_tokens), config)
         assert_same_cache(case, expected)
 
+    @pytest.mark.parametrize("steps", [(3000,), (700, 1900, 3000)])
+    def test_spans_larger_than_what_a_thread_takes_equal_the_reference(self, steps) -> None:
+        """Of up to 128 groups; two requests share the first ones."""
+        config = MergeConfig(window=12, group_size=4, schedule=(2, 1), doublings=7)
+        case = make_case(4000, 16)
+        tables = case.table[:, :188].repeat(2, 1)
+        tables[1, 150:] = case.table[0, 200:238]
+        expected = case.copy()
+        for tokens in steps:
+            merge_both(case, expected, tables, lens(tokens, tokens - 100), config)
+            assert_same_cache(case, expected)
+        counts = gather_entries(case.cache, tables, lens(3000, 2900), 8, config).log_count.exp()
+        assert counts.max().round() == 512
+        assert counts[0].sum(-1).round().tolist() == [3000.0, 3000.0]
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("value", [0.0, 0.5])
     def test_of_equal_tokens_the_earlier_stay_and_the_rest_joins_the_first(self, dtype, value) -> None:

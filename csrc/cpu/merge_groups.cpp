@@ -49,7 +49,7 @@ class Plan {
       while (log2 > 0 && (group % (int64_t{1} << log2) || group + (int64_t{1} << log2) > due_[level_of(log2)])) --log2;
       visit(group, log2);
       group += int64_t{1} << log2;
-      if (parts.back() + kGrainGroups <= size()) parts.push_back(size());
+      cut();
     }
     if (parts.back() < size()) parts.push_back(size());
   }
@@ -59,9 +59,15 @@ class Plan {
   std::vector<Step> steps;
   // Where parts that have nothing to do with each other begin, and the end.
   std::vector<int64_t> parts{0};
+  // Pairs of spans larger than a part, which need the parts and the pairs before them.
+  std::vector<Step> large;
 
  private:
   int64_t level_of(int64_t log2) const { return config_.schedule_levels + log2; }
+
+  void cut() {
+    if (parts.back() + kGrainGroups <= size()) parts.push_back(size());
+  }
 
   // List what makes the 2^log2 groups from `group` on one span. Returns its level; -1 if they cannot be one.
   int64_t visit(int64_t group, int64_t log2) {
@@ -79,10 +85,14 @@ class Plan {
     }
     if (level >= level_of(log2) && groups_.is_span(group, log2)) return level;
     const int64_t half = int64_t{1} << (log2 - 1), from = level_of(log2 - 1);
-    const int64_t head = visit(group, log2 - 1), tail = visit(group + half, log2 - 1);
+    const bool is_large = 2 * half > kGrainGroups;
+    const int64_t head = visit(group, log2 - 1);
+    if (is_large) cut();
+    const int64_t tail = visit(group + half, log2 - 1);
     if (head != from || tail != from) return -1;
-    steps.push_back(
-        {groups_.place(group), groups_.place(group + half), groups_.place(group + 2 * half - 1), from, from + 1});
+    (is_large ? large : steps)
+        .push_back(
+            {groups_.place(group), groups_.place(group + half), groups_.place(group + 2 * half - 1), from, from + 1});
     return from + 1;
   }
 
@@ -479,24 +489,28 @@ void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan
       tasks.push_back({plan->steps.data() + plan->parts[part], plan->steps.data() + plan->parts[part + 1]});
     num_steps += plan->size();
   }
-  if (tasks.empty()) return;
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  const int64_t grain = std::max<int64_t>(1, kGrainGroups * num_tasks / num_steps);
+  const int64_t grain = std::max<int64_t>(1, kGrainGroups * num_tasks / std::max<int64_t>(1, num_steps));
   const int64_t row = cache.head_dim * cache.element_bytes;
+  const auto slots_of = [&](const Place& at, int64_t head) {
+    return Slots{cache.key(at.page, head, at.slot), cache.slot_stride_bytes(), row, 2 * row};
+  };
+  const auto join = [&](const Step& pair, int64_t head) {
+    merge_pair(
+        slots_of(pair.head, head), slots_of(pair.tail, head), slots_of(pair.last, head), cache.type, cache.head_dim,
+        pair.to);
+  };
   // All parts of a head one after the other: the heads of a slot may lie side by side in memory.
   parallel(num_tasks * cache.num_heads, grain, [&](int64_t first, int64_t last) {
     Batch batch(rule.config.group_size, cache.head_dim);
     std::vector<const Step*> pairs;
     for (int64_t task = first; task < last; ++task) {
       const int64_t head = task % cache.num_heads;
-      const auto slots = [&](const Place& at) {
-        return Slots{cache.key(at.page, head, at.slot), cache.slot_stride_bytes(), row, 2 * row};
-      };
+      const auto slots = [&](const Place& at) { return slots_of(at, head); };
       const auto flush = [&] {
         if (batch.size > 0) merge_batch(batch, cache.type, cache.head_dim, rule);
         batch.size = batch.num_later = 0;
-        for (const Step* pair : pairs)
-          merge_pair(slots(pair->head), slots(pair->tail), slots(pair->last), cache.type, cache.head_dim, pair->to);
+        for (const Step* pair : pairs) join(*pair, head);
         pairs.clear();
       };
       const Task& part = tasks[task / cache.num_heads];
@@ -518,6 +532,10 @@ void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan
       }
       flush();
     }
+  });
+  parallel(static_cast<int64_t>(plans.size()) * cache.num_heads, kGrainGroups, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task)
+      for (const Step& pair : plans[task / cache.num_heads]->large) join(pair, task % cache.num_heads);
   });
 }
 
@@ -551,11 +569,12 @@ void merge_groups(
     std::unordered_map<int64_t, size_t> owner;
     for (size_t i = 0; i < waiting.size(); ++i) {
       bool shared = false;
-      for (const Step& step : plans[i]->steps) {
-        if (waiting.size() == 1) break;
-        for (const Place& at : {step.head, step.tail})
-          if (at.page >= 0) shared |= owner.emplace(at.page * cache.page_size + at.slot, i).first->second != i;
-      }
+      for (const auto* steps : {&plans[i]->steps, &plans[i]->large})
+        for (const Step& step : *steps) {
+          if (waiting.size() == 1) break;
+          for (const Place& at : {step.head, step.tail})
+            if (at.page >= 0) shared |= owner.emplace(at.page * cache.page_size + at.slot, i).first->second != i;
+        }
       if (shared) {
         later.push_back(waiting[i]);
       } else {
