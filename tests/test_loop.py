@@ -60,7 +60,7 @@ def test_training_mask_equals_step_by_step_cache(target, schedule, next_token_va
     # Spans of two groups stand from 192 tokens on, of four from 384.
     rows = torch.tensor([[0, 1, 23, 24, 31, 32, 40, 77, 100, 131, 200, 215, 300, 431, LENGTH - STEPS - 1]])
     aux, _ = training.read_target(ids)
-    expected, _ = training.unroll(aux, ids, rows)
+    expected = training.unroll(aux, ids, rows)
 
     layer = prior.layer
     page_size, num_pages = 16, -(-LENGTH // 16) + 1
@@ -102,8 +102,8 @@ def test_far_memory_changes_the_drafts(target):
     rows = torch.tensor([[20, LENGTH - STEPS - 1]])
     training = DraftTraining(prior, target, rows_per_window=2)
     aux, _ = training.read_target(ids)
-    with_far, _ = training.unroll(aux, ids, rows)
+    with_far = training.unroll(aux, ids, rows)
     prior.config.merge = MergeConfig(window=24, group_size=8, schedule=(0,))
-    without, _ = training.unroll(aux, ids, rows)
+    without = training.unroll(aux, ids, rows)
     assert torch.equal(with_far[0][0, 0], without[0][0, 0]), "inside the window nothing is merged"
     assert not torch.allclose(with_far[0][0, 1], without[0][0, 1])

@@ -20,9 +20,9 @@ from qm_spec.discovery import target_fingerprint
 from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
-from qm_spec.drafter.losses import AlignmentHeads, distillation_loss, fidelity_loss
+from qm_spec.drafter.losses import distillation_loss
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.drafter.rows import Drafter, PriorSequences
+from qm_spec.drafter.rows import Drafter
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.loop import LoopSettings, fit
 from qm_spec.training.regenerate import regenerate
@@ -30,8 +30,6 @@ from qm_spec.training.states import TargetStates
 
 # Later draft steps count less: they matter only when the earlier tokens were accepted.
 STEP_DISCOUNT = 0.8
-ALIGNMENT_WEIGHT = 0.1
-FIDELITY_WEIGHT = 0.1
 # Tokens of one passage that the target writes, its prompt included.
 PASSAGE_LENGTH = 512
 VALID_WINDOWS = 16
@@ -180,21 +178,6 @@ def new_drafter(
     raise ValueError(f"train: the drafter must be one of {DRAFTERS}, got {kind!r}")
 
 
-class MergingLoss(nn.Module):
-    """What the prior learns besides the target's distribution: alignment and fidelity, with their weights."""
-
-    def __init__(self, config: QuickMergeConfig) -> None:
-        super().__init__()
-        self.alignment = AlignmentHeads(config.num_key_value_heads * config.head_dim)
-
-    def forward(self, sequences: PriorSequences) -> Tensor:
-        """Return the loss of the merged memory of a batch."""
-        # One merged token is the concatenation of its heads, which all have the same order of groups.
-        tokens = sequences.levels[0].values.flatten(2, 3).transpose(1, 2).flatten(2)
-        fidelity = fidelity_loss(sequences.values, sequences.levels)
-        return ALIGNMENT_WEIGHT * self.alignment(tokens) + FIDELITY_WEIGHT * fidelity
-
-
 class DraftTraining(nn.Module):
     """A drafter beside its frozen target: one call unrolls K draft steps at sampled rows.
 
@@ -213,7 +196,6 @@ class DraftTraining(nn.Module):
     ) -> None:
         super().__init__()
         self.drafter = drafter
-        self.merging = MergingLoss(drafter.config) if isinstance(drafter, QuickMergePrior) else None
         self.rows_per_window = rows_per_window
         target.requires_grad_(False).eval()
         # In a tuple it is no submodule: checkpoints hold what is trained and nothing else.
@@ -229,7 +211,7 @@ class DraftTraining(nn.Module):
         """Return the target's auxiliary states `[B, N, 3 D]` and its logits `[B, N, V]`."""
         return self._states.read(input_ids, self.drafter.config.eagle_aux_hidden_state_layer_ids)
 
-    def unroll(self, aux_states: Tensor, input_ids: Tensor, rows: Tensor) -> tuple[list[Tensor], Tensor]:
+    def unroll(self, aux_states: Tensor, input_ids: Tensor, rows: Tensor) -> list[Tensor]:
         """Run all draft steps at the given positions, fed with the text's own tokens.
 
         Args:
@@ -238,19 +220,17 @@ class DraftTraining(nn.Module):
             rows: `[B, T]` int64, positions t; t + K must lie below N.
 
         Returns:
-            K tensors of draft logits `[B, T, V]` (step j predicts token t + 2 + j), and the loss of
-            merging: alignment and fidelity with their weights, 0 for a drafter that merges nothing.
+            K tensors of draft logits `[B, T, V]`; step j predicts token t + 2 + j.
         """
         embed, head = self.target.get_input_embeddings(), self.target.get_output_embeddings()
         embeddings = embed(input_ids).float()
-        sequences = self.drafter.read(aux_states, embeddings)
-        drafts = sequences.rows(rows)
+        drafts = self.drafter.read(aux_states, embeddings).rows(rows)
         logits = []
         for step in range(self.drafter.config.num_speculative_tokens):
             index = (rows + 1 + step).unsqueeze(-1).expand(-1, -1, embeddings.shape[-1])
             output = drafts.step(embeddings.gather(1, index))
             logits.append(head(output.to(head.weight.dtype)))
-        return logits, aux_states.new_zeros(()) if self.merging is None else self.merging(sequences)
+        return logits
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return `loss` and `accepted` `[B, T]`, the drafted tokens that greedy verification would keep.
@@ -269,7 +249,8 @@ class DraftTraining(nn.Module):
             stride = max(1, num_rows // self.rows_per_window)
             rows = torch.arange(0, num_rows, stride, device=input_ids.device).expand(len(input_ids), -1)
         aux_states, target_logits = self.read_target(input_ids)
-        logits, loss = self.unroll(aux_states, input_ids, rows)
+        logits = self.unroll(aux_states, input_ids, rows)
+        loss = aux_states.new_zeros(())
         agreed = torch.ones_like(rows, dtype=torch.bool)
         accepted = torch.zeros_like(rows)
         weights = [STEP_DISCOUNT**step for step in range(steps)]
