@@ -12,11 +12,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from typer.testing import CliRunner
 
 from qm_spec.cli import app
-from qm_spec.config import MergeConfig
 from qm_spec.discovery import check_drafter
 from qm_spec.drafter.checkpoint import load_drafter
-from qm_spec.drafter.losses import AlignmentHeads, distillation_loss, fidelity_loss
-from qm_spec.drafter.memory import merge_levels
+from qm_spec.drafter.losses import distillation_loss
 from qm_spec.training.data import TokenWindows, find_files, read_documents
 from qm_spec.training.optimizer import Muon, orthogonalize
 from qm_spec.training.states import TargetStates
@@ -190,26 +188,15 @@ def test_muon_leaves_frozen_and_unused_parameters_alone():
     assert changed == {"a.weight", "a.bias"}
 
 
-def test_losses_have_the_right_zero_and_gradients():
+def test_the_loss_is_zero_for_the_targets_own_distribution():
     logits = torch.randn(2, 3, 7, requires_grad=True)
     assert distillation_loss(logits, logits).abs() < 1e-6
-    distillation_loss(logits, torch.randn(2, 3, 7)).backward()
-    assert logits.grad.abs().sum() > 0
-
-    config = MergeConfig(window=12, group_size=4, schedule=(2, 1))
-    keys = torch.randn(1, 2, 16, 8)
-    constant = torch.ones(1, 2, 16, 8)
-    assert fidelity_loss(constant, merge_levels(keys, constant, config)) < 1e-6, "equal tokens lose nothing"
-    values = torch.randn(1, 2, 16, 8, requires_grad=True)
-    loss = fidelity_loss(values, merge_levels(keys, values, config))
-    assert loss > 0.01
+    target = torch.randn(2, 3, 7)
+    loss = distillation_loss(logits, target)
+    p, q = target.softmax(-1), logits.softmax(-1)
+    torch.testing.assert_close(loss, (p * (p / q).log()).sum(-1).mean())
     loss.backward()
-    assert values.grad.abs().sum() > 0
-
-    heads = AlignmentHeads(8)
-    tokens = torch.randn(1, 6, 8, requires_grad=True)
-    heads(tokens).backward()
-    assert tokens.grad.abs().sum() > 0 and heads.backward_head.weight.grad.abs().sum() > 0
+    assert logits.grad.abs().sum() > 0
 
 
 def test_drafters_share_the_states_that_are_kept(folder, tmp_path):
