@@ -368,6 +368,7 @@ def test_what_each_method_asks_of_vllm(tmp_path):
         "num_speculative_tokens": 3,
         "prompt_lookup_max": 4,
     }
+    (tmp_path / "config.json").write_text("{}")
     for method in ("qm_spec", "qm_spec-window", "qm_spec-lookup"):
         asked = speculative_config(method, 3, tmp_path)
         assert (asked["method"], asked["model"], asked["num_speculative_tokens"]) == (
