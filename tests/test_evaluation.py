@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qm_spec.config import ARCHITECTURE
 from qm_spec.evaluation.engine import read_counts, run_requests
 from qm_spec.evaluation.environment import available_cores, cpu_engine_environment, engine_environment
 from qm_spec.evaluation.methods import method_environment, speculative_config, without_far_memory
@@ -368,7 +369,7 @@ def test_what_each_method_asks_of_vllm(tmp_path):
         "num_speculative_tokens": 3,
         "prompt_lookup_max": 4,
     }
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [ARCHITECTURE]}))
     for method in ("qm_spec", "qm_spec-window", "qm_spec-lookup"):
         asked = speculative_config(method, 3, tmp_path)
         assert (asked["method"], asked["model"], asked["num_speculative_tokens"]) == (

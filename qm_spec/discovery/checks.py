@@ -60,6 +60,7 @@ def vllm_settings(drafter: Path, num_speculative_tokens: int) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the drafter or its config.json is missing.
+        ValueError: not a QuickMerge drafter.
     """
     values_tell_next = _read_config(drafter.expanduser()).get("next_token_values", False)
     return {
