@@ -82,18 +82,15 @@ class PriorSequences:
 
     Attributes:
         states: `[B, N, D]`, fused.
-        values: `[B, G, N, d]`, raw.
-        levels: one `Merged` per level, see `merge_levels`.
-        memory: all of them with their mask.
+        memory: raw and merged entries with their mask.
     """
 
     def __init__(self, layer: PriorLayer, config: MergeConfig, aux_states: Tensor, embeddings: Tensor) -> None:
         self.layer = layer
         self.states = layer.fuse(aux_states)
         following = F.pad(embeddings[:, 1:], (0, 0, 0, 1))
-        keys, self.values = (x.transpose(1, 2) for x in layer.keys_values(self.states, following))
-        self.levels = merge_levels(keys, self.values, config)
-        self.memory = Memory.build(keys, self.values, self.levels, config)
+        keys, values = (x.transpose(1, 2) for x in layer.keys_values(self.states, following))
+        self.memory = Memory.build(keys, values, merge_levels(keys, values, config), config)
 
     @property
     def num_entries(self) -> int:
