@@ -176,7 +176,8 @@ std::tuple<Tensor, Tensor> draft_tokens(
   const Scratch state_scratch(batch * hidden), input_scratch(batch * 2 * hidden), query_scratch(batch * query_size),
       attended_scratch(batch * query_size), change_scratch(batch * hidden), gate_scratch(batch * middle),
       up_scratch(batch * middle), logits_scratch(batch * vocabulary), row_scratch(hidden),
-      following_scratch(w.next_proj.rows > 0 ? batch * kv_size : 0), drafted_scratch(2 * (num_drafts - 1) * batch * kv_size);
+      following_scratch(w.next_proj.rows > 0 ? batch * kv_size : 0),
+      drafted_scratch(2 * (num_drafts - 1) * batch * kv_size);
   float *f = state_scratch.get(), *x = input_scratch.get(), *query = query_scratch.get(),
         *attended = attended_scratch.get(), *change = change_scratch.get(), *gate = gate_scratch.get(),
         *up = up_scratch.get(), *logits = logits_scratch.get();

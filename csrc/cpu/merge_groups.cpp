@@ -569,12 +569,12 @@ void merge_groups(
     std::unordered_map<int64_t, size_t> owner;
     for (size_t i = 0; i < waiting.size(); ++i) {
       bool shared = false;
-      for (const auto* steps : {&plans[i]->steps, &plans[i]->large})
-        for (const Step& step : *steps) {
-          if (waiting.size() == 1) break;
+      for (const auto* steps : {&plans[i]->steps, &plans[i]->large}) {
+        if (waiting.size() == 1) break;
+        for (const Step& step : *steps)
           for (const Place& at : {step.head, step.tail})
             if (at.page >= 0) shared |= owner.emplace(at.page * cache.page_size + at.slot, i).first->second != i;
-        }
+      }
       if (shared) {
         later.push_back(waiting[i]);
       } else {
