@@ -453,7 +453,7 @@ def exact_attention(query: Tensor, cache: Tensor, table: Tensor, seq_lens: Tenso
     _, slopes, far_bias, _, config = rest
     entries = gather_entries(cache, table, seq_lens, query.shape[-1], config)
     position = int(seq_lens) - len(query) + torch.arange(len(query)).unsqueeze(0)
-    entries = replace(entries, log_count=entries.log_count.double())
+    entries = replace(entries, count=entries.count.double())
     bias = entry_bias(entries, position, slopes.double(), far_bias.double())[0]
     per_group = query.shape[1] // cache.shape[1]
     key, value = (x[0].double().repeat_interleave(per_group, 0) for x in (entries.keys, entries.values))

@@ -335,7 +335,7 @@ class TestMerge:
         for tokens in steps:
             merge_both(case, expected, tables, lens(tokens, tokens - 100), config)
             assert_same_cache(case, expected)
-        counts = gather_entries(case.cache, tables, lens(3000, 2900), 8, config).log_count.exp()
+        counts = gather_entries(case.cache, tables, lens(3000, 2900), 8, config).count
         assert counts.max().round() == 512
         assert counts[0].sum(-1).round().tolist() == [3000.0, 3000.0]
 
@@ -409,7 +409,7 @@ class TestMerge:
         for tables, frontier in ((short, lens(64)), (long, lens(64)), (long, lens(10**4))):
             merge_both(case, expected, tables, frontier, CONFIG)
             assert_same_cache(case, expected)
-        counts = gather_entries(case.cache, long, lens(64), 8, CONFIG).log_count.exp()
+        counts = gather_entries(case.cache, long, lens(64), 8, CONFIG).count
         # Its own 60 tokens, and the 16 of the short one's first span.
         assert counts.sum(-1).round().tolist() == [[76.0, 76.0]]
 
@@ -431,7 +431,7 @@ class TestMerge:
             check_attention(case, query, table, lens(tokens), lens(0, 2), CONFIG)
             merge_both(case, expected, table, lens(frontier), CONFIG)
             assert_same_cache(case, expected)
-        counts = gather_entries(case.cache, table, lens(tokens), 8, CONFIG).log_count.exp().sum(-1)
+        counts = gather_entries(case.cache, table, lens(tokens), 8, CONFIG).count.sum(-1)
         # All of its own tokens behind the shared ones are there, and those; a span's entry may hold more.
         assert (counts >= tokens - 0.5).all()
 
@@ -496,9 +496,7 @@ def check_attention(
         if first >= end:
             continue
         entries = gather_entries(case.cache, table[b : b + 1], seq_lens[b : b + 1], case.head_dim, config)
-        # Counts are whole numbers, whose logarithm float32 rounds.
-        log_count = entries.log_count.double().exp().round().log()
-        entries = replace(entries, log_count=log_count)
+        entries = replace(entries, count=entries.count.double())
         position = torch.arange(length - (end - first), length).unsqueeze(0)
         bias = entry_bias(entries, position, slopes.double(), far_bias.double())[0]
         share = query.shape[1] // case.cache.shape[1]

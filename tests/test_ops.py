@@ -116,7 +116,7 @@ def naive_attention(query, key, value, row_position, slopes, far_bias, config):
                         continue
                     score -= slopes[head].item() * (row_position[row] - position)
                 else:
-                    score += far_bias[head].item() + math.log(n)
+                    score += far_bias[head].item() + math.log(min(n, config.group_size))
                 scores.append(score)
                 values.append(v)
             scores = torch.tensor(scores, dtype=torch.float64)
@@ -344,8 +344,8 @@ def test_counts_of_spans_reach_the_scores():
     cache, table, _, _ = make_cache(300, 16)
     merge_groups_(cache, table, lens(300), HEAD_DIM, CONFIG)
     entries = gather_entries(cache, table, lens(300), HEAD_DIM, CONFIG)
-    assert entries.log_count.exp().sum(-1).round().tolist() == [[300.0] * GROUPS]
-    assert entries.log_count.max().exp().round() == 8 * CONFIG.group_size
+    assert entries.count.sum(-1).round().tolist() == [[300.0] * GROUPS]
+    assert entries.count.max().round() == 8 * CONFIG.group_size
 
 
 def test_a_span_cut_by_page_sharing_loses_nothing_of_the_second_request():
@@ -362,7 +362,7 @@ def test_a_span_cut_by_page_sharing_loses_nothing_of_the_second_request():
     merge_groups_(both, second, lens(300), HEAD_DIM, CONFIG)
     entries = gather_entries(both, second, lens(300), HEAD_DIM, CONFIG)
     # Its own 280 tokens are all there; the shared span's entry may hold up to 12 tokens of the other's.
-    assert 280 <= entries.log_count.exp().sum(-1).round().min() <= 312
+    assert 280 <= entries.count.sum(-1).round().min() <= 312
 
 
 @pytest.mark.parametrize("op", ["append_kv_", "merge_groups_", "merged_attention"])

@@ -18,7 +18,7 @@ class DraftMemory {
   // out = softmax(scores) values of one query head.
   //
   // Scores are query . key plus -slope * distance at raw entries, `step` draft steps later, and at drafted tokens, or
-  // far_bias + log(count) at merged entries. Without an entry and a drafted token, out is 0.
+  // far_bias + log(min(count, group_size)) at merged entries. Without an entry and a drafted token, out is 0.
   //
   //   query    [d], already divided by sqrt(d)
   //   head     the key/value head

@@ -121,9 +121,9 @@ void walk_entries(const RequestGroups& groups, const MergeConfig& config, int64_
   }
 }
 
-// The count of a merged entry, bounded against stale bytes.
+// The count of a merged entry in attention, where a span of groups counts as one group; stale bytes do no harm.
 inline float bounded_count(float count, const MergeConfig& config) {
-  return std::isfinite(count) ? std::clamp(count, 0.0f, config.largest_count()) : 0.0f;
+  return std::isfinite(count) ? std::clamp(count, 0.0f, static_cast<float>(config.group_size)) : 0.0f;
 }
 
 }  // namespace qm_spec

@@ -32,8 +32,6 @@ struct MergeConfig {
   int64_t span_log2(int64_t level) const { return std::max<int64_t>(0, level - schedule_levels); }
   // The binary logarithm of the windows that must follow; past the schedule two levels share a distance.
   int64_t distance_log2(int64_t level) const { return level - 1 - span_log2(level) / 2; }
-  // The most tokens that an entry can stand for.
-  float largest_count() const { return static_cast<float>(group_size << span_log2(num_levels)); }
   // Groups, counted from position 0, that are old enough for a level; a multiple of its span.
   int64_t groups_due(int64_t level, int64_t frontier) const {
     const int64_t tokens = frontier - (window << distance_log2(level));

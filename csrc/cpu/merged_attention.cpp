@@ -1,6 +1,6 @@
 // merged_attention: the newest rows of each request over its raw and merged entries. Scores are q k / sqrt(d) plus
-// -slope_h * distance (raw, causal) or far_bias_h + log(count) (merged); out = softmax(scores) v, the log-sum-exp of
-// the scores, and the entropy of the softmax. Reference in qm_spec/ops/merged_attention.py.
+// -slope_h * distance (raw, causal) or far_bias_h + log(min(count, group_size)) (merged); out = softmax(scores) v, the
+// log-sum-exp of the scores, and the entropy of the softmax. Reference in qm_spec/ops/merged_attention.py.
 //
 // First each request's entries are listed, by a walk that reads the states of one head. A split is 256 of them for one
 // KV head, for all rows and query heads together: softmax in one pass with a running maximum, keys and values read where

@@ -1,7 +1,7 @@
 // merged_attention: the newest rows of each request over its raw and merged entries; query [T, H, d], cache
 // [pages, G, P, C] to output [T, H, d], log-sum-exp [T, H] and attention entropy [T, H].
 //
-//   score = q k / sqrt(d) + (raw entry: -slope_h * distance, causal; merged entry: far_bias_h + log count)
+//   score = q k / sqrt(d) + bias;  bias = -slope_h * distance (raw entry, causal), far_bias_h + log count (merged entry)
 //   output = softmax(score) v,  lse = log sum e^score,  entropy = lse - sum softmax(score) score
 //
 // Source: ours; ToMe's proportional attention (arXiv 2210.09461) for log count; reference in
@@ -180,9 +180,9 @@ __device__ void find_entry(const Attention<T>& to, const Shared& shared, int num
       position = shared.group_position[low] + offset;
     } else {
       const float count = reinterpret_cast<const SlotState*>(to.cache.data + base + 2 * to.cache.head_dim)->count;
-      // Bounded against stale bytes: not a number, infinite or 0 is no entry.
+      // A span of groups counts as one group. Stale bytes, not a number, infinite or 0, are no entry.
       if (count > 0.0f && count <= FLT_MAX) {
-        log_count = logf(fminf(count, to.schedule.largest_count()));
+        log_count = logf(fminf(count, static_cast<float>(to.schedule.group_size)));
       } else {
         base = -1;
       }

@@ -24,8 +24,6 @@ struct Schedule {
   __host__ __device__ int distance_log2(int level) const {
     return level <= num_counts ? level - 1 : level - 1 - (level - num_counts) / 2;
   }
-  // The most tokens that an entry can stand for.
-  __host__ __device__ float largest_count() const { return static_cast<float>(group_size * span(num_levels)); }
   // Groups, counted from position 0, that are old enough for a level; a multiple of its span.
   __host__ __device__ int64_t groups_due(int level, int64_t frontier) const {
     const int64_t tokens = frontier - (window << distance_log2(level));

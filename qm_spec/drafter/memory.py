@@ -89,7 +89,8 @@ class Memory:
             values=torch.cat(parts_v, 2),
             position=place.expand(batch, -1),
             raw=raw.expand(batch, -1),
-            log_count=torch.cat(parts_n, 2).log(),
+            count=torch.cat(parts_n, 2),
+            group_size=config.group_size,
         )
         return cls(entries, group, rank, config)
 

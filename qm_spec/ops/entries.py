@@ -20,14 +20,16 @@ class Entries:
         values: `[B, G, E, d]`.
         position: `[B, E]` int64, of raw entries; meaningless for merged ones.
         raw: `[B, E]` bool, a single token with a position.
-        log_count: `[B, G, E]` float32, log of the tokens an entry stands for; -inf where nothing is.
+        count: `[B, G, E]` float32, tokens an entry stands for; 0 where nothing is.
+        group_size: tokens, the most that an entry counts for in attention.
     """
 
     keys: Tensor
     values: Tensor
     position: Tensor
     raw: Tensor
-    log_count: Tensor
+    count: Tensor
+    group_size: int
 
 
 def gather_entries(
@@ -79,7 +81,8 @@ def gather_entries(
         values=padded(values[page, :, slot], 0.0).transpose(1, 2),
         position=padded(where, 0),
         raw=padded(raw[batch, where], False),
-        log_count=padded(count.log(), float("-inf")).transpose(1, 2),
+        count=padded(count, 0.0).transpose(1, 2),
+        group_size=group_size,
     )
 
 
@@ -87,7 +90,9 @@ def entry_bias(entries: Entries, row_position: Tensor, slopes: Tensor, far_bias:
     """Return what is added to the scores of each head, row and entry.
 
     Raw entries at or before the row: `-slope_h * distance`. Raw entries behind it: -inf. Merged
-    entries, which have no position: `far_bias_h + log(count)` (ToMe's proportional attention).
+    entries, which have no position: `far_bias_h + log(min(count, group_size))`. That is ToMe's proportional
+    attention within a group. A span of many groups counts as one: training, at short lengths, knows no
+    heavier entry, and distant text would outweigh the near one.
 
     Args:
         entries: of B requests.
@@ -98,10 +103,10 @@ def entry_bias(entries: Entries, row_position: Tensor, slopes: Tensor, far_bias:
     Returns:
         `[B, H, T, E]` float32.
     """
-    heads_per_group = len(slopes) // entries.log_count.shape[1]
+    heads_per_group = len(slopes) // entries.count.shape[1]
     distance = (row_position.unsqueeze(-1) - entries.position.unsqueeze(1)).unsqueeze(1)
     near = -slopes.view(-1, 1, 1) * distance
     near = near.masked_fill(distance < 0, float("-inf"))
-    log_count = entries.log_count.repeat_interleave(heads_per_group, 1).unsqueeze(2)
+    log_count = entries.count.clamp_max(entries.group_size).log().repeat_interleave(heads_per_group, 1).unsqueeze(2)
     bias = torch.where(entries.raw[:, None, None], near, far_bias.view(-1, 1, 1))
     return bias + log_count

@@ -90,7 +90,7 @@ def merged_attention(
     """Attend from the newest rows of each request to its raw and merged entries.
 
     Scores are `q k / sqrt(d)` plus `-slope * distance` at raw entries (causal) or
-    `far_bias + log(count)` at merged ones.
+    `far_bias + log(min(count, group_size))` at merged ones.
 
     Args:
         query: `[T, H, d]`, the rows of all requests one after the other.
