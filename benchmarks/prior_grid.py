@@ -1,0 +1,341 @@
+"""What each part of the prior's memory is worth: priors trained and tested with one thing changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from unittest import mock
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qm_spec.config import MergeConfig
+    from qm_spec.drafter.prior import QuickMergePrior
+    from qm_spec.evaluation.long_context import LongContextRow
+    from qm_spec.ops.merge_entries import Merged
+
+ROOT = Path(__file__).resolve().parents[1]
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+DEFAULT = "default"
+# Longer than any text: nothing is merged.
+ENDLESS = 1 << 20
+
+EXAMPLES = """
+Examples:
+
+    python benchmarks/prior_grid.py --target qm_spec/zoo/recall/target --data longer --data some-fewer \\
+        --text novels/valid --states states --out results/grid
+
+    python benchmarks/prior_grid.py --target T --data D --text TEXT --variants default,window-64,pruned --out O
+
+Variants that are trained already are not trained again.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One thing changed.
+
+    Attributes:
+        about: what it is.
+        merge: settings of `MergeConfig`.
+        saliency: masses `[..., M]` of a group's keys `[..., M, d]`, in place of the entropy's.
+        pruned: salient entries stay as they are, and nothing joins them.
+        counted: an entry's count is added to its scores.
+        sloped: scores fall with the distance.
+    """
+
+    about: str
+    merge: dict[str, Any] = dataclasses.field(default_factory=dict)
+    saliency: Callable[[Tensor], Tensor] | None = None
+    pruned: bool = False
+    counted: bool = True
+    sloped: bool = True
+
+
+def random_mass(keys: Tensor) -> Tensor:
+    """Return uniform masses, the same ones for the same keys."""
+    # The fractional part of a large multiple of a sum of floats has nothing to do with the keys' meaning.
+    return (keys.detach().float().sum(-1) * 9973.0).frac().abs() + 0.01
+
+
+def norm_mass(keys: Tensor) -> Tensor:
+    """Return the keys' norms."""
+    return keys.float().norm(dim=-1) + 1e-3
+
+
+def learned_mass(keys: Tensor) -> Tensor:
+    """Return masses that a key's first channel tells: a linear scorer, trained through the weighted means."""
+    import torch
+
+    return torch.nn.functional.softplus(keys[..., 0].float()) + 1e-3
+
+
+VARIANTS = {
+    DEFAULT: Variant("window 128, groups of 16 merged to 8, 4, 2, 1"),
+    "no-memory": Variant("a window of 128, nothing beyond", {"schedule": [0]}),
+    "unmerged": Variant("all tokens raw", {"window": ENDLESS}),
+    "window-64": Variant("window 64", {"window": 64}),
+    "window-256": Variant("window 256", {"window": 256}),
+    "window-512": Variant("window 512", {"window": 512}),
+    "schedule-8": Variant("2x and no further", {"schedule": [8]}),
+    "schedule-4": Variant("4x and no further", {"schedule": [4]}),
+    "schedule-2": Variant("8x and no further", {"schedule": [2]}),
+    "inverse-entropy": Variant("low entropy is salient", {"saliency": "inverse_entropy"}),
+    "norm": Variant("large keys are salient", saliency=norm_mass),
+    "learned": Variant("a learned linear scorer", saliency=learned_mass),
+    "random": Variant("saliency at random", saliency=random_mass),
+    "pruned": Variant("salient tokens stay as they are, the others are dropped", pruned=True),
+    "uncounted": Variant("no log(count)", counted=False),
+    "flat": Variant("no slopes: a raw token's distance does not count", sloped=False),
+}
+
+
+def prune_entries(keys: Tensor, values: Tensor, mass: Tensor, count: Tensor, keep: int) -> Merged:
+    """Keep the `keep` entries of the highest mass of each group as they are; see `merge_entries`."""
+    import torch
+
+    from qm_spec.ops.merge_entries import Merged
+
+    stay = mass.argsort(dim=-1, descending=True, stable=True)[..., :keep].sort(dim=-1).values
+    wide = stay.unsqueeze(-1).expand(*stay.shape, keys.shape[-1])
+    nowhere = torch.full_like(mass, -1, dtype=torch.int64)
+    return Merged(
+        keys.gather(-2, wide), values.gather(-2, wide), mass.gather(-1, stay), count.gather(-1, stay), nowhere
+    )
+
+
+def prior_of(variant: Variant) -> type[QuickMergePrior]:
+    """Return the class of priors with this thing changed."""
+    import torch
+
+    from qm_spec.drafter import memory
+    from qm_spec.drafter.prior import QuickMergePrior
+    from qm_spec.drafter.rows import PriorSequences
+
+    def mass(keys: Tensor, config: MergeConfig) -> Tensor:
+        assert variant.saliency is not None
+        return variant.saliency(keys)
+
+    class Sequences(PriorSequences):
+        def __init__(self, *arguments: Any) -> None:
+            with ExitStack() as stack:
+                if variant.saliency is not None:
+                    stack.enter_context(mock.patch.object(memory, "saliency_mass", mass))
+                if variant.pruned:
+                    stack.enter_context(mock.patch.object(memory, "merge_entries", prune_entries))
+                super().__init__(*arguments)
+            if not variant.counted:
+                entries = self.memory.entries
+                plain = dataclasses.replace(entries, count=entries.count.clamp_max(1))
+                self.memory = dataclasses.replace(self.memory, entries=plain)
+
+    class Prior(QuickMergePrior):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            if not variant.sloped:
+                with torch.no_grad():
+                    self.layer.slopes.zero_()
+                    self.layer.far_bias.zero_()
+                self.layer.slopes.requires_grad_(False)
+
+        def read(self, aux_states: Tensor, embeddings: Tensor) -> PriorSequences:
+            return Sequences(self.layer, self.config.merge, aux_states, embeddings)
+
+    return Prior
+
+
+def main(
+    target: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the target model.")],
+    data: Annotated[list[Path], typer.Option(metavar="PATH", help="Text to train on; may be repeated.")],
+    text: Annotated[list[Path], typer.Option(metavar="PATH", help="Prose that nothing was trained on.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the drafters and results.")],
+    variants: Annotated[str, typer.Option(metavar="NAME,...", help="What to change.")] = ",".join(VARIANTS),
+    states: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the target's states are kept.")] = None,
+    max_steps: Annotated[int, typer.Option(metavar="N", help="Of training.")] = 240,
+    regenerated_tokens: Annotated[int, typer.Option(metavar="N", help="That the target writes to train on.")] = 65536,
+    intermediate_size: Annotated[int, typer.Option(metavar="N", help="Of the priors' MLP.")] = 768,
+    domains: Annotated[str, typer.Option(metavar="D,...", help="Of novels, quotations, records and code.")] = (
+        "novels,quotations,records,code"
+    ),
+    lengths: Annotated[str, typer.Option(metavar="L,...", help="Tokens of the prompts.")] = "1024,8192",
+    num_prompts: Annotated[int, typer.Option(metavar="N", help="Of each domain and length.")] = 8,
+    num_tokens: Annotated[int, typer.Option(metavar="M", help="Tokens written behind each.")] = 64,
+    seed: Annotated[int, typer.Option(metavar="S", help="Of training, prompts and windows.")] = 0,
+    threads: Annotated[int, typer.Option(metavar="T", help="Of torch.")] = 1,
+    train_only: Annotated[bool, typer.Option(help="Train what is missing and stop.")] = False,
+) -> None:
+    """Train a prior for each variant, on the same windows, and replay all of them on the same texts.
+
+    Writes grid.json and grid.md to OUT; each prior is saved beside them.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    names = variants.split(",")
+    try:
+        if unknown := [name for name in names if name not in VARIANTS]:
+            raise ValueError(f"--variants: expected some of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+        if not train_only and names[0] != DEFAULT:
+            raise ValueError(f"--variants: the others are compared with {DEFAULT!r}; name it first, got {names[0]!r}")
+        for name in names:
+            train(name, target, data, out / name, states, max_steps, regenerated_tokens, intermediate_size, seed)
+        if not train_only:
+            sizes = [int(length) for length in lengths.split(",")]
+            measure(names, target, text, out, domains.split(","), sizes, num_prompts, num_tokens, seed)
+    except (ValueError, OSError) as error:
+        print(f"prior_grid.py: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        print(f"prior_grid.py: stopped; the same command goes on with what is in {out}", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def train(
+    name: str,
+    target: Path,
+    data: Sequence[Path],
+    out: Path,
+    states: Path | None,
+    max_steps: int,
+    regenerated_tokens: int,
+    intermediate_size: int,
+    seed: int,
+) -> None:
+    """Train one variant in `out`, unless it is there; an interrupted training goes on."""
+    from qm_spec.config import MergeConfig
+    from qm_spec.training import drafter as training
+    from qm_spec.training.loop import LoopSettings
+
+    if (out / "provenance.json").is_file():
+        return
+    variant = VARIANTS[name]
+    print(f"{name}: {variant.about}")
+    with mock.patch.object(training, "QuickMergePrior", prior_of(variant)):
+        training.train_drafter(
+            target,
+            data,
+            out,
+            loop=LoopSettings(max_steps=max_steps, batch_size=4, save_steps=80, seed=seed),
+            merge=MergeConfig(**variant.merge),
+            intermediate_size=intermediate_size,
+            regenerated_tokens=regenerated_tokens,
+            states_dir=states,
+            data_seed=seed,
+            resume=True,
+        )
+
+
+def measure(
+    names: Sequence[str],
+    target_dir: Path,
+    text: Sequence[Path],
+    out: Path,
+    domains: Sequence[str],
+    lengths: Sequence[int],
+    num_prompts: int,
+    num_tokens: int,
+    seed: int,
+) -> None:
+    """Replay all variants, and the default one with its memory emptied, and write the results."""
+    import torch
+    from rich.progress import Progress
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qm_spec import provenance
+    from qm_spec.config import MergeConfig
+    from qm_spec.evaluation.long_context import measure_acceptance
+    from qm_spec.training.data import find_files, sha256_of
+
+    priors = {name: prior_of(VARIANTS[name]).from_pretrained(out / name, dtype=torch.float32).eval() for name in names}
+    emptied = prior_of(VARIANTS[DEFAULT]).from_pretrained(out / DEFAULT, dtype=torch.float32).eval()
+    emptied.config.merge = MergeConfig(schedule=(0,))
+    priors["emptied"] = emptied
+    stages = {name: json.loads((out / name / "provenance.json").read_text())["stages"][-1] for name in names}
+    record: dict[str, Any] = {
+        "command": provenance.command(),
+        "commit": provenance.git_commit(),
+        "versions": provenance.versions(),
+        "text_sha256": sha256_of(find_files(text)),
+        "seed": seed,
+        "tokens_per_prompt": num_tokens,
+        "variants": {
+            name: {
+                "about": VARIANTS[name].about,
+                "valid_loss": stage["valid_loss"],
+                "valid_acceptance_length": stage["valid_acceptance_length_teacher_forced"],
+                "commit": stage["commit"],
+            }
+            for name, stage in stages.items()
+        },
+        "entries_attended": {
+            name: [prior.config.merge.entries_attended(n) for n in lengths] for name, prior in priors.items()
+        },
+    }
+    rows: list[LongContextRow] = []
+    target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32).eval()
+    with Progress() as progress:
+        task = progress.add_task("replay", total=len(domains) * len(lengths) * num_prompts)
+        for some in measure_acceptance(
+            target,
+            AutoTokenizer.from_pretrained(target_dir),
+            priors,
+            text,
+            domains=domains,
+            lengths=lengths,
+            num_prompts=num_prompts,
+            num_tokens=num_tokens,
+            num_drafts=priors[names[0]].config.num_speculative_tokens,
+            seed=seed,
+            on_progress=lambda domain, length, _: progress.update(task, advance=1, description=f"{domain} {length}"),
+        ):
+            rows.extend(row for row in some if row.drafter in priors)
+            record["rows"] = [dataclasses.asdict(row) for row in rows]
+            (out / "grid.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "grid.md").write_text(table(record, rows))
+    print(table(record, rows))
+
+
+def table(record: dict[str, Any], rows: Sequence[LongContextRow]) -> str:
+    """Return a Markdown table: per variant its validation, its entries, and its acceptance over the default's."""
+    found = {(row.drafter, row.domain, row.context): row for row in rows}
+    cells = list(dict.fromkeys((row.domain, row.context) for row in rows))
+    names = list(dict.fromkeys(row.drafter for row in rows))
+    lines = [
+        "| | validation AL | keys | " + " | ".join(f"{domain} {length}" for domain, length in cells) + " |",
+        "| --- | ---: | ---: |" + " ---: |" * len(cells),
+    ]
+    for name in names:
+        stage = record["variants"].get(name)
+        valid = "" if stage is None else f"{stage['valid_acceptance_length']:.2f}"
+        shown = []
+        for domain, length in cells:
+            row, base = found[name, domain, length], found[DEFAULT, domain, length]
+            if name == DEFAULT:
+                shown.append(f"AL {row.acceptance_length.value:.2f}")
+            else:
+                ratio = row.over(base)
+                spread = f" ({ratio.low:.2f}-{ratio.high:.2f})" if ratio.has_interval else ""
+                shown.append(f"{ratio.value:.2f}{spread}")
+        keys = record["entries_attended"][name][-1]
+        lines.append(f"| {name} | {valid} | {keys} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if find_spec("qm_spec") is None:
+        # A clone that is not installed.
+        sys.path.insert(0, str(ROOT))
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(epilog=EXAMPLES)(main)
+    app()

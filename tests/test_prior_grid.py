@@ -1,0 +1,84 @@
+"""The grid of priors with one thing changed: each variant changes what it says, and nothing else."""
+
+import pytest
+import torch
+from prior_grid import DEFAULT, VARIANTS, prior_of
+
+from qm_spec.config import MergeConfig
+from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.rows import PriorSequences
+
+WINDOW = 48
+NUM_TOKENS = 300
+
+
+def sequences_of(name: str) -> PriorSequences:
+    torch.manual_seed(0)
+    variant = VARIANTS[name]
+    config = QuickMergeConfig(
+        target_fingerprint="x",
+        eagle_aux_hidden_state_layer_ids=[0, 2, 3],
+        num_speculative_tokens=2,
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        norm_aux_states=True,
+        next_token_values=True,
+        quickmerge=MergeConfig(**{"window": WINDOW, **variant.merge}).to_dict(),
+    )
+    prior = prior_of(variant)(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    aux_states = torch.randn(1, NUM_TOKENS, 192, generator=generator)
+    return prior.read(aux_states, torch.randn(1, NUM_TOKENS, 64, generator=generator))
+
+
+@torch.no_grad()
+def outputs_of(name: str) -> torch.Tensor:
+    sequences = sequences_of(name)
+    rows = sequences.rows(torch.tensor([[30, 290]]))
+    return rows.step(torch.ones(1, 2, 64))[0]
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != DEFAULT])
+def test_a_variant_drafts_otherwise_where_memory_is_merged_and_alike_where_it_is_not(name: str) -> None:
+    near, far = (outputs_of(name) - outputs_of(DEFAULT)).abs().amax(-1).tolist()
+    assert far > 1e-5
+    # Slopes and the bias of what is far begin otherwise where a window says so.
+    assert near == 0 or "window" in VARIANTS[name].merge or name == "flat"
+
+
+@torch.no_grad()
+def test_pruned_entries_are_tokens_of_the_text_and_merged_ones_are_not() -> None:
+    for name, expected in ((DEFAULT, False), ("pruned", True)):
+        entries = sequences_of(name).memory.entries
+        raw, merged = entries.keys[0, 0, :NUM_TOKENS], entries.keys[0, 0, NUM_TOKENS:]
+        copies = (merged.unsqueeze(1) == raw).all(-1).any(-1).all().item()
+        assert copies == expected, name
+
+
+@torch.no_grad()
+def test_counts_and_slopes_can_be_left_out() -> None:
+    assert sequences_of(DEFAULT).memory.entries.count.max() == 256, "a span of 16 groups"
+    assert sequences_of("uncounted").memory.entries.count.max() == 1
+    assert sequences_of("pruned").memory.entries.count.max() == 1
+    bias = sequences_of("flat").rows(torch.tensor([[50]])).bias
+    assert (bias[..., :51] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["norm", "learned", "random"])
+def test_a_saliency_is_positive_and_the_same_for_the_same_keys(name: str) -> None:
+    keys = torch.randn(3, 16, 8)
+    saliency = VARIANTS[name].saliency
+    assert saliency is not None
+    mass = saliency(keys)
+    assert mass.shape == (3, 16) and (mass > 0).all()
+    assert torch.equal(mass, saliency(keys.clone()))
+
+
+def test_only_the_learned_saliency_is_trained() -> None:
+    keys = torch.randn(1, 16, 8, requires_grad=True)
+    VARIANTS["learned"].saliency(keys).sum().backward()
+    assert keys.grad[..., 0].abs().min() > 0 and not keys.grad[..., 1:].any()
