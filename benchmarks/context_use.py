@@ -12,19 +12,25 @@ from typing import Annotated
 import typer
 
 ROOT = Path(__file__).resolve().parents[1]
+ZOO = ROOT / "qm_spec" / "zoo" / "recall"
 
 EXIT_BAD_INPUT = 2
 
 EXAMPLES = """
 Examples:
 
-    python benchmarks/context_use.py --target qm_spec/zoo/recall/target --text novels/valid --out results/use.json
+    python benchmarks/context_use.py --kinds quotation --documents 8 --length 30000 --out results/use.json
 """
 
 
 def main(
-    target: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the target model.")],
-    text: Annotated[list[Path], typer.Option(metavar="PATH", help="Prose to write documents from.")],
+    target: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the target model.", show_default="qm_spec/zoo/recall/target")
+    ] = ZOO / "target",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Prose to write documents from.", show_default="qm_spec/zoo/recall/text"),
+    ] = None,
     kinds: Annotated[str | None, typer.Option(metavar="K,...", help="Of dependence.", show_default="all")] = None,
     documents: Annotated[int, typer.Option(metavar="N", help="How many.")] = 12,
     length: Annotated[int, typer.Option(metavar="C", help="Characters of each.")] = 20000,
@@ -34,7 +40,7 @@ def main(
 ) -> None:
     """Read dependent documents with their sources and without; a target that uses its context does better with."""
     try:
-        print(measure(target, text, kinds, documents, length, seed, threads, out))
+        print(measure(target, text or [ZOO / "text"], kinds, documents, length, seed, threads, out))
     except (ValueError, OSError) as error:
         print(f"context_use.py: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_BAD_INPUT) from None

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from qm_spec.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
+# A pair that uses its context, EAGLE-3 beside it, and text that neither was trained on.
+ZOO = ROOT / "qm_spec" / "zoo" / "recall"
+SHIPPED = {"qm_spec": "drafter", "eagle3": "eagle3", "eagle3-window": "eagle3-window"}
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -29,22 +32,30 @@ BASE_LENGTH = 1024
 EXAMPLES = """
 Examples:
 
-    python benchmarks/long_context.py --target qm_spec/zoo/recall/target --text novels/valid \\
-        --drafter ours=qm_spec/zoo/recall/drafter --drafter eagle3=eagle3 --out results/long
+    python benchmarks/long_context.py --out results/long_context
+
+    python benchmarks/long_context.py --speed novels --lengths 256,1024,4096 --num-prompts 6 --out results/speed
 
     python benchmarks/long_context.py --target T --drafter ours=D --text FILE --merge "inverse=saliency:inverse_entropy"
 """
 
 
 def main(
-    target: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the target model.")],
+    target: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the target model.", show_default="qm_spec/zoo/recall/target")
+    ] = ZOO / "target",
     drafter: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
-            metavar="NAME=DIR", help="A drafter of it; may be repeated. NAME-1, NAME-2... are its other seeds."
+            metavar="NAME=DIR",
+            help="A drafter of it; may be repeated. NAME-1, NAME-2... are its other seeds.",
+            show_default="the shipped " + ", ".join(SHIPPED),
         ),
-    ],
-    text: Annotated[list[Path], typer.Option(metavar="PATH", help="Prose that nothing was trained on.")],
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Prose that nothing was trained on.", show_default="qm_spec/zoo/recall/text"),
+    ] = None,
     merge: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,7 +69,7 @@ def main(
     lengths: Annotated[str, typer.Option(metavar="L,...", help="Tokens of the prompts.")] = (
         "256,512,1024,2048,4096,8192"
     ),
-    num_prompts: Annotated[int, typer.Option(metavar="N", help="Of each domain and length.")] = 8,
+    num_prompts: Annotated[int, typer.Option(metavar="N", help="Of each domain and length.")] = 12,
     num_tokens: Annotated[int, typer.Option(metavar="M", help="Tokens written behind each.")] = 64,
     num_speculative_tokens: Annotated[int, typer.Option(metavar="K", help="Drafted tokens per step.")] = 4,
     temperature: Annotated[float, typer.Option(metavar="T", help="Of the target; 0 is greedy.")] = 0.0,
@@ -84,6 +95,8 @@ def main(
     --speed it writes speed.json and .md: plain decoding, n-gram lookup and the drafters, each in an engine of
     its own.
     """
+    drafter = drafter or [f"{name}={ZOO / folder}" for name, folder in SHIPPED.items()]
+    text = text or [ZOO / "text"]
     try:
         if speed is not None:
             sizes = [int(length) for length in lengths.split(",")]

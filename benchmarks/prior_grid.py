@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qm_spec.ops.merge_entries import Merged
 
 ROOT = Path(__file__).resolve().parents[1]
+ZOO = ROOT / "qm_spec" / "zoo" / "recall"
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -33,10 +34,9 @@ ENDLESS = 1 << 20
 EXAMPLES = """
 Examples:
 
-    python benchmarks/prior_grid.py --target qm_spec/zoo/recall/target --data longer --data some-fewer \\
-        --text novels/valid --states states --out results/grid
+    python benchmarks/prior_grid.py --data longer --data some-fewer --states states --out results/grid
 
-    python benchmarks/prior_grid.py --target T --data D --text TEXT --variants default,window-64,pruned --out O
+    python benchmarks/prior_grid.py --data longer --variants default,window-64,pruned --out results/grid
 
 Variants that are trained already are not trained again.
 """
@@ -156,10 +156,15 @@ def prior_of(variant: Variant) -> type[QuickMergePrior]:
 
 
 def main(
-    target: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the target model.")],
     data: Annotated[list[Path], typer.Option(metavar="PATH", help="Text to train on; may be repeated.")],
-    text: Annotated[list[Path], typer.Option(metavar="PATH", help="Prose that nothing was trained on.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the drafters and results.")],
+    target: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the target model.", show_default="qm_spec/zoo/recall/target")
+    ] = ZOO / "target",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Prose that nothing was trained on.", show_default="qm_spec/zoo/recall/text"),
+    ] = None,
     variants: Annotated[str, typer.Option(metavar="NAME,...", help="What to change.")] = ",".join(VARIANTS),
     states: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the target's states are kept.")] = None,
     max_steps: Annotated[int, typer.Option(metavar="N", help="Of training.")] = 240,
@@ -192,7 +197,9 @@ def main(
             train(name, target, data, out / name, states, max_steps, regenerated_tokens, intermediate_size, seed)
         if not train_only:
             sizes = [int(length) for length in lengths.split(",")]
-            measure(names, target, text, out, domains.split(","), sizes, num_prompts, num_tokens, seed)
+            measure(
+                names, target, text or [ZOO / "text"], out, domains.split(","), sizes, num_prompts, num_tokens, seed
+            )
     except (ValueError, OSError) as error:
         print(f"prior_grid.py: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_BAD_INPUT) from None

@@ -152,6 +152,9 @@ def train_command(
             show_default="0, 2L/3, L - 1",
         ),
     ] = None,
+    lookup_length: Annotated[
+        int, typer.Option(help="In vLLM, copy what followed when this many last tokens stood there before; 0 = never.")
+    ] = 0,
     window: Annotated[int, typer.Option(help="Tokens kept raw.")] = 128,
     group_size: Annotated[int, typer.Option(help="Tokens merged together.")] = 16,
     schedule: Annotated[str, typer.Option(help="Entries per group at each level; 0 = none.")] = "8,4,2,1",
@@ -188,6 +191,7 @@ def train_command(
         num_speculative_tokens=num_speculative_tokens,
         intermediate_size=intermediate_size,
         aux_layers=None if aux_layers is None else [int(layer) for layer in aux_layers.split(",")],
+        lookup_length=lookup_length,
         sequence_length=sequence_length,
         rows_per_window=rows_per_window,
         regenerated_tokens=regenerated_tokens,

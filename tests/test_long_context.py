@@ -1,5 +1,8 @@
 """Acceptance over the context: prompts, lookup, hybrids, rows."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from qm_spec.evaluation.lookup import lookup_drafts
 from qm_spec.evaluation.replay import read_text, replay, write_continuations
 from qm_spec.evaluation.statistics import Estimate
 
-NOVELS = Path(__file__).parents[1] / "qm_spec" / "zoo" / "novels"
+ROOT = Path(__file__).parents[1]
+NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
 PROSE = [NOVELS / "prompts.jsonl"]
 
 
@@ -141,3 +145,15 @@ def test_the_plot_shows_what_is_asked_for() -> None:
     assert long_context.chosen_to_draw(["ours", "eagle3"], wanted) == wanted
     with pytest.raises(ValueError, match=r"--draw: expected some of ours, .*eagle3\+lookup, got eagle"):
         long_context.chosen_to_draw(["ours", "eagle3"], ["ours", "eagle"])
+
+
+def test_the_headline_needs_no_arguments_but_where_to_write(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "long_context.py", "--out", tmp_path]
+    small = ["--domains", "novels", "--lengths", "40", "--num-prompts", "1", "--num-tokens", "8"]
+    subprocess.run([*command, *small], check=True, capture_output=True, timeout=300)
+    record = json.loads((tmp_path / "long_context.json").read_text())
+    names = {row["drafter"] for row in record["rows"]}
+    assert {"qm_spec", "eagle3", "eagle3-window", "lookup", "qm_spec+lookup"} <= names
+    assert record["entries_attended"]["eagle3"] == [40]
+    assert (tmp_path / "long_context.png").stat().st_size > 0
+    assert "### novels" in (tmp_path / "long_context.md").read_text()

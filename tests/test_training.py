@@ -97,6 +97,14 @@ def test_the_drafter_may_read_the_embedding(folder, tmp_path):
     assert isinstance(refused.exception, ValueError) and "in 0..3, got [0, 1, 4]" in str(refused.exception)
 
 
+def test_a_drafter_is_saved_with_the_lookup_that_is_asked_for(folder, tmp_path):
+    done = train(folder, tmp_path / "drafter", "--lookup-length", 4, "--max-steps", 2)
+    assert done.exit_code == 0, done.output
+    assert load_drafter(tmp_path / "drafter").config.lookup_length == 4
+    refused = train(folder, tmp_path / "other", "--lookup-length", 1, "--max-steps", 2)
+    assert isinstance(refused.exception, ValueError) and "0 (no lookup) or in 2..8 tokens" in str(refused.exception)
+
+
 def test_training_goes_on_from_a_drafter_of_the_same_target_only(folder, tmp_path):
     first = tmp_path / "first"
     assert train(folder, first, "--max-steps", 2).exit_code == 0

@@ -81,6 +81,7 @@ def drafter_config(
     num_speculative_tokens: int,
     intermediate_size: int | None = None,
     aux_layers: Sequence[int] | None = None,
+    lookup_length: int = 0,
 ) -> QuickMergeConfig:
     """Return the configuration of a drafter that fits `target`.
 
@@ -92,9 +93,10 @@ def drafter_config(
         intermediate_size: of the MLP; the target's when None.
         aux_layers: three target layers whose input states it reads, 0 for the embedding; those of
             `default_aux_layers` when None.
+        lookup_length: see `QuickMergeConfig`.
 
     Raises:
-        ValueError: the layers are not three of the target's.
+        ValueError: the layers are not three of the target's, or the lookup length is out of range.
     """
     sizes = _sizes(target, num_speculative_tokens, fingerprint)
     if aux_layers is not None:
@@ -106,6 +108,7 @@ def drafter_config(
         **sizes,
         norm_aux_states=True,
         next_token_values=True,
+        lookup_length=lookup_length,
         quickmerge=merge.to_dict(),
         intermediate_size=intermediate_size or target.config.intermediate_size,
     )
@@ -288,6 +291,7 @@ def train_drafter(
     num_speculative_tokens: int = 4,
     intermediate_size: int | None = None,
     aux_layers: Sequence[int] | None = None,
+    lookup_length: int = 0,
     sequence_length: int = 1024,
     rows_per_window: int = 128,
     regenerated_tokens: int = 0,
@@ -308,6 +312,7 @@ def train_drafter(
         num_speculative_tokens: draft steps unrolled, and the default K of the drafter.
         intermediate_size: of the prior's MLP; the target's when None.
         aux_layers: see `drafter_config`.
+        lookup_length: of the saved drafter, see `QuickMergeConfig`; training does not depend on it.
         sequence_length: tokens per window.
         rows_per_window: positions per window that the loss is taken at.
         regenerated_tokens: tokens that the target itself writes, added to the data. Acceptance is
@@ -329,7 +334,9 @@ def train_drafter(
     target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
     if torch.cuda.is_available():
         target.cuda()
-    config = drafter_config(target, fingerprint, merge, num_speculative_tokens, intermediate_size, aux_layers)
+    config = drafter_config(
+        target, fingerprint, merge, num_speculative_tokens, intermediate_size, aux_layers, lookup_length
+    )
     drafter = new_drafter(kind, target, config, sequence_length)
     if init_from is not None:
         known = load_drafter(init_from)
