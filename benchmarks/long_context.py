@@ -60,7 +60,7 @@ def main(
         list[str] | None,
         typer.Option(
             metavar="NAME=KEY:VALUE",
-            help="The first drafter once more with another setting of its memory, e.g. window-only=schedule:0.",
+            help="The first drafter, each seed of it, with another setting of its memory, e.g. window-only=schedule:0.",
         ),
     ] = None,
     domains: Annotated[str, typer.Option(metavar="D,...", help="Of novels, quotations, records and code.")] = (
@@ -167,7 +167,7 @@ def measure(
         "rows": [],
     }
     drafters = load_drafters(named, merges, target_dir)
-    drawn = chosen_to_draw(list(drafters), drawn)
+    drawn = chosen_to_draw(list(dict.fromkeys(without_seed(name) for name in drafters)), drawn)
     record["entries_attended"] = {name: _entries(drafter, lengths) for name, drafter in drafters.items()}
     tokenizer = AutoTokenizer.from_pretrained(target_dir)
     target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32).eval()
@@ -193,7 +193,7 @@ def measure(
             record["rows"] = [dataclasses.asdict(row) for row in rows]
             (out / "long_context.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "long_context.md").write_text(table(rows))
-    plot([row for row in rows if row.drafter in drawn], out / "long_context.png")
+    plot([row for row in pool_seeds(rows) if row.drafter in drawn], out / "long_context.png")
     print(table(rows))
 
 
@@ -260,7 +260,7 @@ def time_methods(
 
 
 def load_drafters(named: Sequence[str], merges: Sequence[str], target_dir: Path) -> dict[str, Drafter]:
-    """Return the drafters by name, and the first one again with each other setting of its memory.
+    """Return the drafters by name, and the first one's seeds again with each other setting of their memory.
 
     Raises:
         ValueError: an option is malformed, a setting unknown, or a drafter is another target's.
@@ -271,31 +271,33 @@ def load_drafters(named: Sequence[str], merges: Sequence[str], target_dir: Path)
     from qm_spec.drafter.prior import QuickMergePrior
 
     fingerprint = target_fingerprint(target_dir)
-    folders = dict(_split(option, "=", "--drafter NAME=DIR") for option in named)
+    folders = {name: Path(folder) for name, folder in (_split(d, "=", "--drafter NAME=DIR") for d in named)}
     drafters: dict[str, Drafter] = {}
     for name, folder in folders.items():
-        drafter = load_drafter(Path(folder)).eval()
+        drafter = load_drafter(folder).eval()
         if drafter.config.target_fingerprint != fingerprint:
             raise ValueError(
                 f"--drafter: {folder} was trained for the target {drafter.config.target_fingerprint}, "
                 f"and {target_dir} is {fingerprint}"
             )
         drafters[name] = drafter
-    first = Path(next(iter(folders.values())))
+    first = next(iter(folders))
+    seeds = {name: folder for name, folder in folders.items() if without_seed(name) == first}
     for option in merges:
-        name, setting = _split(option, "=", "--merge NAME=KEY:VALUE")
+        changed, setting = _split(option, "=", "--merge NAME=KEY:VALUE")
         key, value = _split(setting, ":", "--merge NAME=KEY:VALUE")
-        again = load_drafter(first).eval()
-        if not isinstance(again, QuickMergePrior):
-            raise ValueError(f"--merge: {first} is no QuickMerge drafter; name one first")
-        known = again.config.merge.to_dict()
-        given: Any = value
-        if key == "schedule":
-            given = [int(count) for count in value.split("-")]
-        elif isinstance(known.get(key), (int, float)):
-            given = type(known[key])(value)
-        again.config.merge = MergeConfig.from_dict({**known, key: given})
-        drafters[name] = again
+        for name, folder in seeds.items():
+            again = load_drafter(folder).eval()
+            if not isinstance(again, QuickMergePrior):
+                raise ValueError(f"--merge: {folder} is no QuickMerge drafter; name one first")
+            known = again.config.merge.to_dict()
+            given: Any = value
+            if key == "schedule":
+                given = [int(count) for count in value.split("-")]
+            elif isinstance(known.get(key), (int, float)):
+                given = type(known[key])(value)
+            again.config.merge = MergeConfig.from_dict({**known, key: given})
+            drafters[changed + name.removeprefix(first)] = again
     return drafters
 
 
@@ -334,8 +336,8 @@ def _entries(drafter: Drafter, lengths: Sequence[int]) -> list[int]:
 
 
 def table(rows: Sequence[LongContextRow]) -> str:
-    """Return one Markdown table per domain: drafters down, lengths across."""
-    parts = []
+    """Return one Markdown table per domain: drafters down, their seeds pooled, lengths across."""
+    rows, parts = pool_seeds(rows), []
     for domain in dict.fromkeys(row.domain for row in rows):
         mine = [row for row in rows if row.domain == domain]
         lengths = sorted({row.context for row in mine})
@@ -358,18 +360,26 @@ def table(rows: Sequence[LongContextRow]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def without_seed(name: str) -> str:
+    """Return `NAME` for `NAME-1`, `NAME-2`..., which are other seeds of it, hybrids included."""
+    return re.sub(r"-\d+(?=\+|$)", "", name)
+
+
 def pool_seeds(rows: Sequence[LongContextRow]) -> list[LongContextRow]:
-    """Take `NAME-1`, `NAME-2`... for other seeds of `NAME`, and add their tokens and steps to its own."""
+    """Add tokens and steps of a drafter's seeds."""
+    from qm_spec.evaluation.long_context import acceptance_length
+
     pooled: dict[tuple[str, int, str], LongContextRow] = {}
     for row in rows:
-        name = re.sub(r"-\d+(?=\+|$)", "", row.drafter)
+        name = without_seed(row.drafter)
         key = (row.domain, row.context, name)
         if key in pooled:
             tokens, steps = (
                 tuple(a + b for a, b in zip(getattr(pooled[key], what), getattr(row, what), strict=True))
                 for what in ("tokens", "steps")
             )
-            pooled[key] = dataclasses.replace(pooled[key], tokens=tokens, steps=steps)
+            estimate = acceptance_length(tokens, steps)
+            pooled[key] = dataclasses.replace(pooled[key], acceptance_length=estimate, tokens=tokens, steps=steps)
         else:
             pooled[key] = dataclasses.replace(row, drafter=name)
     return list(pooled.values())
@@ -377,7 +387,6 @@ def pool_seeds(rows: Sequence[LongContextRow]) -> list[LongContextRow]:
 
 def _ratios(rows: Sequence[LongContextRow], lengths: Sequence[int]) -> str:
     """Return a table of the first drafter, and of its hybrid, over the others and over itself at `BASE_LENGTH`."""
-    rows = pool_seeds(rows)
     found = {(row.drafter, row.context): row for row in rows}
     names = list(dict.fromkeys(row.drafter for row in rows))
     first = names[0]

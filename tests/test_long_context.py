@@ -119,6 +119,8 @@ def test_seeds_are_pooled_by_name() -> None:
         ("b-x", (9, 18), (1, 2)),
         ("a+lookup", (8, 16), (2, 4)),
     ]
+    # A drafter of one seed is left as it is.
+    assert [r.acceptance_length.value for r in pooled] == [5, 0, 4]
 
 
 def test_another_setting_of_the_memory_is_what_the_drafter_reads_with() -> None:
@@ -133,6 +135,9 @@ def test_another_setting_of_the_memory_is_what_the_drafter_reads_with() -> None:
         rows = drafter.read(states, embeddings).rows(torch.tensor([[1023]]))
         visible[name] = int(rows.bias.isfinite()[0, 0, 0].sum())
     assert visible == {"ours": 320, "near": 128, "all": 1024}
+    seeds = [f"{name}={NOVELS / 'drafter'}" for name in ("ours", "other", "ours-1")]
+    named = long_context.load_drafters(seeds, ["near=schedule:0"], NOVELS / "target")
+    assert list(named) == ["ours", "other", "ours-1", "near", "near-1"]
     with pytest.raises(ValueError, match="NAME=KEY:VALUE"):
         long_context.load_drafters([f"ours={NOVELS / 'drafter'}"], ["near"], NOVELS / "target")
 

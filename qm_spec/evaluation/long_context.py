@@ -245,18 +245,29 @@ def _with_lookup(
     return {**accepted, LOOKUP: matched, **hybrids}
 
 
+def acceptance_length(tokens: Sequence[int], steps: Sequence[int], seed: int = 0) -> Estimate:
+    """Estimate tokens per step over prompts.
+
+    Args:
+        tokens: of each prompt, the target's own ones included.
+        steps: of each prompt.
+        seed: of the resamples.
+    """
+    estimate = Resamples({"tokens": np.array(tokens), "steps": np.array(steps)}, seed).ratio({"tokens": 1, "steps": -1})
+    assert estimate is not None
+    return estimate
+
+
 def _row(domain: str, length: int, name: str, replays: list[Replay], copied: float | None, seed: int) -> LongContextRow:
     steps = tuple(len(replay.accepted) for replay in replays)
     tokens = tuple(len(replay.accepted) + sum(replay.accepted) for replay in replays)
-    estimate = Resamples({"tokens": np.array(tokens), "steps": np.array(steps)}, seed).ratio({"tokens": 1, "steps": -1})
-    assert estimate is not None
     counts = [replay.counts for replay in replays]
     total = sum(counts[1:], start=counts[0])
     return LongContextRow(
         domain,
         length,
         name,
-        estimate,
+        acceptance_length(tokens, steps, seed),
         tuple(total.acceptance_per_position),
         tokens,
         steps,
