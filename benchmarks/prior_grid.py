@@ -84,6 +84,10 @@ def learned_mass(keys: Tensor) -> Tensor:
 VARIANTS = {
     DEFAULT: Variant("window 128, groups of 16 merged to 8, 4, 2, 1"),
     "no-memory": Variant("a window of 128, nothing beyond", {"schedule": [0]}),
+    "wide-window": Variant(
+        "a window of 432, nothing beyond: as many keys as the default after 8192 tokens",
+        {"window": 432, "schedule": [0]},
+    ),
     "unmerged": Variant("all tokens raw", {"window": ENDLESS}),
     "window-64": Variant("window 64", {"window": 64}),
     "window-256": Variant("window 256", {"window": 256}),
