@@ -317,21 +317,39 @@ def measure(
     print(table(record, rows))
 
 
+def over_all(name: str, rows: Sequence[LongContextRow]) -> LongContextRow:
+    """Return a drafter's row over all domains and lengths; a prompt is one of a domain, at every length."""
+    from qm_spec.evaluation.long_context import acceptance_length
+
+    mine = [row for row in rows if row.drafter == name]
+    tokens: list[int] = []
+    steps: list[int] = []
+    for domain in dict.fromkeys(row.domain for row in mine):
+        some = [row for row in mine if row.domain == domain]
+        tokens += [sum(counts) for counts in zip(*(row.tokens for row in some), strict=True)]
+        steps += [sum(counts) for counts in zip(*(row.steps for row in some), strict=True)]
+    return dataclasses.replace(
+        mine[0], acceptance_length=acceptance_length(tokens, steps), tokens=tuple(tokens), steps=tuple(steps)
+    )
+
+
 def table(record: dict[str, Any], rows: Sequence[LongContextRow]) -> str:
     """Return a Markdown table: per variant its validation, its entries, and its acceptance over the default's."""
     found = {(row.drafter, row.domain, row.context): row for row in rows}
     cells = list(dict.fromkeys((row.domain, row.context) for row in rows))
     names = list(dict.fromkeys(row.drafter for row in rows))
+    whole = {name: over_all(name, rows) for name in names}
     lines = [
-        "| | validation AL | keys | " + " | ".join(f"{domain} {length}" for domain, length in cells) + " |",
-        "| --- | ---: | ---: |" + " ---: |" * len(cells),
+        "| | validation AL | keys | all | " + " | ".join(f"{domain} {length}" for domain, length in cells) + " |",
+        "| --- | ---: | ---: | ---: |" + " ---: |" * len(cells),
     ]
     for name in names:
         stage = record["variants"].get(name)
         valid = "" if stage is None else f"{stage['valid_acceptance_length']:.2f}"
         shown = []
-        for domain, length in cells:
-            row, base = found[name, domain, length], found[DEFAULT, domain, length]
+        pairs = [(whole[name], whole[DEFAULT])]
+        pairs += [(found[name, domain, length], found[DEFAULT, domain, length]) for domain, length in cells]
+        for row, base in pairs:
             if name == DEFAULT:
                 shown.append(f"AL {row.acceptance_length.value:.2f}")
             else:

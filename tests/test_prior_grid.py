@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from prior_grid import DEFAULT, VARIANTS, prior_of
+from prior_grid import DEFAULT, VARIANTS, over_all, prior_of, table
 
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.rows import PriorSequences
+from qm_spec.evaluation.long_context import LongContextRow
+from qm_spec.evaluation.statistics import Estimate
 
 WINDOW = 48
 NUM_TOKENS = 300
@@ -82,3 +84,18 @@ def test_only_the_learned_saliency_is_trained() -> None:
     keys = torch.randn(1, 16, 8, requires_grad=True)
     VARIANTS["learned"].saliency(keys).sum().backward()
     assert keys.grad[..., 0].abs().min() > 0 and not keys.grad[..., 1:].any()
+
+
+def test_the_table_sums_a_prompt_over_its_lengths_and_compares_with_the_default() -> None:
+    def row(name: str, domain: str, context: int, tokens: tuple[int, ...]) -> LongContextRow:
+        return LongContextRow(domain, context, name, Estimate(2.0), (), tokens, (2, 4), None)
+
+    rows = [row(DEFAULT, "novels", 64, (4, 8)), row(DEFAULT, "novels", 128, (6, 8)), row(DEFAULT, "code", 64, (2, 4))]
+    rows += [row("flat", "novels", 64, (8, 16)), row("flat", "novels", 128, (12, 16)), row("flat", "code", 64, (4, 8))]
+    whole = over_all("flat", rows)
+    assert (whole.tokens, whole.steps) == ((20, 32, 4, 8), (4, 8, 2, 4))
+    stages = {name: {"valid_acceptance_length": 2.5} for name in (DEFAULT, "flat")}
+    lines = table({"variants": stages, "entries_attended": {DEFAULT: [9], "flat": [7]}}, rows).splitlines()
+    assert lines[0] == "| | validation AL | keys | all | novels 64 | novels 128 | code 64 |"
+    assert lines[2].startswith("| default | 2.50 | 9 | AL 1.78 |")
+    assert lines[3].startswith("| flat | 2.50 | 7 | 2.00")
