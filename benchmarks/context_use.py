@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from long_context import EXIT_BAD_INPUT, ZOO, Target, Text
 
 ROOT = Path(__file__).resolve().parents[1]
-ZOO = ROOT / "qm_spec" / "zoo" / "recall"
-
-EXIT_BAD_INPUT = 2
 
 EXAMPLES = """
 Examples:
@@ -24,13 +22,8 @@ Examples:
 
 
 def main(
-    target: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the target model.", show_default="qm_spec/zoo/recall/target")
-    ] = ZOO / "target",
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATH", help="Prose to write documents from.", show_default="qm_spec/zoo/recall/text"),
-    ] = None,
+    target: Target = ZOO / "target",
+    text: Text = None,
     kinds: Annotated[str | None, typer.Option(metavar="K,...", help="Of dependence.", show_default="all")] = None,
     documents: Annotated[int, typer.Option(metavar="N", help="How many.")] = 12,
     length: Annotated[int, typer.Option(metavar="C", help="Characters of each.")] = 20000,

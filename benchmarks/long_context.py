@@ -24,6 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT / "qm_spec" / "zoo" / "recall"
 SHIPPED = {"qm_spec": "drafter", "eagle3": "eagle3", "eagle3-window": "eagle3-window"}
 
+# Options that the benchmarks of this pair share.
+Target = Annotated[
+    Path, typer.Option(metavar="DIR", help="Folder of the target model.", show_default="qm_spec/zoo/recall/target")
+]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="PATH", help="Prose that nothing was trained on.", show_default="qm_spec/zoo/recall/text"),
+]
+Domains = Annotated[str, typer.Option(metavar="D,...", help="Of novels, quotations, records and code.")]
+ALL_DOMAINS = "novels,quotations,records,code"
+
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 # Tokens that drafters are trained at: acceptance at other lengths is compared with that here.
@@ -41,9 +52,7 @@ Examples:
 
 
 def main(
-    target: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the target model.", show_default="qm_spec/zoo/recall/target")
-    ] = ZOO / "target",
+    target: Target = ZOO / "target",
     drafter: Annotated[
         list[str] | None,
         typer.Option(
@@ -52,10 +61,7 @@ def main(
             show_default="the shipped " + ", ".join(SHIPPED),
         ),
     ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATH", help="Prose that nothing was trained on.", show_default="qm_spec/zoo/recall/text"),
-    ] = None,
+    text: Text = None,
     merge: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,9 +69,7 @@ def main(
             help="The first drafter, each seed of it, with another setting of its memory, e.g. window-only=schedule:0.",
         ),
     ] = None,
-    domains: Annotated[str, typer.Option(metavar="D,...", help="Of novels, quotations, records and code.")] = (
-        "novels,quotations,records,code"
-    ),
+    domains: Domains = ALL_DOMAINS,
     lengths: Annotated[str, typer.Option(metavar="L,...", help="Tokens of the prompts.")] = (
         "256,512,1024,2048,4096,8192"
     ),
@@ -100,9 +104,18 @@ def main(
     try:
         if speed is not None:
             sizes = [int(length) for length in lengths.split(",")]
-            folders = {name: Path(folder) for name, folder in (_split(d, "=", "--drafter NAME=DIR") for d in drafter)}
             time_methods(
-                target, folders, text, speed, sizes, num_prompts, num_tokens, num_speculative_tokens, repeats, seed, out
+                target,
+                _folders(drafter),
+                text,
+                speed,
+                sizes,
+                num_prompts,
+                num_tokens,
+                num_speculative_tokens,
+                repeats,
+                seed,
+                out,
             )
             return
         measure(
@@ -271,7 +284,7 @@ def load_drafters(named: Sequence[str], merges: Sequence[str], target_dir: Path)
     from qm_spec.drafter.prior import QuickMergePrior
 
     fingerprint = target_fingerprint(target_dir)
-    folders = {name: Path(folder) for name, folder in (_split(d, "=", "--drafter NAME=DIR") for d in named)}
+    folders = _folders(named)
     drafters: dict[str, Drafter] = {}
     for name, folder in folders.items():
         drafter = load_drafter(folder).eval()
@@ -316,6 +329,10 @@ def chosen_to_draw(drafters: Sequence[str], wanted: Sequence[str] | None) -> lis
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"--draw: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     return list(wanted)
+
+
+def _folders(named: Sequence[str]) -> dict[str, Path]:
+    return {name: Path(folder) for name, folder in (_split(option, "=", "--drafter NAME=DIR") for option in named)}
 
 
 def _split(option: str, sign: str, form: str) -> tuple[str, str]:

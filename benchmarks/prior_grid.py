@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from unittest import mock
 
 import typer
+from long_context import ALL_DOMAINS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, ZOO, Domains, Target, Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     from qm_spec.ops.merge_entries import Merged
 
 ROOT = Path(__file__).resolve().parents[1]
-ZOO = ROOT / "qm_spec" / "zoo" / "recall"
-
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 DEFAULT = "default"
 # Longer than any text: nothing is merged.
 ENDLESS = 1 << 20
@@ -162,21 +159,14 @@ def prior_of(variant: Variant) -> type[QuickMergePrior]:
 def main(
     data: Annotated[list[Path], typer.Option(metavar="PATH", help="Text to train on; may be repeated.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the drafters and results.")],
-    target: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the target model.", show_default="qm_spec/zoo/recall/target")
-    ] = ZOO / "target",
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATH", help="Prose that nothing was trained on.", show_default="qm_spec/zoo/recall/text"),
-    ] = None,
+    target: Target = ZOO / "target",
+    text: Text = None,
     variants: Annotated[str, typer.Option(metavar="NAME,...", help="What to change.")] = ",".join(VARIANTS),
     states: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the target's states are kept.")] = None,
     max_steps: Annotated[int, typer.Option(metavar="N", help="Of training.")] = 240,
     regenerated_tokens: Annotated[int, typer.Option(metavar="N", help="That the target writes to train on.")] = 65536,
     intermediate_size: Annotated[int, typer.Option(metavar="N", help="Of the priors' MLP.")] = 768,
-    domains: Annotated[str, typer.Option(metavar="D,...", help="Of novels, quotations, records and code.")] = (
-        "novels,quotations,records,code"
-    ),
+    domains: Domains = ALL_DOMAINS,
     lengths: Annotated[str, typer.Option(metavar="L,...", help="Tokens of the prompts.")] = "1024,8192",
     num_prompts: Annotated[int, typer.Option(metavar="N", help="Of each domain and length.")] = 8,
     num_tokens: Annotated[int, typer.Option(metavar="M", help="Tokens written behind each.")] = 64,
@@ -223,12 +213,21 @@ def train(
     intermediate_size: int,
     seed: int,
 ) -> None:
-    """Train one variant in `out`, unless it is there; an interrupted training goes on."""
+    """Train one variant in `out`, unless it is there; an interrupted training goes on.
+
+    Raises:
+        ValueError: what is there was trained for another target, number of steps or seed.
+    """
     from qm_spec.config import MergeConfig
+    from qm_spec.discovery import target_fingerprint
     from qm_spec.training import drafter as training
     from qm_spec.training.loop import LoopSettings
 
     if (out / "provenance.json").is_file():
+        stage = json.loads((out / "provenance.json").read_text())["stages"][-1]
+        wanted = {"target_fingerprint": target_fingerprint(target), "steps": max_steps, "seed": seed}
+        if found := {key: stage[key] for key, value in wanted.items() if stage[key] != value}:
+            raise ValueError(f"{out} was trained with {found}, and {wanted} is asked for; name another --out")
         return
     variant = VARIANTS[name]
     print(f"{name}: {variant.about}")

@@ -1,8 +1,11 @@
 """The grid of priors with one thing changed: each variant changes what it says, and nothing else."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from prior_grid import DEFAULT, VARIANTS, over_all, prior_of, table
+from prior_grid import DEFAULT, VARIANTS, ZOO, over_all, prior_of, table, train
 
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.config import QuickMergeConfig
@@ -99,3 +102,10 @@ def test_the_table_sums_a_prompt_over_its_lengths_and_compares_with_the_default(
     assert lines[0] == "| | validation AL | keys | all | novels 64 | novels 128 | code 64 |"
     assert lines[2].startswith("| default | 2.50 | 9 | AL 1.78 |")
     assert lines[3].startswith("| flat | 2.50 | 7 | 2.00")
+
+
+def test_what_was_trained_otherwise_is_not_taken_for_this(tmp_path: Path) -> None:
+    stage = {"target_fingerprint": "another", "steps": 240, "seed": 0}
+    (tmp_path / "provenance.json").write_text(json.dumps({"stages": [stage]}))
+    with pytest.raises(ValueError, match=r"was trained with \{'target_fingerprint': 'another'\}.*name another --out"):
+        train(DEFAULT, ZOO / "target", [], tmp_path, None, 240, 0, 768, 0)

@@ -1,7 +1,7 @@
 // merged_attention: the newest rows of each request over its raw and merged entries; query [T, H, d], cache
 // [pages, G, P, C] to output [T, H, d], log-sum-exp [T, H] and attention entropy [T, H].
 //
-//   score = q k / sqrt(d) + bias;  bias = -slope_h * distance (raw entry, causal), far_bias_h + log count (merged entry)
+//   score = q k / sqrt(d) + -slope_h * distance (raw, causal) or far_bias_h + log(min(count, group_size)) (merged)
 //   output = softmax(score) v,  lse = log sum e^score,  entropy = lse - sum softmax(score) score
 //
 // Source: ours; ToMe's proportional attention (arXiv 2210.09461) for log count; reference in
