@@ -97,7 +97,7 @@ def main(
 
     Writes long_context.json, .md and .png; after each length, so that an interruption loses nothing. With
     --speed it writes speed.json and .md: plain decoding, n-gram lookup and the drafters, each in an engine of
-    its own.
+    its own, and every prompt by all of them in turn.
     """
     drafter = drafter or [f"{name}={ZOO / folder}" for name, folder in SHIPPED.items()]
     text = text or [ZOO / "text"]
@@ -250,23 +250,31 @@ def time_methods(
     out.mkdir(parents=True, exist_ok=True)
     rows: list[LongSpeedRow] = []
     with Progress() as progress:
-        task = progress.add_task("engines", total=2 + len(drafters))
+        task = progress.add_task("engines start", total=(2 + len(drafters)) * repeats * num_prompts * len(lengths))
         for some in measure_speed(
-            target, drafters, prompts, out, num_tokens=num_tokens, num_drafts=num_drafts, repeats=repeats, seed=seed
+            target,
+            drafters,
+            prompts,
+            out,
+            num_tokens=num_tokens,
+            num_drafts=num_drafts,
+            repeats=repeats,
+            seed=seed,
+            on_progress=lambda length, method: progress.update(task, advance=1, description=f"{length} {method}"),
         ):
             rows.extend(some)
-            progress.update(task, advance=1, description=some[0].method)
             record["rows"] = [dataclasses.asdict(row) for row in rows]
             (out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [
         "| context | method | tokens/s | speed-up | of decoding alone | first token, ms | over none | AL | identical |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for row in sorted(rows, key=lambda row: row.context):
+    for row in rows:
         accepted = "-" if row.acceptance_length is None else f"{row.acceptance_length:.2f}"
         lines.append(
-            f"| {row.context} | {row.method} | {row.tokens_per_s:.1f} | {row.speedup:.2f} | {row.decode_speedup:.2f} "
-            f"| {row.ttft_ms:.0f} | {row.ttft_overhead_ms:+.0f} | {accepted} | {'yes' if row.identical else 'NO'} |"
+            f"| {row.context} | {row.method} | {row.tokens_per_s:.1f} | {_cell(row.speedup)} "
+            f"| {_cell(row.decode_speedup)} | {row.ttft_ms:.0f} | {row.ttft_overhead_ms:+.1f} | {accepted} "
+            f"| {'yes' if row.identical else 'NO'} |"
         )
     (out / "speed.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -365,9 +373,7 @@ def table(rows: Sequence[LongContextRow]) -> str:
             cells = []
             for length in lengths:
                 row = next(row for row in mine if (row.drafter, row.context) == (name, length))
-                estimate = row.acceptance_length
-                spread = f" ({estimate.low:.2f}-{estimate.high:.2f})" if estimate.has_interval else ""
-                cells.append(f"{estimate.value:.2f}{spread}")
+                cells.append(_cell(row.acceptance_length))
             parts.append(f"| {name} | " + " | ".join(cells) + " |")
         if domain == "quotations":
             shares = " | ".join(f"{copied[length]:.0%}" for length in lengths)
@@ -375,6 +381,11 @@ def table(rows: Sequence[LongContextRow]) -> str:
         parts.append("")
         parts.append(_ratios(mine, lengths))
     return "\n".join(parts) + "\n"
+
+
+def _cell(estimate: Estimate) -> str:
+    spread = f" ({estimate.low:.2f}-{estimate.high:.2f})" if estimate.has_interval else ""
+    return f"{estimate.value:.2f}{spread}"
 
 
 def without_seed(name: str) -> str:
@@ -411,8 +422,7 @@ def _ratios(rows: Sequence[LongContextRow], lengths: Sequence[int]) -> str:
     lines = ["| times as long | " + " | ".join(map(str, lengths)) + " |", "| --- |" + " ---: |" * len(lengths)]
 
     def line(label: str, ratios: list[Estimate]) -> str:
-        cells = [f"{e.value:.2f} ({e.low:.2f}-{e.high:.2f})" if e.has_interval else f"{e.value:.2f}" for e in ratios]
-        return f"| {label} | " + " | ".join(cells) + " |"
+        return f"| {label} | " + " | ".join(map(_cell, ratios)) + " |"
 
     base = BASE_LENGTH if BASE_LENGTH in lengths else lengths[0]
     for name in (first, hybrid):

@@ -15,7 +15,7 @@ from tiny_pair import edit_json, write_drafter, write_target
 
 from qm_spec.evaluation.benchmark import Benchmark
 from qm_spec.evaluation.command import run_with_progress
-from qm_spec.evaluation.process import EngineError, run_engine
+from qm_spec.evaluation.process import EngineError, engine_events
 from qm_spec.evaluation.settings import BenchmarkSettings
 from qm_spec.evaluation.shards import EngineSpec, ShardSpec, TokenPrompt
 
@@ -250,7 +250,7 @@ def test_helpers_of_a_dead_engine_are_ended(tmp_path):
     script = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
     log = tmp_path / "engine.log"
     with pytest.raises(EngineError, match=r"exit code 0 with 0 of 1 settings measured; its log is .*engine.log"):
-        run_engine([spec], tmp_path, log, os.environ, quiet, (sys.executable, "-c", script))
+        list(engine_events([spec], tmp_path, log, os.environ, (sys.executable, "-c", script)))
     pid = int(log.read_text())
     # The signal has been sent; the system may take a moment to act on it.
     deadline = time.monotonic() + 10

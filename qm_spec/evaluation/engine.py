@@ -3,7 +3,8 @@
 `python -m qm_spec.evaluation.engine JOB.json EVENTS.jsonl` reads a list of shards that share one engine
 and appends one JSON object per line: `{"event": "ready"}`, then per shard
 `{"event": "progress", "shard", "done", "total"}` for every finished request and
-`{"event": "result", "shard", "result"}`. vLLM is imported here and only by the functions that run it.
+`{"event": "result", "shard", "result"}`. Before each shard it waits for a line on its standard input, or its end.
+vLLM is imported here and only by the functions that run it.
 """
 
 from __future__ import annotations
@@ -230,6 +231,7 @@ def main(job: Path, events: Path) -> None:
         llm = open_engine(shards[0].engine)
         emit(event="ready")
         for number, shard in enumerate(shards):
+            sys.stdin.readline()
 
             def progress(done: int, total: int, number: int = number) -> None:
                 emit(event="progress", shard=number, done=done, total=total)

@@ -1,22 +1,33 @@
-"""Speed over the length of the context, in vLLM: plain decoding, n-gram lookup and drafters on the same prompts."""
+"""Speed over the length of the context, in vLLM: plain decoding, n-gram lookup and drafters on the same prompts.
+
+Every method has an engine of its own, and all of them run at once: each prompt is decoded by one after the other before
+the next prompt, so that a machine whose speed drifts changes all methods alike.
+"""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qm_spec.evaluation.environment import default_device
 from qm_spec.evaluation.methods import method_environment, speculative_config
-from qm_spec.evaluation.metrics import compare_outputs
-from qm_spec.evaluation.process import run_engine
+from qm_spec.evaluation.metrics import DraftCounts, compare_outputs
+from qm_spec.evaluation.process import ENGINE_COMMAND, engine_events
 from qm_spec.evaluation.settings import REFERENCE_METHOD
-from qm_spec.evaluation.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
+from qm_spec.evaluation.shards import EngineSpec, PassResult, RequestResult, ShardResult, ShardSpec, TokenPrompt
+from qm_spec.evaluation.statistics import Estimate, Resamples
 
 NGRAM = "ngram"
+# Threads of an engine that has just ended wait for more work this long, and longer, at full speed.
+_REST_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -26,11 +37,11 @@ class LongSpeedRow:
     Attributes:
         context: tokens of each prompt.
         method: "none", "ngram" or a drafter's name.
-        tokens_per_s: output tokens by wall time, prefill included; median of the passes.
-        speedup: over "none".
-        decode_speedup: of the time per token after the first.
+        tokens_per_s: output tokens by wall time, prefill included; of every prompt its median pass.
+        speedup: over "none", with an interval over prompts.
+        decode_speedup: the same of the time after the first token.
         ttft_ms: median time to the first token.
-        ttft_overhead_ms: over that of "none".
+        ttft_overhead_ms: over that of "none", median of the differences on the same prompt in the same pass.
         acceptance_length: None where nothing was drafted.
         identical: whether every output is that of "none".
     """
@@ -38,8 +49,8 @@ class LongSpeedRow:
     context: int
     method: str
     tokens_per_s: float
-    speedup: float
-    decode_speedup: float
+    speedup: Estimate
+    decode_speedup: Estimate
     ttft_ms: float
     ttft_overhead_ms: float
     acceptance_length: float | None
@@ -56,93 +67,130 @@ def measure_speed(
     num_drafts: int,
     repeats: int = 3,
     seed: int = 0,
-    on_progress: Callable[[str, int, int], None] = lambda method, done, total: None,
+    on_progress: Callable[[int, str], None] = lambda context, method: None,
+    command: Sequence[str] = ENGINE_COMMAND,
 ) -> Iterator[list[LongSpeedRow]]:
-    """Yield the rows of each method, "none" and "ngram" first; every method has an engine of its own.
+    """Yield the rows of each length, "none" and "ngram" first.
 
     Args:
         target: folder of the target, decoded greedily in float32.
         drafters: folders by name, ours or EAGLE-3 in vLLM's format.
-        prompts: token ids of the prompts, by their length.
+        prompts: token ids of the prompts, by their length; the first of a length is decoded once more, before any time
+            is taken.
         log_dir: takes the engines' logs.
         num_tokens: of each output.
         num_drafts: K.
         repeats: measured passes.
         seed: of the engine.
-        on_progress: called with method, finished and expected requests.
+        on_progress: called with length and method for each decoded prompt.
+        command: of the engines; see `engine_events`.
 
     Raises:
         EngineError: an engine failed.
     """
     device = default_device()
-    reference: list[ShardResult] = []
-    for method in (REFERENCE_METHOD, NGRAM, *drafters):
-        folder = drafters.get(method)
-        config: dict[str, Any] | None = speculative_config(method, num_drafts, None) if folder is None else {
-            "method": "eagle3",
-            "model": str(folder),
-            "num_speculative_tokens": num_drafts,
-        }  # fmt: skip
-        engine = EngineSpec(
-            target=str(target),
-            speculative_config=config,
-            dtype="float32",
-            max_model_len=max(prompts) + num_tokens + num_drafts + 1,
-            max_num_seqs=1,
-            enforce_eager=device == "cpu",
-            seed=seed,
-        )
-        shards = [
-            ShardSpec(
-                engine=engine,
-                prompts=tuple(TokenPrompt(f"{length}-{i}", tuple(ids)) for i, ids in enumerate(some)),
-                max_tokens=num_tokens,
-                temperature=0.0,
-                concurrency=1,
+    methods = (REFERENCE_METHOD, NGRAM, *drafters)
+    with ExitStack() as stack:
+        engines: dict[str, _Engine] = {}
+        for method in methods:
+            folder = drafters.get(method)
+            config: dict[str, Any] | None = speculative_config(method, num_drafts, None) if folder is None else {
+                "method": "eagle3",
+                "model": str(folder),
+                "num_speculative_tokens": num_drafts,
+            }  # fmt: skip
+            spec = EngineSpec(
+                target=str(target),
+                speculative_config=config,
+                dtype="float32",
+                max_model_len=max(prompts) + num_tokens + num_drafts + 1,
+                max_num_seqs=1,
+                enforce_eager=device == "cpu",
                 seed=seed,
-                repeats=repeats,
             )
-            for length, some in prompts.items()
-        ]
-        results: list[ShardResult] = []
-        total = repeats * sum(map(len, prompts.values()))
+            work = stack.enter_context(tempfile.TemporaryDirectory(prefix="qm_spec-"))
+            shards = _shards(spec, prompts, num_tokens, repeats)
+            log, environment = log_dir / f"{method}.log", method_environment(method, device)
+            events = stack.enter_context(closing(engine_events(shards, Path(work), log, environment, command)))
+            engines[method] = _Engine(events)
+            engines[method].wait_for("ready")
+        for length, some in prompts.items():
+            passes: dict[str, list[PassResult]] = {method: [] for method in methods}
+            # The first is the warm-up.
+            for number in range(1 + repeats * len(some)):
+                # In turn forwards and backwards: nobody always comes after the same one.
+                for method in methods if number % 2 else reversed(methods):
+                    time.sleep(_REST_S)
+                    one = ShardResult.from_json(engines[method].wait_for("result")["result"])
+                    if number:
+                        passes[method] += one.passes
+                        on_progress(length, method)
+            yield [
+                _row(
+                    length, method, _Measured(passes[method], len(some)), _Measured(passes[REFERENCE_METHOD], len(some))
+                )
+                for method in methods
+            ]
 
-        def listen(
-            event: dict[str, Any], results: list[ShardResult] = results, method: str = method, total: int = total
-        ) -> None:
-            if event["event"] == "result":
-                results.append(ShardResult.from_json(event["result"]))
-                on_progress(method, total * len(results) // len(prompts), total)
 
-        with tempfile.TemporaryDirectory(prefix="qm_spec-") as work:
-            run_engine(shards, Path(work), log_dir / f"{method}.log", method_environment(method, device), listen)
-        reference = reference or results
-        yield [
-            _row(length, method, result, plain)
-            for length, result, plain in zip(prompts, results, reference, strict=True)
-        ]
+@dataclass(frozen=True)
+class _Engine:
+    events: Generator[dict[str, Any]]
+
+    def wait_for(self, kind: str) -> dict[str, Any]:
+        """Let the engine go on to its next event of this kind."""
+        return next(event for event in self.events if event["event"] == kind)
 
 
-def _row(context: int, method: str, result: ShardResult, plain: ShardResult) -> LongSpeedRow:
-    ours, theirs = result.median_pass, plain.median_pass
-    ttft, plain_ttft = _first_token_ms(result), _first_token_ms(plain)
+def _shards(
+    engine: EngineSpec, prompts: Mapping[int, Sequence[Sequence[int]]], num_tokens: int, repeats: int
+) -> list[ShardSpec]:
+    """One prompt each: of every length the first for warm-up, then `repeats` times all."""
+    shards = []
+    for length, some in prompts.items():
+        for number in (0, *list(range(len(some))) * repeats):
+            prompt = TokenPrompt(f"{length}-{number}", tuple(some[number]))
+            shards.append(ShardSpec(engine, (prompt,), num_tokens, 0.0, 1, engine.seed, 1, warm_up=False))
+    return shards
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a method did with the prompts of one length: pass by pass, in each the prompts in turn."""
+
+    passes: Sequence[PassResult]
+    num_prompts: int
+
+    def by_prompt(self, seconds: Callable[[RequestResult], float]) -> list[float]:
+        """Of every prompt the median of its passes."""
+        times = [seconds(one.requests[0]) for one in self.passes]
+        return [statistics.median(times[number :: self.num_prompts]) for number in range(self.num_prompts)]
+
+    @property
+    def outputs(self) -> list[tuple[int, ...]]:
+        return [one.requests[0].token_ids for one in self.passes]
+
+
+def _row(context: int, method: str, ours: _Measured, plain: _Measured) -> LongSpeedRow:
+    total = ours.by_prompt(lambda one: one.latency_s)
+    ttft = [one.requests[0].ttft_s for one in ours.passes]
+    plain_ttft = [one.requests[0].ttft_s for one in plain.passes]
     return LongSpeedRow(
         context=context,
         method=method,
-        tokens_per_s=ours.output_tokens_per_s,
-        speedup=ours.output_tokens_per_s / theirs.output_tokens_per_s,
-        decode_speedup=_decode_s(plain) / _decode_s(result),
-        ttft_ms=ttft,
-        ttft_overhead_ms=ttft - plain_ttft,
-        acceptance_length=ours.counts.acceptance_length,
-        identical=compare_outputs(ours.outputs, theirs.outputs).num_prompts == 0,
+        tokens_per_s=sum(map(len, ours.outputs[: ours.num_prompts])) / sum(total),
+        speedup=_speedup(ours, plain, lambda one: one.latency_s),
+        decode_speedup=_speedup(ours, plain, lambda one: one.latency_s - one.ttft_s),
+        ttft_ms=1000 * statistics.median(ttft),
+        ttft_overhead_ms=1000 * statistics.median(a - b for a, b in zip(ttft, plain_ttft, strict=True)),
+        acceptance_length=sum((one.counts for one in ours.passes), DraftCounts()).acceptance_length,
+        identical=compare_outputs(ours.outputs, plain.outputs).num_prompts == 0,
     )
 
 
-def _first_token_ms(result: ShardResult) -> float:
-    return 1000 * statistics.median(request.ttft_s for one in result.passes for request in one.requests)
-
-
-def _decode_s(result: ShardResult) -> float:
-    """Seconds per token after the first, median over requests and passes."""
-    return statistics.median(request.tpot_s or 0.0 for one in result.passes for request in one.requests)
+def _speedup(ours: _Measured, plain: _Measured, seconds: Callable[[RequestResult], float]) -> Estimate:
+    columns = {"plain": np.array(plain.by_prompt(seconds)), "ours": np.array(ours.by_prompt(seconds))}
+    estimate = Resamples(columns).ratio({"plain": 1, "ours": -1})
+    # Times are positive.
+    assert estimate is not None
+    return estimate

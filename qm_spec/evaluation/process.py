@@ -9,10 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qm_spec.evaluation.shards import ShardSpec
 
@@ -58,7 +58,8 @@ def engine_events(
 ) -> Generator[dict[str, Any]]:
     """Run shards that share an engine in a new process and yield its events as they come; see `engine` for them.
 
-    Closing the iterator ends the process.
+    The engine begins a shard when the event after "ready" or the last "result" is asked for, so who listens to several
+    engines lets them measure in turn. Closing the iterator ends the process.
 
     Args:
         folder: an existing empty folder for the two files that the processes talk through.
@@ -76,13 +77,15 @@ def engine_events(
     with log.open("wb") as output, events.open(encoding="utf-8") as stream:
         process = subprocess.Popen(
             [*command, str(job), str(events)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            bufsize=0,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=dict(environment),
             # A group of its own: the terminal's Ctrl-C reaches the benchmark, which then ends the group.
             start_new_session=True,
         )
+        assert process.stdin is not None
         try:
             unfinished_line = ""
             running = True
@@ -94,28 +97,23 @@ def engine_events(
                 for event in map(json.loads, lines):
                     num_results += event["event"] == "result"
                     yield event
+                    if event["event"] in ("ready", "result"):
+                        _let_go_on(process.stdin)
                 if running:
                     time.sleep(_POLL_S)
         finally:
             _end_group(process)
+            process.stdin.close()
     if process.returncode != 0 or num_results != len(shards):
         raise EngineError(
             f"engine {_ending(process.returncode)} with {num_results} of {len(shards)} settings measured", log
         )
 
 
-def run_engine(
-    shards: Sequence[ShardSpec],
-    folder: Path,
-    log: Path,
-    environment: Mapping[str, str],
-    on_event: Callable[[dict[str, Any]], None],
-    command: Sequence[str] = ENGINE_COMMAND,
-) -> None:
-    """Hand each of `engine_events` to `on_event`; an exception there ends the engine, too."""
-    with closing(engine_events(shards, folder, log, environment, command)) as events:
-        for event in events:
-            on_event(event)
+def _let_go_on(engine_input: IO[bytes]) -> None:
+    """Tell an engine that waits before a shard to begin; one that has ended or has no shard left does not listen."""
+    with suppress(BrokenPipeError):
+        engine_input.write(b"\n")
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
