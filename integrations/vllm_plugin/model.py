@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import maybe_prefix, process_eagle_weight
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.prior import PriorLayer, plain_linear
 from qm_spec.integrations.vllm_plugin import compat
+from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length, warn_without_lookup
 
@@ -97,11 +98,11 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         self.draft_id_to_target_id = None
         self.use_parallel_drafting = False
         compat.apply(compat.DRAFT_LOOP)
-        self.lookup_length = lookup_length(self.config)
-        if self.lookup_length:
+        self.lookup_length, self.adapts = lookup_length(self.config), adapts()
+        if self.lookup_length or self.adapts:
             compat.apply(compat.REQUEST_STATES)
-            if vllm_config.use_v2_model_runner:
-                warn_without_lookup()
+        if self.lookup_length and vllm_config.use_v2_model_runner:
+            warn_without_lookup()
         compat.apply(compat.CPU_EXPANSION)
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.loop import DraftLoop, dense_weights
 from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop
 from qm_spec.drafter.suffix_index import Lookup
+from qm_spec.integrations.vllm_plugin.adaptive import begin_step
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
 from qm_spec.integrations.vllm_plugin.lookup import look_up, replace_drafts, warn_without_lookup
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
@@ -213,6 +214,7 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         slot_mappings: Any = None,
     ) -> Tensor:
         if can_draft(self):
+            payoff = begin_step(self, common_attn_metadata, num_rejected_tokens_gpu)
             found = look_up(
                 self,
                 num_speculative_tokens,
@@ -221,7 +223,12 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 common_attn_metadata,
                 num_rejected_tokens_gpu,
             )
-            return propose(
+            # A request's own seed must give the same text again, and each draft takes random numbers from it.
+            if payoff is not None and num_speculative_tokens and not sampling_metadata.generators:
+                only_found = bool(found) and all(lookup.length for lookup in found)
+                num_tokens = int(common_attn_metadata.seq_lens.sum())
+                num_speculative_tokens = payoff.choose(only_found, num_speculative_tokens, num_tokens)
+            drafted = propose(
                 self,
                 num_speculative_tokens,
                 target_token_ids,
@@ -233,6 +240,9 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 num_rejected_tokens_gpu,
                 found,
             )
+            if payoff is not None:
+                payoff.end()
+            return drafted
         if getattr(self.model, "lookup_length", 0):
             warn_without_lookup()
         return original(
