@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from bench_kmeans import devices, elapsed_ms, lloyd
+from script import EXIT_BAD_INPUT, run_main
 
 # L, B, T, D, K. The first is the shape at which the reference implementation was timed.
 REFERENCE = (4, 4, 512, 128, 128)
@@ -21,7 +20,6 @@ LENGTHS = (128, 512, 1024, 2048, 4096)
 # Recorded once, on another machine: the `quickmergepp` code by its own benchmark, float32, CPU.
 REFERENCE_MS = 1162.0
 KMEANS_ITERATIONS = 5
-EXIT_BAD_INPUT = 2
 
 EXAMPLES = """
 Examples:
@@ -169,9 +167,4 @@ def main(
 
 
 if __name__ == "__main__":
-    if find_spec("qm_spec") is None:
-        # A clone that is not installed.
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_main(main, EXAMPLES)

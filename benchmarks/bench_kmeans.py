@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +14,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from script import EXIT_BAD_INPUT, run_main
 from torch import Tensor
 
 # B, N, D, K.
 SHAPES = "4x512x128x128,1x2048x128x256,1x8192x64x512"
-EXIT_BAD_INPUT = 2
 
 EXAMPLES = """
 Examples:
@@ -217,9 +216,4 @@ def devices(name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    if find_spec("qm_spec") is None:
-        # A clone that is not installed.
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_main(main, EXAMPLES)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from script import EXIT_BAD_INPUT, ROOT, run_main
 
-ROOT = Path(__file__).resolve().parents[1]
 NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
 
-EXIT_BAD_INPUT = 2
 
 EXAMPLES = """
 Examples:
@@ -224,9 +221,4 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    if find_spec("qm_spec") is None:
-        # A clone that is not installed.
-        sys.path.insert(0, str(ROOT))
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_main(main, EXAMPLES)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from script import EXIT_BAD_INPUT, ROOT, run_main
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -22,10 +21,8 @@ if TYPE_CHECKING:
 
     from qm_spec.pipelines.kv_cache import QuickMergeCache
 
-ROOT = Path(__file__).resolve().parents[1]
 NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
 
-EXIT_BAD_INPUT = 2
 PARTS = ("diffusion", "llm", "multimodal")
 # Methods beside ours in the multimodal and the diffusion part, by their names in qm_spec.evaluation.reduction.
 OTHERS = ("tome", "random-merge", "uniform", "random")
@@ -529,9 +526,4 @@ def error_table(part: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    if find_spec("qm_spec") is None:
-        # A clone that is not installed.
-        sys.path.insert(0, str(ROOT))
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_main(main, EXAMPLES)

@@ -9,11 +9,11 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from script import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ROOT, run_main
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 
     from qm_spec.pipelines.speculation import SpeculativeDecoder
 
-ROOT = Path(__file__).resolve().parents[1]
 SHIPPED_TARGET = ROOT / "qm_spec" / "zoo" / "novels" / "target"
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 # The seed README's call, on models of random weights.
 README_SIZES: dict[str, Any] = {"vocab_size": 1000, "dim": 128, "quickmerge_dim": 64, "k_max": 32, "max_draft_len": 4}
 README_TEMPERATURE = 0.8
@@ -345,9 +342,4 @@ def _number(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    if find_spec("qm_spec") is None:
-        # A clone that is not installed.
-        sys.path.insert(0, str(ROOT))
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_main(main, EXAMPLES)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from long_context import EXIT_BAD_INPUT, ZOO, Target, Text
-
-ROOT = Path(__file__).resolve().parents[1]
+from script import run_main
 
 EXAMPLES = """
 Examples:
@@ -90,9 +88,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    if find_spec("qm_spec") is None:
-        # A clone that is not installed.
-        sys.path.insert(0, str(ROOT))
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_main(main, EXAMPLES)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+from script import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ROOT, run_main
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -19,11 +18,8 @@ if TYPE_CHECKING:
 
     from qm_spec.evaluation.language import Score
 
-ROOT = Path(__file__).resolve().parents[1]
 NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 # Long contexts cost seconds per call, so these are measured there.
 LONG_METHODS = ("quickmerge", "tome", "uniform")
@@ -384,9 +380,4 @@ def format_tables(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    if find_spec("qm_spec") is None:
-        # A clone that is not installed.
-        sys.path.insert(0, str(ROOT))
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_main(main, EXAMPLES)

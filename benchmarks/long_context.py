@@ -6,11 +6,11 @@ import dataclasses
 import json
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from script import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ROOT, run_main
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from qm_spec.evaluation.long_context import LongContextRow
     from qm_spec.evaluation.statistics import Estimate
 
-ROOT = Path(__file__).resolve().parents[1]
 # A pair that uses its context, EAGLE-3 beside it, and text that neither was trained on.
 ZOO = ROOT / "qm_spec" / "zoo" / "recall"
 SHIPPED = {"qm_spec": "drafter", "eagle3": "eagle3", "eagle3-window": "eagle3-window"}
@@ -35,8 +34,6 @@ Text = Annotated[
 Domains = Annotated[str, typer.Option(metavar="D,...", help="Of novels, quotations, records and code.")]
 ALL_DOMAINS = "novels,quotations,records,code"
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 # Tokens that drafters are trained at: acceptance at other lengths is compared with that here.
 BASE_LENGTH = 1024
 
@@ -478,9 +475,4 @@ def plot(rows: Sequence[LongContextRow], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    if find_spec("qm_spec") is None:
-        # A clone that is not installed.
-        sys.path.insert(0, str(ROOT))
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_main(main, EXAMPLES)

@@ -7,13 +7,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from unittest import mock
 
 import typer
-from long_context import ALL_DOMAINS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, ZOO, Domains, Target, Text
+from long_context import ALL_DOMAINS, ZOO, Domains, Target, Text
+from script import EXIT_BAD_INPUT, EXIT_INTERRUPTED, run_main
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from qm_spec.evaluation.long_context import LongContextRow
     from qm_spec.ops.merge_entries import Merged
 
-ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = "default"
 # Longer than any text: nothing is merged.
 ENDLESS = 1 << 20
@@ -361,9 +360,4 @@ def table(record: dict[str, Any], rows: Sequence[LongContextRow]) -> str:
 
 
 if __name__ == "__main__":
-    if find_spec("qm_spec") is None:
-        # A clone that is not installed.
-        sys.path.insert(0, str(ROOT))
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_main(main, EXAMPLES)
