@@ -87,7 +87,7 @@ def main(
         str | None,
         typer.Option(metavar="DOMAIN", help="Measure speed in vLLM instead, on the prompts of this domain."),
     ] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Measured passes of --speed.")] = 3,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Passes of --speed, each with new engines.")] = 3,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("results/long_context"),
 ) -> None:
     """Measure acceptance over the length of the context by replaying drafters on what the target writes.
@@ -241,14 +241,14 @@ def time_methods(
         "num_speculative_tokens": num_drafts,
         "tokens_per_prompt": num_tokens,
         "num_prompts": num_prompts,
-        "repeats": repeats,
+        "repeats": 0,
         "seed": seed,
     }
     out.mkdir(parents=True, exist_ok=True)
     rows: list[LongSpeedRow] = []
     with Progress() as progress:
         task = progress.add_task("engines start", total=(2 + len(drafters)) * repeats * num_prompts * len(lengths))
-        for some in measure_speed(
+        for rows in measure_speed(
             target,
             drafters,
             prompts,
@@ -259,7 +259,7 @@ def time_methods(
             seed=seed,
             on_progress=lambda length, method: progress.update(task, advance=1, description=f"{length} {method}"),
         ):
-            rows.extend(some)
+            record["repeats"] += 1
             record["rows"] = [dataclasses.asdict(row) for row in rows]
             (out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [

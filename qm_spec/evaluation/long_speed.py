@@ -1,7 +1,8 @@
 """Speed over the length of the context, in vLLM: plain decoding, n-gram lookup and drafters on the same prompts.
 
 Every method has an engine of its own, and all of them run at once: each prompt is decoded by one after the other before
-the next prompt, so that a machine whose speed drifts changes all methods alike.
+the next prompt, so that a machine whose speed drifts changes all methods alike. Each pass has new engines, since where
+a process finds its memory changes its speed by some per cent for as long as it lives.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from qm_spec.evaluation.methods import method_environment, speculative_config
 from qm_spec.evaluation.metrics import DraftCounts, compare_outputs
 from qm_spec.evaluation.process import ENGINE_COMMAND, engine_events
 from qm_spec.evaluation.settings import REFERENCE_METHOD
-from qm_spec.evaluation.shards import EngineSpec, PassResult, RequestResult, ShardResult, ShardSpec, TokenPrompt
+from qm_spec.evaluation.shards import EngineSpec, RequestResult, ShardResult, ShardSpec, TokenPrompt
 from qm_spec.evaluation.statistics import Estimate, Resamples
 
 NGRAM = "ngram"
@@ -70,14 +71,14 @@ def measure_speed(
     on_progress: Callable[[int, str], None] = lambda context, method: None,
     command: Sequence[str] = ENGINE_COMMAND,
 ) -> Iterator[list[LongSpeedRow]]:
-    """Yield the rows of each length, "none" and "ngram" first.
+    """Yield the rows after each pass, of all passes so far: by length, "none" and "ngram" first.
 
     Args:
         target: folder of the target, decoded greedily in float32.
         drafters: folders by name, ours or EAGLE-3 in vLLM's format.
-        prompts: token ids of the prompts, by their length; the first of a length is decoded once more, before any time
-            is taken.
-        log_dir: takes the engines' logs.
+        prompts: token ids of the prompts, by their length; in each pass the first of a length is decoded once more,
+            before any time is taken.
+        log_dir: takes the engines' logs of the latest pass.
         num_tokens: of each output.
         num_drafts: K.
         repeats: measured passes.
@@ -90,47 +91,51 @@ def measure_speed(
     """
     device = default_device()
     methods = (REFERENCE_METHOD, NGRAM, *drafters)
-    with ExitStack() as stack:
-        engines: dict[str, _Engine] = {}
-        for method in methods:
-            folder = drafters.get(method)
-            config: dict[str, Any] | None = speculative_config(method, num_drafts, None) if folder is None else {
-                "method": "eagle3",
-                "model": str(folder),
-                "num_speculative_tokens": num_drafts,
-            }  # fmt: skip
-            spec = EngineSpec(
-                target=str(target),
-                speculative_config=config,
-                dtype="float32",
-                max_model_len=max(prompts) + num_tokens + num_drafts + 1,
-                max_num_seqs=1,
-                enforce_eager=device == "cpu",
-                seed=seed,
-            )
-            work = stack.enter_context(tempfile.TemporaryDirectory(prefix="qm_spec-"))
-            shards = _shards(spec, prompts, num_tokens, repeats)
-            log, environment = log_dir / f"{method}.log", method_environment(method, device)
-            events = stack.enter_context(closing(engine_events(shards, Path(work), log, environment, command)))
-            engines[method] = _Engine(events)
-            engines[method].wait_for("ready")
-        for length, some in prompts.items():
-            passes: dict[str, list[PassResult]] = {method: [] for method in methods}
-            # The first is the warm-up.
-            for number in range(1 + repeats * len(some)):
-                # In turn forwards and backwards: nobody always comes after the same one.
-                for method in methods if number % 2 else reversed(methods):
-                    time.sleep(_REST_S)
-                    one = ShardResult.from_json(engines[method].wait_for("result")["result"])
-                    if number:
-                        passes[method] += one.passes
-                        on_progress(length, method)
-            yield [
-                _row(
-                    length, method, _Measured(passes[method], len(some)), _Measured(passes[REFERENCE_METHOD], len(some))
-                )
-                for method in methods
-            ]
+    specs = {}
+    for method in methods:
+        folder = drafters.get(method)
+        config: dict[str, Any] | None = speculative_config(method, num_drafts, None) if folder is None else {
+            "method": "eagle3",
+            "model": str(folder),
+            "num_speculative_tokens": num_drafts,
+        }  # fmt: skip
+        specs[method] = EngineSpec(
+            target=str(target),
+            speculative_config=config,
+            dtype="float32",
+            max_model_len=max(prompts) + num_tokens + num_drafts + 1,
+            max_num_seqs=1,
+            enforce_eager=device == "cpu",
+            seed=seed,
+        )
+    results: dict[tuple[int, str], list[RequestResult]] = {
+        (length, method): [] for length in prompts for method in methods
+    }
+    for _ in range(repeats):
+        with ExitStack() as stack:
+            engines: dict[str, _Engine] = {}
+            for method, spec in specs.items():
+                work = stack.enter_context(tempfile.TemporaryDirectory(prefix="qm_spec-"))
+                log, environment = log_dir / f"{method}.log", method_environment(method, device)
+                events = engine_events(_shards(spec, prompts, num_tokens), Path(work), log, environment, command)
+                engines[method] = _Engine(stack.enter_context(closing(events)))
+                engines[method].wait_for("ready")
+            for length, some in prompts.items():
+                # The first is the warm-up.
+                for number in range(1 + len(some)):
+                    # In turn forwards and backwards: nobody always comes after the same one.
+                    for method in methods if number % 2 else reversed(methods):
+                        time.sleep(_REST_S)
+                        one = ShardResult.from_json(engines[method].wait_for("result")["result"])
+                        if number:
+                            results[length, method] += one.passes[0].requests
+                            on_progress(length, method)
+        measured = {
+            (length, method): _Measured(some, len(prompts[length])) for (length, method), some in results.items()
+        }
+        yield [
+            _row(length, method, one, measured[length, REFERENCE_METHOD]) for (length, method), one in measured.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -142,13 +147,11 @@ class _Engine:
         return next(event for event in self.events if event["event"] == kind)
 
 
-def _shards(
-    engine: EngineSpec, prompts: Mapping[int, Sequence[Sequence[int]]], num_tokens: int, repeats: int
-) -> list[ShardSpec]:
-    """One prompt each: of every length the first for warm-up, then `repeats` times all."""
+def _shards(engine: EngineSpec, prompts: Mapping[int, Sequence[Sequence[int]]], num_tokens: int) -> list[ShardSpec]:
+    """One prompt each: of every length the first for warm-up, then all."""
     shards = []
     for length, some in prompts.items():
-        for number in (0, *list(range(len(some))) * repeats):
+        for number in (0, *range(len(some))):
             prompt = TokenPrompt(f"{length}-{number}", tuple(some[number]))
             shards.append(ShardSpec(engine, (prompt,), num_tokens, 0.0, 1, engine.seed, 1, warm_up=False))
     return shards
@@ -158,32 +161,31 @@ def _shards(
 class _Measured:
     """What a method did with the prompts of one length: pass by pass, in each the prompts in turn."""
 
-    passes: Sequence[PassResult]
+    results: Sequence[RequestResult]
     num_prompts: int
 
     def by_prompt(self, seconds: Callable[[RequestResult], float]) -> list[float]:
         """Of every prompt the median of its passes."""
-        times = [seconds(one.requests[0]) for one in self.passes]
+        times = [seconds(one) for one in self.results]
         return [statistics.median(times[number :: self.num_prompts]) for number in range(self.num_prompts)]
 
     @property
     def outputs(self) -> list[tuple[int, ...]]:
-        return [one.requests[0].token_ids for one in self.passes]
+        return [one.token_ids for one in self.results]
 
 
 def _row(context: int, method: str, ours: _Measured, plain: _Measured) -> LongSpeedRow:
     total = ours.by_prompt(lambda one: one.latency_s)
-    ttft = [one.requests[0].ttft_s for one in ours.passes]
-    plain_ttft = [one.requests[0].ttft_s for one in plain.passes]
+    pairs = list(zip(ours.results, plain.results, strict=True))
     return LongSpeedRow(
         context=context,
         method=method,
         tokens_per_s=sum(map(len, ours.outputs[: ours.num_prompts])) / sum(total),
         speedup=_speedup(ours, plain, lambda one: one.latency_s),
         decode_speedup=_speedup(ours, plain, lambda one: one.latency_s - one.ttft_s),
-        ttft_ms=1000 * statistics.median(ttft),
-        ttft_overhead_ms=1000 * statistics.median(a - b for a, b in zip(ttft, plain_ttft, strict=True)),
-        acceptance_length=sum((one.counts for one in ours.passes), DraftCounts()).acceptance_length,
+        ttft_ms=1000 * statistics.median(one.ttft_s for one in ours.results),
+        ttft_overhead_ms=1000 * statistics.median(one.ttft_s - other.ttft_s for one, other in pairs),
+        acceptance_length=sum((one.counts for one in ours.results), DraftCounts()).acceptance_length,
         identical=compare_outputs(ours.outputs, plain.outputs).num_prompts == 0,
     )
 
