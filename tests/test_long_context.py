@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.evaluation.long_context import LOOKUP, LongContextRow, PromptWriter, measure_acceptance
 from qm_spec.evaluation.lookup import lookup_drafts
-from qm_spec.evaluation.replay import read_text, replay, write_continuations
+from qm_spec.evaluation.replay import expected_replay, read_text, replay, write_continuations
 from qm_spec.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +92,25 @@ def test_rows_are_sums_of_replays(pair) -> None:
         tokens += len(found.accepted) + sum(found.accepted)
     assert sum(by_name["ours"].steps) == steps
     assert by_name["ours"].acceptance_length.value == pytest.approx(tokens / steps)
+
+
+def test_rows_of_sampled_texts_expect_drafts_that_are_drawn(pair) -> None:
+    target, tokenizer, drafter = pair
+    (rows,) = measure_acceptance(
+        target, tokenizer, {"ours": drafter}, PROSE, domains=["novels"], lengths=[64], num_prompts=2, num_tokens=24,
+        num_drafts=3, temperature=0.8,
+    )  # fmt: skip
+    by_name = {row.drafter: row for row in rows}
+    writer, steps, accepted = PromptWriter(tokenizer, PROSE, 64), 0.0, 0.0
+    for seed in range(2):
+        prompt = writer.write("novels", 64, seed)
+        (continuation,) = write_continuations(target, [prompt], 24, temperature=0.8, seed=seed)
+        read = read_text(target, prompt, continuation, drafter.config.eagle_aux_hidden_state_layer_ids)
+        expected = expected_replay(drafter, read, 3, 0.8)
+        steps, accepted = steps + expected.steps, accepted + expected.accepted
+    assert by_name["ours"].acceptance_length.value == pytest.approx(1 + accepted / steps)
+    # Lookup is sure of what it drafts: where it drafts, tokens are kept or not.
+    assert all(number == round(number) for number in by_name[LOOKUP].steps)
 
 
 def test_rows_are_compared_prompt_by_prompt() -> None:

@@ -152,13 +152,11 @@ def test_large_batches_of_16_bit_weights_are_left_to_the_library(model, monkeypa
     monkeypatch.setattr(plugin, "draft_tokens", lambda *args: calls.append(args) or draft_tokens(*args))
     for most, by_operator in ((3, 1), (2, 1)):
         monkeypatch.setattr(plugin, "MOST_REQUESTS_16_BIT", most)
-        propose(model, 2, None, greedy)
+        propose(model, 2, None)
         assert len(calls) == by_operator
 
 
-def propose(
-    model: Any, num_drafts: int, sampling: Any, sampler: Callable[..., Any], graphs: DraftGraphs | None = None
-) -> tuple[torch.Tensor, Any]:
+def propose(model: Any, num_drafts: int, sampling: Any, graphs: DraftGraphs | None = None) -> tuple[torch.Tensor, Any]:
     """Draft after one step in which requests 0, 1 and 2 had 2, 0 and 1 of their 2 drafts rejected."""
     case = model.case
     torch.manual_seed(1)
@@ -173,7 +171,6 @@ def propose(
         num_speculative_tokens=0,
         _last_draft_probs="stale",
         _enable_probabilistic_draft_probs=sampling is not None,
-        _sample_from_logits=sampler,
         device=torch.device("cpu"),
     )
     if graphs is not None:
@@ -198,35 +195,53 @@ def propose(
     return drafted, proposer._last_draft_probs
 
 
-def greedy(logits: torch.Tensor, sampling: Any) -> Any:
-    return logits.argmax(-1), None
+def sampled(*temperatures: float, **generators: torch.Generator) -> Any:
+    """The sampling of requests, some of which may have generators: `row0=...`."""
+    by_row = {int(name.removeprefix("row")): generator for name, generator in generators.items()}
+    return SimpleNamespace(all_greedy=False, temperature=torch.tensor(temperatures), generators=by_row)
 
 
 def test_one_operator_drafts_what_vllms_layers_draft(model):
-    drafted, probs = propose(model, 4, None, greedy)
+    drafted, probs = propose(model, 4, None)
     assert drafted.shape == (3, 4) and drafted.dtype == torch.int64 and probs is None
     # Rejected rows are written again, with the same states.
     capped(model)
-    assert torch.equal(propose(model, 4, None, greedy)[0], drafted)
+    assert torch.equal(propose(model, 4, None)[0], drafted)
 
 
 def test_no_draft_asked_for_still_fills_the_cache(model):
     before = model.case.cache.clone()
-    drafted, _ = propose(model, 0, None, greedy)
+    drafted, _ = propose(model, 0, None)
     assert drafted.shape == (3, 0)
     assert not torch.equal(before.nan_to_num(), model.case.cache.nan_to_num())
 
 
 def test_sampled_drafts_come_with_their_distributions(model):
-    sampling = SimpleNamespace(all_greedy=False, temperature=torch.tensor([0.0, 0.8, 1.2]))
-    greedily, _ = propose(model, 3, None, greedy)
-    drafted, probs = propose(model, 3, sampling, greedy)
+    sampling = sampled(0.0, 0.8, 1.2)
+    greedily, _ = propose(model, 3, None)
+    drafted, probs = propose(model, 3, sampling)
     assert probs.shape == (3, 3, SIZES.vocabulary) and probs.dtype == torch.float32
     torch.testing.assert_close(probs.sum(-1), torch.ones(3, 3))
     assert torch.equal(drafted[0], greedily[0]), "temperature 0 drafts greedily"
     assert (probs.gather(-1, drafted.unsqueeze(-1)) > 0).all()
+    # The same numbers draw the same from vLLM's layers.
+    capped(model)
+    again, probs_again = propose(model, 3, sampling)
+    assert torch.equal(again, drafted)
+    torch.testing.assert_close(probs_again, probs)
     sampling.all_greedy = True
-    assert propose(model, 3, sampling, greedy)[1] is None
+    assert propose(model, 3, sampling)[1] is None
+
+
+def test_a_request_with_a_seed_draws_its_drafts_from_it():
+    def draw(seed: int) -> torch.Tensor:
+        sampling = sampled(1.0, 1.0, 1.0, row1=torch.Generator().manual_seed(seed))
+        return plugin._random_numbers(sampling, torch.empty(3, 8))
+
+    first, second, other = draw(5), draw(5), draw(6)
+    assert torch.equal(first[1], second[1]) and not torch.equal(first[1], other[1])
+    assert not torch.equal(first[0], second[0]) and not torch.equal(first[2], second[2])
+    assert first.dtype == torch.float64 and first.min() >= 0 and first.max() < 1
 
 
 # On a GPU
@@ -234,13 +249,13 @@ def test_sampled_drafts_come_with_their_distributions(model):
 
 @pytest.mark.parametrize("temperatures", [None, [0.0, 0.8, 1.2]])
 def test_graphs_draft_what_the_operator_drafts(model, temperatures):
-    sampling = temperatures and SimpleNamespace(all_greedy=False, temperature=torch.tensor(temperatures))
-    drafted, probs = propose(model, 4, sampling, greedy)
+    sampling = temperatures and sampled(*temperatures)
+    drafted, probs = propose(model, 4, sampling)
     recorder = Recorder()
     graphs = DraftGraphs(recorder, [4])
     # Captured at the first call, replayed at both; the rejected rows are written again, with the same states.
     for _ in range(2):
-        replayed, replayed_probs = propose(model, 4, sampling, greedy, graphs)
+        replayed, replayed_probs = propose(model, 4, sampling, graphs)
         assert torch.equal(replayed, drafted)
         if temperatures is None:
             assert replayed_probs is None

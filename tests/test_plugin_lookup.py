@@ -248,7 +248,7 @@ def test_requests_alone_write_the_targets_text_with_the_acceptance_of_the_replay
     run: Any, target: Any, prompts: list[list[int]], continuations: list[list[int]]
 ) -> None:
     from qm_spec.drafter.prior import QuickMergePrior
-    from qm_spec.evaluation.long_context import _with_lookup
+    from qm_spec.evaluation.long_context import with_lookup
     from qm_spec.evaluation.replay import accepted_everywhere, read_text
 
     drafter = QuickMergePrior.from_pretrained(ZOO / "drafter", dtype=torch.float32).eval()
@@ -256,10 +256,11 @@ def test_requests_alone_write_the_targets_text_with_the_acceptance_of_the_replay
     for number, (prompt, text) in enumerate(zip(prompts, continuations, strict=True)):
         assert run["answers"][number] == [text[:NUM_TOKENS]]
         read = read_text(target, prompt, text, drafter.config.eagle_aux_hidden_state_layer_ids)
-        accepted = {"ours": accepted_everywhere(drafter, read, NUM_DRAFTS)}
-        both = _with_lookup(accepted, [*prompt, *text], len(prompt), NUM_DRAFTS)
-        replay = walk(both["ours+lookup"], NUM_DRAFTS)
-        changed += replay != walk(both["ours"], NUM_DRAFTS)
+        alone = accepted_everywhere(drafter, read, NUM_DRAFTS)
+        at_least = (torch.tensor(alone).unsqueeze(-1) > torch.arange(NUM_DRAFTS)).double()
+        both = with_lookup({"ours": at_least}, [*prompt, *text], len(prompt))
+        replay = walk(both["ours+lookup"].long().sum(-1).tolist(), NUM_DRAFTS)
+        changed += replay != walk(alone, NUM_DRAFTS)
         total = total + replay.counts
         counted = [run["counters"][number][f"vllm:spec_decode_num_{what}"] for what in ("drafts", "accepted_tokens")]
         assert counted == [total.drafts, total.accepted_tokens]

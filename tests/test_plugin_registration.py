@@ -314,10 +314,25 @@ def test_arguments_can_be_used_again(target: Path, drafter: Path) -> None:
 
 
 def test_settings_that_a_user_made_are_kept(target: Path, drafter: Path) -> None:
-    given = {"model": "qm_spec", "disable_eagle_block_drop": False, "draft_sample_method": "probabilistic"}
+    given = {"model": "qm_spec", "disable_eagle_block_drop": False, "draft_sample_method": "greedy"}
     speculative = make_args(target, speculative_config=given).create_engine_config().speculative_config
     assert speculative.disable_eagle_block_drop is False
-    assert speculative.draft_sample_method == "probabilistic"
+    assert speculative.draft_sample_method == "greedy"
+
+
+def test_drafts_are_drawn_on_a_cpu_where_verification_can_weigh_them(
+    target: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+
+    def method(**settings: Any) -> str:
+        args = make_args(target, speculative_config={"model": "qm_spec", **settings})
+        return args.create_engine_config().speculative_config.draft_sample_method
+
+    assert method() == "probabilistic"
+    assert method(rejection_sample_method="block") == "greedy"
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    assert method() == "greedy"
 
 
 def test_a_setting_given_twice_is_left_for_vllm_to_refuse(target: Path, drafter: Path) -> None:

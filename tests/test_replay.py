@@ -20,7 +20,15 @@ from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.rows import read_target
 from qm_spec.evaluation import replay as replay_module
 from qm_spec.evaluation.metrics import DraftCounts
-from qm_spec.evaluation.replay import Replay, expected_replay, read_text, replay, write_continuations
+from qm_spec.evaluation.replay import (
+    Replay,
+    expected_replay,
+    expected_walk,
+    read_text,
+    replay,
+    walk,
+    write_continuations,
+)
 from qm_spec.ops.page import slot_elements
 from qm_spec.training.drafter import DraftTraining
 
@@ -223,17 +231,25 @@ def test_walks_are_weighted_by_their_probability():
     chances = torch.tensor([[0.9, 0.3], [0.5, 0.5], [0.2, 0.1]], dtype=torch.float64)
     exactly = torch.stack([1 - chances[:, 0], chances[:, 0] - chances[:, 1], chances[:, 1]], 1).tolist()
 
-    def walk(row):
+    def sums(row):
         if row >= 3:
             return 0.0, 0.0
         steps, accepted = 1.0, 0.0
         for count, chance in enumerate(exactly[row]):
-            more = walk(row + count + 1)
+            more = sums(row + count + 1)
             steps, accepted = steps + chance * more[0], accepted + chance * (count + more[1])
         return steps, accepted
 
-    got = replay_module._expected_walk(chances)
-    assert (got.steps, got.accepted) == pytest.approx(walk(0))
+    got = expected_walk(chances)
+    assert (got.steps, got.accepted) == pytest.approx(sums(0))
+    assert len(got.kept) == 2 and got.kept[0] > got.kept[1]
+
+
+def test_a_walk_without_chance_is_the_walk():
+    accepted = [2, 0, 3, 1, 0, 0, 3, 1, 2]
+    chances = (torch.tensor(accepted).unsqueeze(-1) > torch.arange(3)).double()
+    counts, expected = walk(accepted, 3).counts, expected_walk(chances)
+    assert (expected.steps, expected.kept) == (counts.drafts, counts.accepted_per_position)
 
 
 def test_texts_that_hold_no_step_are_refused(target):

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from qm_spec.drafter.cuda_graph import CudaCapture
 from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.loop import DraftLoop, dense_weights
-from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop
+from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop, draw
 from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.integrations.vllm_plugin.adaptive import begin_step
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
@@ -153,24 +153,25 @@ def propose(
     weights, graphs = plain_weights(model), draft_graphs(proposer)
     if graphs is None and len(state) > MOST_REQUESTS_16_BIT and state.dtype.itemsize == 2:
         weights = None
+    temperature = uniform = None
+    if sampled:
+        temperature = sampling_metadata.temperature
+        uniform = _random_numbers(sampling_metadata, state.new_empty(len(state), num_speculative_tokens))
     with torch.inference_mode():
         probs: Tensor | None
         if weights is None:
             step_probs: list[Tensor] = []
 
             def sample(logits: Tensor) -> Tensor:
-                token_ids, step = proposer._sample_from_logits(logits, sampling_metadata)
-                if step is not None:
-                    step_probs.append(step)
+                if temperature is None or uniform is None:
+                    return logits.argmax(-1)
+                token_ids, distribution = draw(logits, temperature, uniform[:, len(step_probs)])
+                step_probs.append(distribution)
                 return token_ids
 
             drafted = loop.draft(cache, table, verified, state, next_token_ids, num_speculative_tokens, sample)
             probs = torch.stack(step_probs, dim=1) if step_probs else None
         else:
-            temperature = uniform = None
-            if sampled:
-                temperature = sampling_metadata.temperature
-                uniform = torch.rand(len(state), num_speculative_tokens, dtype=torch.float64, device=state.device)
             if graphs is not None:
                 paged = PagedLoop(weights, layer.norm.eps, cache, merge)
                 inputs = DraftInputs(table, verified, state, next_token_ids, temperature, uniform)
@@ -193,6 +194,14 @@ def propose(
         drafted, probs = replace_drafts(found, drafted, probs if sampled else None)
     proposer._last_draft_probs = probs
     return drafted
+
+
+def _random_numbers(sampling_metadata: Any, like: Tensor) -> Tensor:
+    """Return float64 numbers in 0..1, shape `[B, K]`; those of a request with a seed come from its own generator."""
+    uniform = torch.rand_like(like, dtype=torch.float64)
+    for row, generator in sampling_metadata.generators.items():
+        uniform[row] = torch.rand(like.shape[1:], dtype=torch.float64, device=like.device, generator=generator)
+    return uniform
 
 
 def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:

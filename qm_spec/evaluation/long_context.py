@@ -1,7 +1,7 @@
 """Acceptance over the length of the context, drafters side by side on the same texts.
 
-For each domain and length the target continues some prompts greedily; every drafter is then replayed on
-these texts (`replay.py`), which gives the acceptance that a lossless engine would count.
+For each domain and length the target continues some prompts; every drafter is then replayed on these texts
+(`replay.py`), which gives the acceptance that a lossless engine would count, on average where drafts are drawn.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qm_spec.drafter.suffix_index import SURE_LENGTH
 from qm_spec.evaluation.long_documents import DocumentWriter
 from qm_spec.evaluation.lookup import lookup_drafts
 from qm_spec.evaluation.replay import (
+    ExpectedReplay,
     ReadText,
-    Replay,
     accepted_everywhere,
+    chances_everywhere,
+    expected_walk,
     read_text,
-    walk,
     write_continuations,
 )
 from qm_spec.evaluation.statistics import Estimate, Resamples
@@ -118,7 +120,7 @@ class LongContextRow:
         drafter: its name.
         acceptance_length: tokens per step, the target's own one included, with a 95 % interval over prompts.
         accepted_per_position: share of steps that keep the draft at each position.
-        tokens, steps: of each prompt, what it is over.
+        tokens, steps: of each prompt, what it is over; expected numbers where drafts are drawn.
         copied: share of the continuation that goes on with the quoted passage; quotations only.
     """
 
@@ -127,8 +129,8 @@ class LongContextRow:
     drafter: str
     acceptance_length: Estimate
     accepted_per_position: tuple[float, ...]
-    tokens: tuple[int, ...]
-    steps: tuple[int, ...]
+    tokens: tuple[float, ...]
+    steps: tuple[float, ...]
     copied: float | None
 
     def over(self, other: LongContextRow, seed: int = 0) -> Estimate:
@@ -175,7 +177,7 @@ def measure_acceptance(
         num_prompts: of each domain and length.
         num_tokens: that the target writes behind each.
         num_drafts: K.
-        temperature: of the target's writing; drafts are greedy.
+        temperature: of the target's writing and of the drafts, which are drawn unless it is 0; then both are greedy.
         seed: of prompts and sampling.
         on_progress: called with domain, length and number of each finished prompt.
     """
@@ -183,7 +185,7 @@ def measure_acceptance(
     layers = {name: tuple(drafter.config.eagle_aux_hidden_state_layer_ids) for name, drafter in drafters.items()}
     for domain in domains:
         for length in lengths:
-            replays: dict[str, list[Replay]] = {}
+            replays: dict[str, list[ExpectedReplay]] = {}
             copied = []
             for number in range(num_prompts):
                 prompt = writer.write(domain, length, seed + number)
@@ -193,12 +195,12 @@ def measure_acceptance(
                 if domain == "quotations":
                     copied.append(_share_copied(prompt, continuation))
                 read = _read(target, prompt, continuation, set(layers.values()))
-                accepted = {
-                    name: accepted_everywhere(drafter, read[layers[name]], num_drafts)
+                chances = {
+                    name: _chances(drafter, read[layers[name]], num_drafts, temperature)
                     for name, drafter in drafters.items()
                 }
-                for name, counts in _with_lookup(accepted, [*prompt, *continuation], len(prompt), num_drafts).items():
-                    replays.setdefault(name, []).append(walk(counts, num_drafts))
+                for name, some in with_lookup(chances, [*prompt, *continuation], len(prompt)).items():
+                    replays.setdefault(name, []).append(expected_walk(some))
                 on_progress(domain, length, number)
             share = float(np.mean(copied)) if copied else None
             yield [_row(domain, length, name, found, share, seed) for name, found in replays.items()]
@@ -224,28 +226,41 @@ def _share_copied(prompt: list[int], continuation: list[int]) -> float:
     return float(np.mean([a == b for a, b in zip(passage, continuation, strict=False)]))
 
 
-def _with_lookup(
-    accepted: dict[str, list[int]], token_ids: list[int], num_prompt: int, num_drafts: int
-) -> dict[str, list[int]]:
-    """Add the accepted counts of suffix lookup and of the hybrids to those of the drafters."""
-    num_rows = len(next(iter(accepted.values())))
+def _chances(drafter: Drafter, text: ReadText, num_drafts: int, temperature: float) -> Tensor:
+    """Return the chance that at least 1..K drafts are kept at each position: `[T, K]`, of 0 and 1 for greedy ones."""
+    if temperature > 0:
+        return chances_everywhere(drafter, text, num_drafts, temperature)
+    return _at_least(accepted_everywhere(drafter, text, num_drafts), num_drafts)
+
+
+def _at_least(counts: Sequence[int], num_drafts: int) -> Tensor:
+    return (torch.tensor(counts).unsqueeze(-1) > torch.arange(num_drafts)).double()
+
+
+def with_lookup(chances: Mapping[str, Tensor], token_ids: Sequence[int], num_prompt: int) -> dict[str, Tensor]:
+    """Add suffix lookup, and its hybrids with the drafters, to the chances that drafts are kept.
+
+    Args:
+        chances: `[T, K]` of each drafter, by name; see `chances_everywhere`.
+        token_ids: prompt and continuation.
+        num_prompt: tokens of the prompt.
+    """
+    num_rows, num_drafts = next(iter(chances.values())).shape
     found = lookup_drafts(token_ids, num_prompt - 1, num_rows, num_drafts)
-    matched = []
+    counts = []
     for row, lookup in enumerate(found):
         expected = token_ids[num_prompt + 1 + row :]
         count = 0
         while count < len(lookup.drafts) and lookup.drafts[count] == expected[count]:
             count += 1
-        matched.append(count)
-    sure = [lookup.length >= SURE_LENGTH for lookup in found]
-    hybrids = {
-        f"{name}+{LOOKUP}": [m if s else c for m, s, c in zip(matched, sure, counts, strict=True)]
-        for name, counts in accepted.items()
-    }
-    return {**accepted, LOOKUP: matched, **hybrids}
+        counts.append(count)
+    matched = _at_least(counts, num_drafts)
+    sure = torch.tensor([lookup.length >= SURE_LENGTH for lookup in found]).unsqueeze(-1)
+    hybrids = {f"{name}+{LOOKUP}": torch.where(sure, matched, some) for name, some in chances.items()}
+    return {**chances, LOOKUP: matched, **hybrids}
 
 
-def acceptance_length(tokens: Sequence[int], steps: Sequence[int], seed: int = 0) -> Estimate:
+def acceptance_length(tokens: Sequence[float], steps: Sequence[float], seed: int = 0) -> Estimate:
     """Estimate tokens per step over prompts.
 
     Args:
@@ -258,17 +273,18 @@ def acceptance_length(tokens: Sequence[int], steps: Sequence[int], seed: int = 0
     return estimate
 
 
-def _row(domain: str, length: int, name: str, replays: list[Replay], copied: float | None, seed: int) -> LongContextRow:
-    steps = tuple(len(replay.accepted) for replay in replays)
-    tokens = tuple(len(replay.accepted) + sum(replay.accepted) for replay in replays)
-    counts = [replay.counts for replay in replays]
-    total = sum(counts[1:], start=counts[0])
+def _row(
+    domain: str, length: int, name: str, replays: list[ExpectedReplay], copied: float | None, seed: int
+) -> LongContextRow:
+    steps = tuple(replay.steps for replay in replays)
+    tokens = tuple(replay.steps + replay.accepted for replay in replays)
+    kept = (sum(some) for some in zip(*(replay.kept for replay in replays), strict=True))
     return LongContextRow(
         domain,
         length,
         name,
         acceptance_length(tokens, steps, seed),
-        tuple(total.acceptance_per_position),
+        tuple(number / sum(steps) for number in kept),
         tokens,
         steps,
         copied,

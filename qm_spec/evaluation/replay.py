@@ -5,9 +5,9 @@ pass of the target has all states that drafting would ever start from, and a ste
 drafted token is accepted as long as it is the text's. The walk over the positions that an engine would have
 stopped at then gives its counts step by step, exactly, up to rounding at near ties.
 
-The drafts are argmaxes, as vLLM drafts by default. Against them vLLM's sampler keeps a drafted token if and
-only if it is the token that is emitted, so `replay` is exact for a sampled text, too. For drafts that are drawn
-from the drafter's distribution see `expected_replay`.
+`replay` is for drafts that are argmaxes. Against them vLLM's sampler keeps a drafted token if and only if it is the
+token that is emitted, so it is exact for a sampled text, too. For drafts that are drawn from the drafter's distribution
+see `expected_replay`.
 
 Letters: N tokens of prompt and continuation, C of the continuation, T rows, K drafted tokens, V vocabulary, D hidden.
 """
@@ -57,11 +57,16 @@ class ExpectedReplay:
 
     Attributes:
         steps: expected number of steps.
-        accepted: expected number of accepted tokens in all of them.
+        kept: expected number of them that keep the draft at each position, K numbers.
     """
 
     steps: float
-    accepted: float
+    kept: tuple[float, ...]
+
+    @property
+    def accepted(self) -> float:
+        """Expected number of accepted tokens in all steps."""
+        return sum(self.kept)
 
     @property
     def acceptance_length(self) -> float:
@@ -223,25 +228,42 @@ def replay(drafter: Drafter, text: ReadText, num_drafts: int) -> Replay:
 def expected_replay(drafter: Drafter, text: ReadText, num_drafts: int, temperature: float = 1.0) -> ExpectedReplay:
     """Return what drafts drawn from the drafter do on average for a text that the target sampled.
 
-    A step emits token x with a draft accepted with probability min(p(x), q(x)), and in all with p(x). So, given the
-    text, its next token was an accepted draft with probability min(1, q(x) / p(x)), and k tokens were with the
-    product over them. From this follow the probabilities that a step begins at each position, and the two sums.
-    They are exact for this text; over texts their average is an estimate, as far as the texts are a sample.
+    The sums are exact for this text; over texts their average is an estimate, as far as the texts are a sample.
 
     Args:
-        drafter: see `replay`.
-        text: sampled by the target at this temperature; steps as in `replay`.
+        drafter, text, num_drafts, temperature: see `chances_everywhere`.
+
+    Raises:
+        ValueError: see `chances_everywhere`.
+    """
+    return expected_walk(chances_everywhere(drafter, text, num_drafts, temperature))
+
+
+@torch.inference_mode()
+def chances_everywhere(drafter: Drafter, text: ReadText, num_drafts: int, temperature: float) -> Tensor:
+    """Return the chance that at least 1..K drafts, drawn from the drafter, are accepted at each position of a text.
+
+    A step emits token x with a draft accepted with probability min(p(x), q(x)), and in all with p(x). So, given the
+    text, its next token was an accepted draft with probability min(1, q(x) / p(x)), and k tokens were with the
+    product over them.
+
+    Args:
+        drafter: see `accepted_everywhere`.
+        text: sampled by the target at this temperature.
         num_drafts: K.
         temperature: of target and drafter, above 0.
 
+    Returns:
+        `[T, K]` float64 on the CPU, a row per position as in `accepted_everywhere`.
+
     Raises:
-        ValueError: the temperature is not above 0, or as in `replay`.
+        ValueError: the temperature is not above 0, or as in `accepted_everywhere`.
 
     Source: Leviathan et al. 2023, arXiv 2211.17192; conditioning on the text is ours.
     """
     if temperature <= 0:
         raise ValueError(
-            f"expected_replay: temperature must be above 0, got {temperature}; use replay for greedy drafts"
+            f"chances_everywhere: temperature must be above 0, got {temperature}; use replay for greedy drafts"
         )
     # p of x_{t+2}, the first token that the first row's drafts are compared with, and of those behind it.
     compared = text.token_ids[0, text.num_prompt + 1 :]
@@ -256,7 +278,24 @@ def expected_replay(drafter: Drafter, text: ReadText, num_drafts: int, temperatu
             log_chance = log_chance + (log_q - log_p[place]).clamp_max(0)
             row_chances.append(log_chance.exp())
         chances.append(torch.stack(row_chances, -1))
-    return _expected_walk(torch.cat(chances).cpu())
+    return torch.cat(chances).cpu()
+
+
+def expected_walk(chances: Tensor) -> ExpectedReplay:
+    """Return the sums over all walks of an engine that begins at the first position.
+
+    Args:
+        chances: `[T, K]`, as of `chances_everywhere`; of 0 and 1 alone the walk is the one of `walk`.
+    """
+    num_rows, num_drafts = chances.shape
+    at_least = torch.cat([chances.new_ones(num_rows, 1), chances, chances.new_zeros(num_rows, 1)], -1)
+    exactly = at_least[:, :-1] - at_least[:, 1:]
+    begins = chances.new_zeros(num_rows + num_drafts + 1)
+    begins[0] = 1
+    for row in range(num_rows):
+        begins[row + 1 : row + num_drafts + 2] += begins[row] * exactly[row]
+    visited = begins[:num_rows]
+    return ExpectedReplay(float(visited.sum()), tuple((visited @ chances).tolist()))
 
 
 def _draft_logits(text: ReadText, drafts: DraftRows, token_ids: Tensor) -> Tensor:
@@ -290,16 +329,3 @@ def _chunks(drafter: Drafter, text: ReadText, num_drafts: int) -> Iterator[tuple
     first = text.num_prompt - 1
     for rows in torch.arange(first, first + num_rows, device=text.token_ids.device).split(size):
         yield rows, sequences.rows(rows[None])
-
-
-def _expected_walk(chances: Tensor) -> ExpectedReplay:
-    """Sum over all walks; `chances` `[T, K]` hold the probability that at least k tokens are accepted at a row."""
-    num_rows, num_drafts = chances.shape
-    at_least = torch.cat([chances.new_ones(num_rows, 1), chances, chances.new_zeros(num_rows, 1)], -1)
-    exactly = at_least[:, :-1] - at_least[:, 1:]
-    begins = chances.new_zeros(num_rows + num_drafts + 1)
-    begins[0] = 1
-    for row in range(num_rows):
-        begins[row + 1 : row + num_drafts + 2] += begins[row] * exactly[row]
-    visited = begins[:num_rows]
-    return ExpectedReplay(float(visited.sum()), float((visited * chances.sum(-1)).sum()))
