@@ -8,6 +8,7 @@
 #include <array>
 #include <cmath>
 #include <string>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -101,74 +102,104 @@ class Plan {
   std::vector<int64_t> due_;  // groups old enough for each level
 };
 
-// The entries of one group while it is merged, as floats; rows are padded to whole vectors.
+// Rows of elements, in their slots or in scratch memory.
+struct Rows {
+  char* first;
+  int64_t stride;  // bytes
+
+  template <class S>
+  S* at(int64_t i) const {
+    return reinterpret_cast<S*>(first + i * stride);
+  }
+};
+
+// The entries of one group while it is merged. Rows in scratch memory are padded to whole vectors.
 struct Entries {
-  Entries(int64_t group_size, int64_t head_dim)
-      : width(to_lanes(head_dim)),
+  Entries(int64_t group_size, int64_t width)
+      : width(width),
         most(to_lanes(group_size)),
-        scratch(4 * most * width + most * most + 5 * most),
+        scratch(4 * most * width + 2 * most * most + 5 * most),
         cluster(most),
+        order(most),
         centre(most + 1),
         other(most + 1),
-        begin(most),
-        member(most) {
+        joined(most),
+        next(most) {
     float* next = scratch.get();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
-    keys = take(most * width), values = take(most * width);
-    new_keys = take(most * width), new_values = take(most * width);
-    gram = take(most * most);
+    for (float** rows : {&key_rows[0], &key_rows[1], &value_rows[0], &value_rows[1]}) *rows = take(most * width);
+    gram = take(most * most), blocks = take(most * most);
     mass = take(most), count = take(most), new_mass = take(most), new_count = take(most), weight = take(most);
-    // Products of four with four may take rows behind the last entry.
-    std::fill(keys, next, 0.0f);
+    // The lanes behind the last entry hold anything, but nothing slow.
+    std::fill(gram, next, 0.0f);
   }
 
   const int64_t width, most;
   Scratch scratch;
-  float *keys, *values, *new_keys, *new_values, *gram, *mass, *count, *new_mass, *new_count, *weight;
-  std::vector<int32_t> cluster, centre, other, begin, member;
+  // Where they are now, and where the entries of even and odd levels are put.
+  Rows keys, values;
+  float *key_rows[2], *value_rows[2];
+  float *gram, *blocks, *mass, *count, *new_mass, *new_count, *weight;
+  std::vector<int32_t> cluster, order, centre, other;
+  // The first entry that joins each centre, and the next one that joins the same; -1: none.
+  std::vector<int32_t> joined, next;
+
+  // Rows of elements of type S for the entries of a level.
+  template <class S>
+  Rows scratch_rows(float* const* rows, int64_t level) const {
+    return {reinterpret_cast<char*>(rows[level % 2]), width * int64_t{sizeof(S)}};
+  }
 };
 
 const IntVec kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
+// Four rows of a list of `count`; behind its end the last one again.
+template <class S, class Row>
+QM_INLINE std::array<const S*, 4> four_rows(const Entries& e, int64_t i, int64_t count, Row row) {
+  std::array<const S*, 4> rows;
+  for (int64_t r = 0; r < 4; ++r) rows[r] = e.keys.at<S>(row(std::min(i + r, count - 1)));
+  return rows;
+}
+
 // gram[i, j] = key i . key j of `num` entries; rows are to_lanes(num) apart, lanes from `num` on hold anything.
+template <class S>
 QM_INLINE void gram_matrix(Entries& e, int64_t num) {
   const int64_t lanes = to_lanes(num);
   const auto rows = [&](int64_t i) __attribute__((always_inline)) {
-    const float* first = e.keys + i * e.width;
-    return std::array<const float*, 4>{first, first + e.width, first + 2 * e.width, first + 3 * e.width};
+    return four_rows<S>(e, i, num, [](int64_t row) { return row; });
   };
-  alignas(64) float block[16];
-  const auto copy = [&](float* to) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < 4; ++r) std::memcpy(to + r * lanes, block + 4 * r, 4 * sizeof(float));
-  };
+  const auto block = [&](int64_t i, int64_t j) { return e.blocks + (i * lanes / 4 + j) * 4; };
   for (int64_t i = 0; i < num; i += 4) {
-    multiply_4x4<true>(rows(i).data(), rows(i).data(), e.width, block);
-    copy(e.gram + i * lanes + i);
+    store(multiply_4x4<true>(rows(i).data(), rows(i).data(), e.width), block(i, i));
     for (int64_t j = i + 4; j < num; j += 4) {
-      multiply_4x4<false>(rows(i).data(), rows(j).data(), e.width, block);
-      copy(e.gram + i * lanes + j);
-      transpose_4x4(block, e.gram + j * lanes + i, lanes);
+      const Vec products = multiply_4x4<false>(rows(i).data(), rows(j).data(), e.width);
+      store(products, block(i, j));
+      store(transposed_4x4(products), block(j, i));
     }
   }
+  for (int64_t i = 0; i < num; i += 4)
+    for (int64_t j = 0; j < lanes; j += kLanes) {
+      Vec four[4] = {load(block(i, j)), load(block(i, j + 4)), load(block(i, j + 8)), load(block(i, j + 12))};
+      transpose_quarters(four);
+      for (int64_t r = 0; r < 4; ++r) store(four[r], e.gram + (i + r) * lanes + j);
+    }
 }
 
 // The part of the same that the assignment needs: the products of centres with other entries and with themselves.
+template <class S>
 QM_INLINE void centre_products(Entries& e, int64_t num, int64_t keep) {
   const int64_t lanes = to_lanes(num), rest = num - keep;
   const int32_t *centre = e.centre.data(), *other = e.other.data();
-  // What is left of a block repeats its last entry.
   const auto rows = [&](const int32_t* list, int64_t i, int64_t count) __attribute__((always_inline)) {
-    std::array<const float*, 4> row;
-    for (int64_t r = 0; r < 4; ++r) row[r] = e.keys + list[std::min(i + r, count - 1)] * e.width;
-    return row;
+    return four_rows<S>(e, i, count, [list](int64_t row) { return list[row]; });
   };
-  alignas(64) float block[16];
+  float block[16];
   for (int64_t i = 0; i < keep; i += 4) {
     const auto centres = rows(centre, i, keep);
-    multiply_4x4<true>(centres.data(), centres.data(), e.width, block);
+    store(multiply_4x4<true>(centres.data(), centres.data(), e.width), block);
     for (int64_t r = i; r < std::min(i + 4, keep); ++r) e.gram[centre[r] * (lanes + 1)] = block[5 * (r - i)];
     for (int64_t j = 0; j < rest; j += 4) {
-      multiply_4x4<false>(centres.data(), rows(other, j, rest).data(), e.width, block);
+      store(multiply_4x4<false>(centres.data(), rows(other, j, rest).data(), e.width), block);
       for (int64_t r = i; r < std::min(i + 4, keep); ++r)
         for (int64_t c = j; c < std::min(j + 4, rest); ++c)
           e.gram[centre[r] * lanes + other[c]] = block[4 * (r - i) + c - j];
@@ -176,29 +207,40 @@ QM_INLINE void centre_products(Entries& e, int64_t num, int64_t keep) {
   }
 }
 
-// Mass of each token from the entropy of its attention among the group's keys, as in `saliency_mass`.
-QM_INLINE void saliency_mass(Entries& e, int64_t num, int64_t head_dim, const Rule& rule) {
+// Saliency of each token, in the place of its mass, from the entropy of its attention among the group's keys.
+QM_INLINE void entropies(Entries& e, int64_t num, int64_t head_dim, bool inverse) {
   const int64_t lanes = to_lanes(num);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  Vec lows = all(INFINITY), highs = all(-INFINITY);
+  constexpr float kLog2 = 0.693147181f;
+  // To the base 2.
+  const float scale = 1.0f / (kLog2 * std::sqrt(static_cast<float>(head_dim)));
   for (int64_t i = 0; i < lanes; i += kLanes) {
     Vec most = load(e.gram + i);
     for (int64_t j = 1; j < num; ++j) {
       const Vec score = load(e.gram + j * lanes + i);
       most = score > most ? score : most;
     }
+    most *= scale;
     Vec total{}, weighted{};
     for (int64_t j = 0; j < num; ++j) {
-      const Vec z = (load(e.gram + j * lanes + i) - most) * scale, p = exp_of_negative(z);
+      const Vec z = load(e.gram + j * lanes + i) * scale - most, p = exp2_of_negative(z);
       total += p;
       weighted += z * p;
     }
-    Vec entropy = log(total) - weighted / total;
-    entropy = rule.inverse ? -entropy : entropy;
-    store(entropy, e.mass + i);
+    const Vec entropy = log(total) - weighted / total * kLog2;
+    store(inverse ? -entropy : entropy, e.mass + i);
+  }
+}
+
+// Mass of each token from its entropy, as in `saliency_mass`.
+QM_INLINE void saliency_mass(Entries& e, int64_t num, const Rule& rule) {
+  const int64_t lanes = to_lanes(num);
+  Vec lows = all(INFINITY), highs = all(-INFINITY);
+  for (int64_t i = 0; i < lanes; i += kLanes) {
+    const Vec entropy = load(e.mass + i);
     const IntVec live = kLane < static_cast<int32_t>(num - i);
-    lows = live & (entropy < lows) ? entropy : lows;
-    highs = live & (entropy > highs) ? entropy : highs;
+    const Vec low = live ? entropy : all(INFINITY), high = live ? entropy : all(-INFINITY);
+    lows = low < lows ? low : lows;
+    highs = high > highs ? high : highs;
   }
   const float low = smallest(lows), spread = largest(highs) - low;
   const bool alike = !(spread > 1e-6f);
@@ -222,7 +264,7 @@ QM_INLINE void saliency_mass(Entries& e, int64_t num, int64_t head_dim, const Ru
 QM_INLINE void choose(Entries& e, int64_t num, int64_t keep) {
   const int64_t lanes = to_lanes(num);
   // Masses are positive, so their bits are in the same order, and those of stale bytes in some order too.
-  int32_t *order = e.begin.data(), *rank = e.cluster.data();
+  int32_t *order = e.order.data(), *rank = e.cluster.data();
   for (int64_t i = 0; i < lanes; i += kLanes) {
     const BitVec bits = read_bytes<BitVec>(e.mass + i) & 0x7fffffffu;
     std::memcpy(order + i, &bits, sizeof bits);
@@ -230,7 +272,10 @@ QM_INLINE void choose(Entries& e, int64_t num, int64_t keep) {
   for (int64_t i = 0; i < lanes; i += kLanes) {
     const IntVec own = read_bytes<IntVec>(order + i), number = kLane + static_cast<int32_t>(i);
     IntVec before{};
-    for (int32_t j = 0; j < num; ++j) before -= order[j] > own + (j < number);
+    for (int32_t j = 0; j < num; ++j) {
+      const IntVec bound = number > j ? own - 1 : own;
+      before = order[j] > bound ? before + 1 : before;
+    }
     std::memcpy(rank + i, &before, sizeof before);
   }
   int32_t *centre = e.centre.data(), *other = e.other.data();
@@ -266,81 +311,69 @@ QM_INLINE void assign(Entries& e, int64_t num, int64_t keep) {
   for (int32_t k = 0; k < keep; ++k) cluster[centre[k]] = k;
 }
 
-// List the members of each cluster in order, add up their masses and counts, and set weight[i] to the share of entry i
-// in the mass of its cluster.
-QM_INLINE void divide(Entries& e, int64_t num, int64_t keep) {
-  const int32_t* cluster = e.cluster.data();
-  int32_t* begin = e.begin.data();
-  for (int64_t i = 0; i < keep; i += kLanes) {
-    const IntVec number = kLane + static_cast<int32_t>(i);
-    Vec mass{}, count{};
-    IntVec before{};
-    for (int64_t j = 0; j < num; ++j) {
-      const IntVec mine = number == cluster[j];
-      mass = mine ? mass + e.mass[j] : mass;
-      count = mine ? count + e.count[j] : count;
-      before -= cluster[j] < number;
-    }
-    store(mass, e.new_mass + i);
-    store(count, e.new_count + i);
-    std::memcpy(begin + i, &before, sizeof before);
-  }
-  for (int32_t i = 0; i < num; ++i) {
-    e.member[begin[cluster[i]]++] = i;
-    e.weight[i] = e.new_mass[cluster[i]];
-  }
-  // Divided first, so that an entry by itself is copied bit by bit.
-  for (int64_t i = 0; i < num; i += kLanes) store(load(e.mass + i) / load(e.weight + i), e.weight + i);
+// All entries of the group are one cluster.
+QM_INLINE void join_all(Entries& e, int64_t num) {
+  e.centre[0] = 0;
+  for (int32_t i = 1; i < num; ++i) e.other[i - 1] = i;
+  std::fill_n(e.cluster.data(), num, 0);
 }
 
-// Rows of elements as floats or as they lie in their slots.
-template <class V>
-struct Rows {
-  const char* first;
-  int64_t stride_bytes;
-  const V* operator[](int64_t i) const { return reinterpret_cast<const V*>(first + i * stride_bytes); }
-};
-
-// kVectors of the means of keys and values of each cluster, from column `c` on.
-template <class T, int kVectors, class V>
-QM_INLINE void means(Entries& e, const Rows<V>& values, int64_t keep, int64_t c) {
-  const int32_t* member = e.member.data();
+// List who joins each centre, and add up the masses and counts of each cluster.
+QM_INLINE void divide(Entries& e, int64_t num, int64_t keep) {
+  const int32_t *cluster = e.cluster.data(), *centre = e.centre.data(), *other = e.other.data();
   for (int64_t k = 0; k < keep; ++k) {
-    const int32_t* end = e.member.data() + e.begin[k];
-    Vec key_sum[kVectors], value_sum[kVectors];
-    const float* key = e.keys + *member * e.width + c;
-    const V* value = values[*member] + c;
-    float weight = e.weight[*member];
+    e.new_mass[k] = e.mass[centre[k]], e.new_count[k] = e.count[centre[k]];
+    e.joined[k] = -1;
+  }
+  for (int64_t j = num - keep; j-- > 0;) {
+    const int32_t i = other[j], k = cluster[i];
+    e.new_mass[k] += e.mass[i], e.new_count[k] += e.count[i];
+    e.next[i] = std::exchange(e.joined[k], i);
+  }
+}
+
+// kParts vectors' worth of the means of keys and values of each cluster, from column `c` on. Values are of type V.
+template <class T, class S, class V, int kParts>
+QM_INLINE void means(Entries& e, const Rows& new_keys, const Rows& new_values, int64_t keep, int64_t c) {
+  constexpr int64_t kColumns = sizeof(Vec) / sizeof(S);
+  using Part = Floats<S>;
+  for (int64_t k = 0; k < keep; ++k) {
+    Part key_sum[kParts], value_sum[kParts];
+    int32_t i = e.centre[k];
+    const S* key = e.keys.at<S>(i) + c;
+    const V* value = e.values.at<V>(i) + c;
+    // Divided first, so that an entry by itself is copied bit by bit.
+    float weight = e.mass[i] / e.new_mass[k];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      key_sum[v] = weight * load(key + v * kLanes);
-      value_sum[v] = weight * load(value + v * kLanes);
+    for (int p = 0; p < kParts; ++p) {
+      key_sum[p].set(weight, Part(key + p * kColumns));
+      value_sum[p].set(weight, Part(value + p * kColumns));
     }
-    for (++member; member < end; ++member) {
-      key = e.keys + *member * e.width + c, value = values[*member] + c, weight = e.weight[*member];
+    for (i = e.joined[k]; i >= 0; i = e.next[i]) {
+      key = e.keys.at<S>(i) + c, value = e.values.at<V>(i) + c, weight = e.mass[i] / e.new_mass[k];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        key_sum[v] += weight * load(key + v * kLanes);
-        value_sum[v] += weight * load(value + v * kLanes);
+      for (int p = 0; p < kParts; ++p) {
+        key_sum[p].add(weight, Part(key + p * kColumns));
+        value_sum[p].add(weight, Part(value + p * kColumns));
       }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t to = k * e.width + c + v * kLanes;
-      store(rounded_to(key_sum[v], static_cast<const T*>(nullptr)), e.new_keys + to);
-      store(rounded_to(value_sum[v], static_cast<const T*>(nullptr)), e.new_values + to);
+    for (int p = 0; p < kParts; ++p) {
+      key_sum[p].template store_rounded<T>(new_keys.at<S>(k) + c + p * kColumns);
+      value_sum[p].template store_rounded<T>(new_values.at<S>(k) + c + p * kColumns);
     }
   }
 }
 
-// Take the entries to `keep`: keys and values become the mean of each cluster weighted by mass.
-template <class T, class V>
-QM_INLINE void merge(Entries& e, const Rows<V>& values, int64_t keep) {
+// Take the entries to the `keep` of a level: keys and values become the mean of each cluster weighted by mass.
+template <class T, class S, class V>
+QM_INLINE void merge(Entries& e, int64_t level, int64_t keep) {
+  constexpr int64_t kColumns = sizeof(Vec) / sizeof(S), kParts = 4 * sizeof(S) / sizeof(float);
+  const Rows keys = e.scratch_rows<S>(e.key_rows, level), values = e.scratch_rows<S>(e.value_rows, level);
   int64_t c = 0;
-  for (; c + 4 * kLanes <= e.width; c += 4 * kLanes) means<T, 4>(e, values, keep, c);
-  for (; c < e.width; c += kLanes) means<T, 1>(e, values, keep, c);
-  std::swap(e.keys, e.new_keys);
-  std::swap(e.values, e.new_values);
+  for (; c + kParts * kColumns <= e.width; c += kParts * kColumns) means<T, S, V, kParts>(e, keys, values, keep, c);
+  for (; c < e.width; c += kColumns) means<T, S, V, 1>(e, keys, values, keep, c);
+  e.keys = keys, e.values = values;
   std::swap(e.mass, e.new_mass);
   std::swap(e.count, e.new_count);
 }
@@ -352,7 +385,8 @@ struct Slots {
 
   char* key(int64_t i) const { return first + i * stride; }
   char* value(int64_t i) const { return key(i) + value_offset; }
-  void prefetch(int64_t from, int64_t to) const {
+  // Inlined by force: GCC drops calls of a function that does nothing but prefetch.
+  QM_INLINE void prefetch(int64_t from, int64_t to) const {
     for (int64_t i = from; i < to; ++i)
       for (int64_t byte = 0; byte < state_offset; byte += 64) __builtin_prefetch(key(i) + byte, 1);
   }
@@ -360,35 +394,39 @@ struct Slots {
   void set_state(int64_t i, const SlotState& state) const { std::memcpy(key(i) + state_offset, &state, sizeof state); }
 };
 
-template <class T>
-QM_INLINE void read_entries(const Slots& slots, int64_t num, int64_t head_dim, Entries& e) {
+// Rows of whole vectors are read where they stand, keys only if they are of the type that is computed with.
+template <class T, class S>
+QM_INLINE void read_entries(const Slots& slots, int64_t num, int64_t head_dim, int64_t level, Entries& e) {
+  const bool whole = head_dim == e.width;
+  e.keys = whole && std::is_same_v<T, S> ? Rows{slots.key(0), slots.stride} : e.scratch_rows<S>(e.key_rows, level);
+  e.values = whole ? Rows{slots.value(0), slots.stride} : e.scratch_rows<S>(e.value_rows, level);
   for (int64_t i = 0; i < num; ++i) {
-    load_row(reinterpret_cast<const T*>(slots.key(i)), head_dim, e.keys + i * e.width);
-    // Whole vectors of values are read where they stand, once.
-    if (head_dim < e.width) load_row(reinterpret_cast<const T*>(slots.value(i)), head_dim, e.values + i * e.width);
+    if (!whole || !std::is_same_v<T, S>) load_row(reinterpret_cast<const T*>(slots.key(i)), head_dim, e.keys.at<S>(i));
+    if (!whole) load_row(reinterpret_cast<const T*>(slots.value(i)), head_dim, e.values.at<S>(i));
     const SlotState state = slots.state(i);
     e.mass[i] = state.mass, e.count[i] = state.count;
   }
 }
 
-template <class T>
+template <class T, class S>
 QM_INLINE void write_entries(
     const Entries& e, int64_t num, int64_t head_dim, int64_t group_size, int64_t level, const Slots& slots) {
   for (int64_t i = 0; i < num; ++i) {
-    store_row(e.keys + i * e.width, head_dim, reinterpret_cast<T*>(slots.key(i)));
-    store_row(e.values + i * e.width, head_dim, reinterpret_cast<T*>(slots.value(i)));
+    store_row(e.keys.at<S>(i), head_dim, reinterpret_cast<T*>(slots.key(i)));
+    store_row(e.values.at<S>(i), head_dim, reinterpret_cast<T*>(slots.value(i)));
     slots.set_state(i, {e.mass[i], e.count[i], i == 0 ? static_cast<float>(level) : 0.0f, 0.0f});
   }
   for (int64_t i = num; i < group_size; ++i)
     slots.set_state(i, {0.0f, 0.0f, i == 0 ? static_cast<float>(level) : 0.0f, 0.0f});
 }
 
-// Groups merged side by side: one waits for its numbers while another is computed.
-constexpr int64_t kBatch = 4;
+// Groups merged side by side: one waits for its numbers while another is computed. More than these, with those that are
+// being fetched, are too many for the first-level cache.
+constexpr int64_t kBatch = 2;
 
 struct Batch {
-  Batch(int64_t group_size, int64_t head_dim) {
-    for (int64_t b = 0; b < kBatch; ++b) entries.emplace_back(group_size, head_dim);
+  Batch(int64_t group_size, int64_t width) {
+    for (int64_t b = 0; b < kBatch; ++b) entries.emplace_back(group_size, width);
   }
 
   int64_t size = 0, from = 0, to = 0;
@@ -399,44 +437,50 @@ struct Batch {
   std::vector<Entries> entries;
 };
 
-template <class T>
+// T: of the cache; S: of the rows between levels, and of the factors of products.
+template <class T, class S>
 QM_INLINE void merge_batch_of(Batch& batch, int64_t head_dim, const Rule& rule) {
   const int64_t left = rule.config.held(batch.to);
   int64_t num = rule.config.held(batch.from);
   Entries* e = batch.entries.data();
-  for (int64_t b = 0; left > 0 && b < batch.size; ++b) read_entries<T>(batch.slots[b], num, head_dim, e[b]);
+  // A few slots before each piece of work, of which a level has four at least: many at once would wait for each other.
+  const int64_t slots = num, pieces = 4 * (batch.to - batch.from), at_once = (slots + pieces - 1) / pieces;
+  int64_t fetched[kBatch] = {};
+  const auto fetch = [&](int64_t b) __attribute__((always_inline)) {
+    if (b >= batch.num_later || fetched[b] >= slots) return;
+    batch.later[b].prefetch(fetched[b], std::min(slots, fetched[b] + at_once));
+    fetched[b] += at_once;
+  };
+  for (int64_t b = 0; left > 0 && b < batch.size; ++b)
+    read_entries<T, S>(batch.slots[b], num, head_dim, batch.from, e[b]);
   for (int64_t level = batch.from + 1; left > 0 && level <= batch.to; ++level) {
     const int64_t keep = rule.config.held(level);
     if (level == 1) {
       // Scores for the entropy, and similarities for the assignment.
-      for (int64_t b = 0; b < batch.size; ++b) gram_matrix(e[b], num);
-      for (int64_t b = 0; b < batch.size; ++b) saliency_mass(e[b], num, head_dim, rule);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), gram_matrix<S>(e[b], num);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), entropies(e[b], num, head_dim, rule.inverse);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), saliency_mass(e[b], num, rule);
     }
     if (keep > 1) {
-      for (int64_t b = 0; b < batch.size; ++b) choose(e[b], num, keep);
-      for (int64_t b = 0; level > 1 && b < batch.size; ++b) centre_products(e[b], num, keep);
-      for (int64_t b = 0; b < batch.size; ++b) assign(e[b], num, keep);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), choose(e[b], num, keep);
+      for (int64_t b = 0; level > 1 && b < batch.size; ++b) fetch(b), centre_products<S>(e[b], num, keep);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), assign(e[b], num, keep);
     } else {
-      for (int64_t b = 0; b < batch.size; ++b) std::fill_n(e[b].cluster.data(), num, 0);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), join_all(e[b], num);
     }
-    for (int64_t b = 0; b < batch.size; ++b) divide(e[b], num, keep);
-    // A part at each level, so that memory is never waited for.
-    const int64_t slots = rule.config.held(batch.from), levels = batch.to - batch.from, done = level - batch.from;
-    for (int64_t b = 0; b < batch.num_later; ++b)
-      batch.later[b].prefetch(slots * (done - 1) / levels, slots * done / levels);
+    for (int64_t b = 0; b < batch.size; ++b) fetch(b), divide(e[b], num, keep);
     for (int64_t b = 0; b < batch.size; ++b) {
-      const Rows<float> values{reinterpret_cast<const char*>(e[b].values), e[b].width * int64_t{sizeof(float)}};
-      const Rows<T> in_slots{batch.slots[b].value(0), batch.slots[b].stride};
+      fetch(b);
       if (level == batch.from + 1 && head_dim == e[b].width) {
-        merge<T>(e[b], in_slots, keep);
+        merge<T, S, T>(e[b], level, keep);
       } else {
-        merge<T>(e[b], values, keep);
+        merge<T, S, S>(e[b], level, keep);
       }
     }
     num = keep;
   }
   for (int64_t b = 0; b < batch.size; ++b)
-    write_entries<T>(e[b], left, head_dim, rule.config.group_size, batch.to, batch.slots[b]);
+    write_entries<T, S>(e[b], left, head_dim, rule.config.group_size, batch.to, batch.slots[b]);
 }
 
 // One entry joins another: the mean weighted by mass.
@@ -465,10 +509,27 @@ QM_INLINE void merge_pair_of(
 }
 
 QM_MULTIVERSION void merge_batch(Batch& batch, ScalarType type, int64_t head_dim, const Rule& rule) {
-  if (type == ScalarType::Float) merge_batch_of<float>(batch, head_dim, rule);
-  if (type == ScalarType::BFloat16) merge_batch_of<BFloat16>(batch, head_dim, rule);
-  if (type == ScalarType::Half) merge_batch_of<Float16>(batch, head_dim, rule);
+  if (type == ScalarType::Float) merge_batch_of<float, float>(batch, head_dim, rule);
+  if (type == ScalarType::BFloat16) merge_batch_of<BFloat16, float>(batch, head_dim, rule);
+  if (type == ScalarType::Half) merge_batch_of<Float16, float>(batch, head_dim, rule);
 }
+
+#if defined(__x86_64__)
+// Products of bfloat16 as they stand, two to a lane; every processor that has them has the rest of the set.
+__attribute__((target("arch=x86-64-v4,avx512bf16"))) void merge_batch_of_pairs(
+    Batch& batch, int64_t head_dim, const Rule& rule) {
+  merge_batch_of<BFloat16, BFloat16>(batch, head_dim, rule);
+}
+
+bool has_products_of_pairs() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
+}
+#else
+void merge_batch_of_pairs(Batch&, int64_t, const Rule&) {}
+
+bool has_products_of_pairs() { return false; }
+#endif
 
 QM_MULTIVERSION void merge_pair(
     const Slots& head, const Slots& tail, const Slots& last, ScalarType type, int64_t head_dim, int64_t to) {
@@ -500,15 +561,22 @@ void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan
         slots_of(pair.head, head), slots_of(pair.tail, head), slots_of(pair.last, head), cache.type, cache.head_dim,
         pair.to);
   };
+  static const bool has_pairs = has_products_of_pairs();
+  const bool in_pairs = has_pairs && cache.type == ScalarType::BFloat16;
   // All parts of a head one after the other: the heads of a slot may lie side by side in memory.
   parallel(num_tasks * cache.num_heads, grain, [&](int64_t first, int64_t last) {
-    Batch batch(rule.config.group_size, cache.head_dim);
+    // Whole vectors, of pairs or of floats.
+    Batch batch(rule.config.group_size, in_pairs ? 2 * to_lanes((cache.head_dim + 1) / 2) : to_lanes(cache.head_dim));
     std::vector<const Step*> pairs;
     for (int64_t task = first; task < last; ++task) {
       const int64_t head = task % cache.num_heads;
       const auto slots = [&](const Place& at) { return slots_of(at, head); };
       const auto flush = [&] {
-        if (batch.size > 0) merge_batch(batch, cache.type, cache.head_dim, rule);
+        if (batch.size > 0 && in_pairs) {
+          merge_batch_of_pairs(batch, cache.head_dim, rule);
+        } else if (batch.size > 0) {
+          merge_batch(batch, cache.type, cache.head_dim, rule);
+        }
         batch.size = batch.num_later = 0;
         for (const Step* pair : pairs) join(*pair, head);
         pairs.clear();

@@ -3,6 +3,7 @@
 // Everything here is inlined into functions marked QM_MULTIVERSION and compiled for their instruction sets.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "csrc/cpu/kernel.h"
@@ -16,6 +17,7 @@ typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 typedef uint32_t BitVec __attribute__((vector_size(64)));
 typedef uint16_t HalfVec __attribute__((vector_size(32)));
+typedef uint16_t ShortVec __attribute__((vector_size(64)));
 // Parts of a Vec.
 typedef float EightVec __attribute__((vector_size(32)));
 typedef float FourVec __attribute__((vector_size(16)));
@@ -92,6 +94,12 @@ QM_INLINE void load_row(const T* row, int64_t count, float* out) {
   }
 }
 
+// The same row as it is, with zeros up to a multiple of 2 * kLanes.
+QM_INLINE void load_row(const BFloat16* row, int64_t count, BFloat16* out) {
+  std::memcpy(out, row, count * sizeof *row);
+  std::fill(out + count, out + (count + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes), BFloat16{0});
+}
+
 // The first `count` floats of a row that is padded to whole vectors.
 template <class T>
 QM_INLINE void store_row(const float* row, int64_t count, T* out) {
@@ -102,6 +110,10 @@ QM_INLINE void store_row(const float* row, int64_t count, T* out) {
     store(load(row + i), rest);
     std::memcpy(out + i, rest, (count - i) * sizeof(T));
   }
+}
+
+QM_INLINE void store_row(const BFloat16* row, int64_t count, BFloat16* out) {
+  std::memcpy(out, row, count * sizeof *row);
 }
 
 // What is left of floats after they were stored as T.
@@ -118,6 +130,62 @@ QM_INLINE Vec rounded_to(Vec v, const BFloat16*) {
   const BitVec rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
   return v == v ? (Vec)rounded : v;
 }
+
+// A vector's worth of elements of type S as floats.
+template <class S>
+struct Floats;
+
+template <>
+struct Floats<float> {
+  Floats() = default;
+  template <class V>
+  QM_INLINE explicit Floats(const V* from) : lanes(load(from)) {}
+  QM_INLINE void set(float weight, const Floats& x) { lanes = weight * x.lanes; }
+  QM_INLINE void add(float weight, const Floats& x) { lanes += weight * x.lanes; }
+  // As what is left of them after they were stored as T.
+  template <class T>
+  QM_INLINE void store_rounded(float* to) const {
+    store(rounded_to(lanes, static_cast<const T*>(nullptr)), to);
+  }
+
+  Vec lanes;
+};
+
+#if defined(__x86_64__)
+// Those at even places and those at odd ones.
+template <>
+struct Floats<BFloat16> {
+  Floats() = default;
+  QM_INLINE explicit Floats(const BFloat16* from) {
+    const BitVec pairs = read_bytes<BitVec>(from);
+    even = (Vec)(pairs << 16), odd = (Vec)(pairs & 0xffff0000u);
+  }
+  QM_INLINE void set(float weight, const Floats& x) { even = weight * x.even, odd = weight * x.odd; }
+  QM_INLINE void add(float weight, const Floats& x) { even += weight * x.even, odd += weight * x.odd; }
+  template <class T>
+  QM_INLINE void store_rounded(BFloat16* to) const {
+    ShortVec halves;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(even), "v"(odd));
+    const ShortVec pairs = __builtin_shuffle(
+        halves, (ShortVec){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+    std::memcpy(to, &pairs, sizeof pairs);
+  }
+
+  Vec even, odd;
+};
+#endif
+
+// The sums and the products of a vector's worth of elements of x and y, of a type.
+QM_INLINE Vec add_products(Vec sums, Vec x, Vec y, const float*) { return sums + x * y; }
+#if defined(__x86_64__)
+// Of bfloat16 in pairs, for processors with avx512_bf16. As assembler, because an intrinsic can be inlined only into
+// functions whose own declarations name the instruction set.
+QM_INLINE Vec add_products(Vec sums, Vec x, Vec y, const BFloat16*) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(y));
+  return sums;
+}
+#endif
 
 // One half of the lanes is combined with the other until one is left.
 template <class Combine>
@@ -165,13 +233,19 @@ QM_INLINE Vec exp(Vec x) {
   return x < -87.3f ? Vec{} : exp_series(r) * scale * 2.0f;
 }
 
-// The same for x <= 0, at least e^-87 instead of 0.
-QM_INLINE Vec exp_of_negative(Vec x) {
+// 2^x of x <= 0, at least 2^-126 instead of 0; at most 2 units in the last place off.
+QM_INLINE Vec exp2_of_negative(Vec x) {
   constexpr float kRound = 12582912.0f;
-  const Vec bounded = x > -87.0f ? x : all(-87.0f);
-  const Vec shifted = bounded * 1.44269504f + kRound, n = shifted - kRound;
-  const Vec r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  return exp_series(r) * (Vec)(((BitVec)shifted + 127u) << 23);
+  const Vec bounded = x > -126.0f ? x : all(-126.0f);
+  const Vec shifted = bounded + kRound, r = bounded - (shifted - kRound);
+  // Relative minimax of 2^r for |r| <= 1/2 that is 1 at 0.
+  Vec p = 1.5594678e-4f * r + 1.3406643e-3f;
+  p = p * r + 9.6176928e-3f;
+  p = p * r + 5.5503104e-2f;
+  p = p * r + 2.4022652e-1f;
+  p = p * r + 6.9314724e-1f;
+  p = p * r + 1.0f;
+  return (Vec)((BitVec)p + ((BitVec)shifted << 23));
 }
 
 QM_INLINE Vec log(Vec x) {
@@ -255,60 +329,66 @@ struct Columns {
   }
 };
 
-// The sums of eight vectors of eight: out[i] = the sum of the lanes of v[i].
-QM_INLINE EightVec sums_of(const EightVec* v) {
-  EightVec pairs[4], quads[2];
+// Pairs of lanes in each quarter of two vectors, and quarters of two vectors.
+constexpr IntVec kLowLanes = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+constexpr IntVec kHighLanes = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+constexpr IntVec kLowPairs = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+constexpr IntVec kHighPairs = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+constexpr IntVec kLowQuarters = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+constexpr IntVec kHighQuarters = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
+constexpr IntVec kEvenQuarters = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+constexpr IntVec kOddQuarters = {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
+
+// The sums of sixteen vectors: lane i of the result is the sum of the lanes of v[i].
+QM_INLINE Vec sums_of(const Vec* v) {
+  const auto add = [](Vec a, Vec b, IntVec low, IntVec high) __attribute__((always_inline)) {
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  };
+  Vec fours[4];
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
-    pairs[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], (EightPick){0, 1, 8, 9, 4, 5, 12, 13}) +
-               __builtin_shuffle(v[2 * i], v[2 * i + 1], (EightPick){2, 3, 10, 11, 6, 7, 14, 15});
-  for (int i = 0; i < 2; ++i)
-    quads[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], (EightPick){0, 2, 8, 10, 4, 6, 12, 14}) +
-               __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], (EightPick){1, 3, 9, 11, 5, 7, 13, 15});
-  return __builtin_shuffle(quads[0], quads[1], (EightPick){0, 1, 2, 3, 8, 9, 10, 11}) +
-         __builtin_shuffle(quads[0], quads[1], (EightPick){4, 5, 6, 7, 12, 13, 14, 15});
+    fours[i] = add(add(v[4 * i], v[4 * i + 1], kLowLanes, kHighLanes),
+                   add(v[4 * i + 2], v[4 * i + 3], kLowLanes, kHighLanes), kLowPairs, kHighPairs);
+  return add(add(fours[0], fours[1], kLowQuarters, kHighQuarters), add(fours[2], fours[3], kLowQuarters, kHighQuarters),
+             kEvenQuarters, kOddQuarters);
 }
 
-// out[4 * i + j] = row a[i] . row b[j] for i and j below 4; rows are of `width` floats, a multiple of 16. kSame: a is b.
-template <bool kSame>
-QM_INLINE void multiply_4x4(const float* const* a, const float* const* b, int64_t width, float* out) {
-  Vec sums[16] = {};
-  for (int64_t c = 0; c < width; c += kLanes) {
-    const Vec y[4] = {load(b[0] + c), load(b[1] + c), load(b[2] + c), load(b[3] + c)};
+// Lane 4 * i + j: row a[i] . row b[j] for i and j below 4; rows are whole vectors. kSame: a is b.
+template <bool kSame, class S>
+QM_INLINE Vec multiply_4x4(const S* const* a, const S* const* b, int64_t width) {
+  // Not `= {}`, which GCC does in memory, where the sums then stay.
+  Vec sums[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) sums[i] = Vec{};
+  for (int64_t c = 0; c < width; c += sizeof(Vec) / sizeof(S)) {
+    const Vec y[4] = {read_bytes<Vec>(b[0] + c), read_bytes<Vec>(b[1] + c), read_bytes<Vec>(b[2] + c),
+                      read_bytes<Vec>(b[3] + c)};
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const Vec x = kSame ? y[i] : load(a[i] + c);
+      const Vec x = kSame ? y[i] : read_bytes<Vec>(a[i] + c);
 #pragma GCC unroll 4
-      for (int j = kSame ? i : 0; j < 4; ++j) sums[4 * i + j] += x * y[j];
+      for (int j = kSame ? i : 0; j < 4; ++j) sums[4 * i + j] = add_products(sums[4 * i + j], x, y[j], a[i]);
     }
   }
-  EightVec eights[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    const int from = kSame && i / 4 > i % 4 ? i % 4 * 4 + i / 4 : i;
-    EightVec halves[2];
-    std::memcpy(halves, &sums[from], sizeof halves);
-    eights[i] = halves[0] + halves[1];
-  }
-  for (int i = 0; i < 16; i += 8) {
-    const EightVec eight = sums_of(eights + i);
-    std::memcpy(out + i, &eight, sizeof eight);
-  }
+  if (kSame)
+#pragma GCC unroll 4
+    for (int i = 1; i < 4; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < i; ++j) sums[4 * i + j] = sums[4 * j + i];
+  return sums_of(sums);
 }
 
-// Four rows of four floats as columns: out[c * out_stride + r] = rows[4 * r + c].
-QM_INLINE void transpose_4x4(const float* rows, float* out, int64_t out_stride) {
-  FourVec r[4], t[4];
-  std::memcpy(r, rows, sizeof r);
-  for (int i = 0; i < 2; ++i) {
-    t[2 * i] = __builtin_shuffle(r[2 * i], r[2 * i + 1], (FourPick){0, 4, 1, 5});
-    t[2 * i + 1] = __builtin_shuffle(r[2 * i], r[2 * i + 1], (FourPick){2, 6, 3, 7});
-  }
-  for (int i = 0; i < 2; ++i) {
-    const FourVec even = __builtin_shuffle(t[i], t[i + 2], (FourPick){0, 1, 4, 5});
-    const FourVec odd = __builtin_shuffle(t[i], t[i + 2], (FourPick){2, 3, 6, 7});
-    std::memcpy(out + 2 * i * out_stride, &even, sizeof even);
-    std::memcpy(out + (2 * i + 1) * out_stride, &odd, sizeof odd);
-  }
+// Four rows of four lanes as columns.
+QM_INLINE Vec transposed_4x4(Vec v) {
+  return __builtin_shuffle(v, (IntVec){0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15});
+}
+
+// Four vectors of four quarters as columns.
+QM_INLINE void transpose_quarters(Vec* v) {
+  const Vec a = __builtin_shuffle(v[0], v[1], kLowQuarters), b = __builtin_shuffle(v[2], v[3], kLowQuarters);
+  const Vec c = __builtin_shuffle(v[0], v[1], kHighQuarters), d = __builtin_shuffle(v[2], v[3], kHighQuarters);
+  v[0] = __builtin_shuffle(a, b, kEvenQuarters), v[1] = __builtin_shuffle(a, b, kOddQuarters);
+  v[2] = __builtin_shuffle(c, d, kEvenQuarters), v[3] = __builtin_shuffle(c, d, kOddQuarters);
 }
 
 }  // namespace qm_spec
