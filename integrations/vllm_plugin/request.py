@@ -101,6 +101,8 @@ def resolve(
         FileNotFoundError: no drafter, or files are missing.
         TypeError, ValueError: the drafter, the depth, the target or the set-up does not fit.
     """
+    from vllm.platforms import current_platform
+
     compat.require_supported()
     method = request.get("method")
     if method not in (None, "eagle3"):
@@ -113,8 +115,6 @@ def resolve(
     depth = check_drafter(drafter, target, request.get("num_speculative_tokens"), revision)
     logger.info("qm_spec: drafter %s, %d tokens per step", drafter, depth)
     settings = {**request, **vllm_settings(drafter, depth)}
-    from vllm.platforms import current_platform
-
     # At a temperature above 0 drafts that are drawn are kept far more often than the most likely tokens. Distributions
     # take memory for all requests, K and the vocabulary, so on a GPU, where it is dear, this is the user's choice.
     if current_platform.is_cpu() and request.get("rejection_sample_method", "standard") == "standard":

@@ -18,7 +18,6 @@ _FEW = 3
 # true. Where drafting does not pay, it is tried now and then, as texts change.
 _LEARN_EVERY, _CHECK_EVERY, _TRY_EVERY = 4, 256, 16
 
-
 # How drafts are made, and how many: steps that differ in it differ in what they cost and bring.
 Kind = tuple[Hashable, int]
 _PLAIN: Kind = (None, 0)
