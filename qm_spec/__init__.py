@@ -56,7 +56,8 @@ def speculative_config(target: str | PathLike[str], num_speculative_tokens: int 
 
     Args:
         target: folder of the target, or a hub id that transformers can find.
-        num_speculative_tokens: K, drafted tokens per step; None takes the drafter's own.
+        num_speculative_tokens: K, drafted tokens per step; None takes the drafter's own, and where a CPU looks up what
+            repeats in a text, up to 16 tokens of that.
 
     Raises:
         FileNotFoundError: the target has no drafter; the message says where it was looked for and
@@ -68,4 +69,5 @@ def speculative_config(target: str | PathLike[str], num_speculative_tokens: int 
     from qm_spec.discovery import check_drafter, find_drafter, vllm_settings
 
     drafter = find_drafter(str(target))
-    return vllm_settings(drafter, check_drafter(drafter, str(target), num_speculative_tokens))
+    check_drafter(drafter, str(target), num_speculative_tokens)
+    return vllm_settings(drafter, num_speculative_tokens)

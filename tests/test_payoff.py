@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,13 +30,17 @@ class Engine:
         self.requests: list[object] = [REQUEST]
         self.pending, self.kept = 0, 0
         self.num_tokens = 1000
+        self.widths = (NUM_DRAFTS,)
 
     def step(self, decode: float, verify: float, kept: int, how: str = "prior", drafting: float = 0.1) -> int:
-        """Run one step and draft for the next; `kept` of the drafts will be."""
-        self.now += verify if self.pending else decode
+        """Run one step and draft for the next; `kept` of the drafts will be, if so many are made.
+
+        `verify` is the time of `NUM_DRAFTS`; others take more or less in proportion.
+        """
+        self.now += decode + (verify - decode) * self.pending / NUM_DRAFTS
         batch = len(self.requests)
-        self.payoff.begin(self.requests, [1 + self.pending] * batch, [1 + self.kept] * batch)
-        self.pending = self.payoff.choose(how, NUM_DRAFTS, self.num_tokens)
+        self.payoff.begin(self.requests, [1 + self.pending] * batch, [1 + min(self.kept, self.pending)] * batch)
+        self.pending = self.payoff.choose(how, [[width] * batch for width in self.widths], self.num_tokens)[0]
         if self.pending:
             self.now += drafting
         self.payoff.end()
@@ -114,9 +120,48 @@ def test_hiccups_prompts_and_new_batches_count_for_nothing(engine: Engine) -> No
             # A prompt is read: other rows, and long.
             engine.now += 1000
             engine.payoff.begin(engine.requests, [300], [300])
-            engine.pending = engine.payoff.choose("prior", NUM_DRAFTS, 1000)
+            (engine.pending,) = engine.payoff.choose("prior", [[NUM_DRAFTS]], 1000)
             engine.payoff.end()
     assert engine.drafted(100, 1.0, 1.5, 1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("verify", "kept", "best"),
+    [(1.3, 16, 16), (1.3, 4, 4), (5.5, 16, 0), (2.0, 5, 4), (3.0, 16, 16)],
+)
+def test_of_several_ways_the_one_that_brings_most_is_taken(engine: Engine, verify: float, kept: int, best: int) -> None:
+    engine.widths = (16, 4)
+    for _ in range(80):
+        engine.step(1.0, verify, kept)
+    chosen = Counter(engine.step(1.0, verify, kept) for _ in range(512))
+    # The rest keeps costs known, and shows what more drafts would bring: one step of 256 in turn, one try of 16.
+    assert chosen.most_common(1)[0][0] == best
+    assert chosen[best] >= 512 * (1 - 1 / 16) - 2
+    if best != 16:
+        assert chosen[16] in (31, 32)
+
+
+def test_steps_that_draft_more_tell_what_fewer_would_have_brought(engine: Engine) -> None:
+    """Or texts that begin to repeat themselves would be noticed only by the few steps of that way."""
+    engine.widths = (16, 4)
+    # Nothing is kept, then everything, of either way.
+    for kept in (0, 16):
+        for _ in range(400):
+            engine.step(1.0, 1.5, kept)
+    gains = engine.payoff._gains
+    assert statistics.mean(gains["prior", 0]) == 17 and statistics.mean(gains["prior", 1]) == 5
+
+
+def test_requests_may_be_given_different_numbers(engine: Engine) -> None:
+    payoff, requests = engine.payoff, [object(), object()]
+    payoff.begin(requests, [1, 1], [1, 1])
+    for rows in ([9, 5], [5, 9], [9, 5]):
+        assert payoff.choose("some", [[8, 4], [4, 4]], 500) == [8, 4]
+        payoff.end()
+        engine.now += 1.0
+        # The second step is not the one that was drafted for.
+        payoff.begin(requests, rows, [7, 2])
+    assert list(payoff._gains["some", 0]) == [4.5, 4.5] and list(payoff._gains["some", 1]) == [3.5, 3.5]
 
 
 # In vLLM
@@ -129,7 +174,8 @@ PROGRAM = (
 import random
 from qm_spec.drafter.payoff import Payoff
 chance = random.Random(0)
-Payoff._pays = lambda self, load, kind: chance.random() < 0.5
+choose = Payoff._choose
+Payoff._choose = lambda self, load, kinds: chance.choice([choose(self, load, kinds), (None, 0), *kinds])
 """
     + OFFLINE
 )

@@ -21,7 +21,7 @@ from test_suffix_index import searched
 
 import qm_spec
 from qm_spec.drafter.config import QuickMergeConfig
-from qm_spec.drafter.suffix_index import Lookup
+from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup
 from qm_spec.evaluation.metrics import DraftCounts
 from qm_spec.evaluation.replay import walk
 from qm_spec.integrations.vllm_plugin import lookup as plugin
@@ -168,14 +168,42 @@ def test_without_a_length_nothing_is_looked_up() -> None:
 def test_looked_up_drafts_come_with_distributions_that_are_sure_of_them() -> None:
     drafted, probs = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.rand(3, 2, 8)
     found = [Lookup((7, 0), 3), Lookup((), 0), Lookup((2, 2), 5)]
-    replaced, sure = plugin.replace_drafts(found, drafted, probs)
-    assert replaced.tolist() == [[7, 0], [3, 4], [2, 2]]
+    alike = [2, 2, 2]
+    joined, sure = plugin.join_drafts(found, drafted, probs, alike)
+    assert isinstance(joined, torch.Tensor) and joined.tolist() == [[7, 0], [3, 4], [2, 2]]
     assert sure is not None and torch.equal(sure[1], probs[1])
     for row in (0, 2):
-        assert torch.equal(sure[row], torch.eye(8)[replaced[row]])
-    assert plugin.replace_drafts(found, drafted, None)[1] is None
-    assert plugin.replace_drafts([Lookup((), 0)] * 3, drafted, probs) == (drafted, probs)
-    assert plugin.replace_drafts([], drafted, probs) == (drafted, probs)
+        assert torch.equal(sure[row], torch.eye(8)[joined[row]])
+    assert plugin.join_drafts(found, drafted, None, alike)[1] is None
+    assert plugin.join_drafts([Lookup((), 0)] * 3, drafted, probs, alike) == (drafted, probs)
+    assert plugin.join_drafts([], drafted, probs, alike) == (drafted, probs)
+
+
+def test_more_is_looked_up_than_drafted_the_longer_the_match() -> None:
+    found = [Lookup((7, 0, 1, 2, 3, 4, 5, 6), 3), Lookup((), 0), Lookup((2, 2, 2, 3, 3, 3, 4, 4), 1)]
+    assert plugin.draft_widths(found, 3, 2) == [[6, 2, 2], [2, 2, 2]]
+    assert plugin.draft_widths(found, 3, 8) == [[8, 8, 8]]
+    assert plugin.draft_widths([Lookup((), 0)] * 3, 3, 2) == plugin.draft_widths([], 3, 2) == [[2, 2, 2]]
+    drafted, probs = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.rand(3, 2, 8)
+    joined, sure = plugin.join_drafts(found, drafted, probs, [6, 2, 2])
+    assert joined == [[7, 0, 1, 2, 3, 4], [3, 4], [2, 2]]
+    assert sure is not None and sure.shape == (3, 6, 8) and torch.equal(sure[1, :2], probs[1])
+    assert torch.equal(sure[0], torch.eye(8)[[7, 0, 1, 2, 3, 4]])
+    # All of one number are a tensor again.
+    joined, _ = plugin.join_drafts(found[:1], drafted[:1], None, [6])
+    assert isinstance(joined, torch.Tensor) and joined.tolist() == [[7, 0, 1, 2, 3, 4]]
+
+
+def test_how_much_is_looked_up_where_nobody_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = QuickMergeConfig(lookup_length=4, num_speculative_tokens=3)
+    monkeypatch.delenv("QM_SPEC_LOOKUP", raising=False)
+    assert plugin.most_drafts(config) == 16
+    # No more than leaves all tokens that may be rejected out of what is merged.
+    assert plugin.most_drafts(QuickMergeConfig(lookup_length=4, quickmerge={"window": 32, "group_size": 16})) == 15
+    assert plugin.most_drafts(QuickMergeConfig(lookup_length=4, num_speculative_tokens=20)) == 20
+    assert plugin.most_drafts(QuickMergeConfig()) == 4
+    monkeypatch.setenv("QM_SPEC_LOOKUP", "0")
+    assert plugin.most_drafts(config) == 3
 
 
 # An engine on the shipped pair
@@ -214,7 +242,7 @@ def prompts() -> list[list[int]]:
 def continuations(target: Any, prompts: list[list[int]]) -> list[list[int]]:
     from qm_spec.evaluation.replay import write_continuations
 
-    return write_continuations(target, prompts, NUM_TOKENS + NUM_DRAFTS - 1)
+    return write_continuations(target, prompts, NUM_TOKENS + MOST_LIKELY - 1)
 
 
 @pytest.fixture(scope="module")
@@ -252,19 +280,21 @@ def test_requests_alone_write_the_targets_text_with_the_acceptance_of_the_replay
     from qm_spec.evaluation.replay import accepted_everywhere, read_text
 
     drafter = QuickMergePrior.from_pretrained(ZOO / "drafter", dtype=torch.float32).eval()
-    total, changed = DraftCounts(), 0
+    total, changed, long = DraftCounts(), 0, 0
     for number, (prompt, text) in enumerate(zip(prompts, continuations, strict=True)):
         assert run["answers"][number] == [text[:NUM_TOKENS]]
         read = read_text(target, prompt, text, drafter.config.eagle_aux_hidden_state_layer_ids)
         alone = accepted_everywhere(drafter, read, NUM_DRAFTS)
         at_least = (torch.tensor(alone).unsqueeze(-1) > torch.arange(NUM_DRAFTS)).double()
-        both = with_lookup({"ours": at_least}, [*prompt, *text], len(prompt))
-        replay = walk(both["ours+lookup"].long().sum(-1).tolist(), NUM_DRAFTS)
-        changed += replay != walk(alone, NUM_DRAFTS)
+        both = with_lookup({"ours": at_least}, [*prompt, *text], len(prompt), MOST_LIKELY)
+        replay = walk(both["ours+lookup"].long().sum(-1).tolist(), MOST_LIKELY)
+        changed += replay.accepted != walk(alone[:NUM_TOKENS], NUM_DRAFTS).accepted
+        long += max(replay.accepted) > NUM_DRAFTS
         total = total + replay.counts
         counted = [run["counters"][number][f"vllm:spec_decode_num_{what}"] for what in ("drafts", "accepted_tokens")]
         assert counted == [total.drafts, total.accepted_tokens]
     assert changed >= 3, "the lookup must change what is accepted, or equal counts show nothing of it"
+    assert long >= 3, "and more tokens must be kept in a step than the prior drafts"
 
 
 def test_requests_together_write_the_same(run: Any, continuations: list[list[int]]) -> None:

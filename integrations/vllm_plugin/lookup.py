@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 
 from qm_spec.drafter.config import QuickMergeConfig, check_lookup_length
-from qm_spec.drafter.suffix_index import Lookup, SuffixIndex
+from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup, SuffixIndex
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
 
@@ -36,6 +36,16 @@ def lookup_length(config: QuickMergeConfig) -> int:
     if given is None:
         return config.lookup_length
     return check_lookup_length(VARIABLE, int(given) if given.isdecimal() else given)
+
+
+def most_drafts(config: QuickMergeConfig) -> int:
+    """Return how many tokens a step may draft where lookup may draft more than the prior.
+
+    Raises:
+        ValueError: see `lookup_length`.
+    """
+    looked_up = min(MOST_LIKELY, config.merge.max_speculative_tokens) if lookup_length(config) else 0
+    return max(config.num_speculative_tokens, looked_up)
 
 
 def with_request_states(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,22 +143,43 @@ def _token_ids(state: Any, start: int, end: int) -> list[int] | None:
     return None if min(token_ids) < 0 else token_ids
 
 
-def replace_drafts(found: Sequence[Lookup], drafted: Tensor, probs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def draft_widths(found: Sequence[Lookup], num_requests: int, num_drafts: int) -> list[list[int]]:
+    """Return the ways to draft, the most tokens first: how many for each request.
+
+    Args:
+        found: one per request, of as many tokens as a step may draft; none at all where lookup is off.
+        num_requests: B.
+        num_drafts: K, of the prior; what is looked up may be more.
+    """
+    alike = [num_drafts] * num_requests
+    wide = [max(num_drafts, len(lookup.likely)) for lookup in found]
+    return [wide, alike] if any(width > num_drafts for width in wide) else [alike]
+
+
+def join_drafts(
+    found: Sequence[Lookup], drafted: Tensor, probs: Tensor | None, widths: Sequence[int]
+) -> tuple[Tensor | list[list[int]], Tensor | None]:
     """Put what was looked up in the place of the prior's drafts.
 
     Args:
-        found: one per row.
+        found: one per row; none at all where lookup is off.
         drafted: `[B, K]` int64.
         probs: `[B, K, V]` distributions that the drafts were drawn from, or None.
+        widths: tokens of each row, at most K without a lookup.
 
     Returns:
-        Drafts and distributions; a looked-up token has all of its distribution.
+        Drafts, a tensor `[B, W]` where all rows are W wide, else a list for each row; and distributions `[B, W, V]` for
+        the widest row, in which a looked-up token has all.
     """
     rows = [row for row, lookup in enumerate(found) if lookup.length]
-    if not rows:
+    if rows:
+        width = max(widths)
+        places, more = torch.tensor(rows, device=drafted.device), width - drafted.shape[1]
+        copied = drafted.new_tensor([found[row].drafts[:width] for row in rows])
+        drafted = pad(drafted, (0, more)).index_copy(0, places, copied)
+        if probs is not None:
+            sure = one_hot(copied, probs.shape[-1]).to(probs.dtype)
+            probs = pad(probs, (0, 0, 0, more)).index_copy(0, places, sure)
+    if len(set(widths)) == 1:
         return drafted, probs
-    places = torch.tensor(rows, device=drafted.device)
-    copied = torch.tensor([found[row].drafts for row in rows], dtype=drafted.dtype, device=drafted.device)
-    if probs is not None:
-        probs = probs.index_copy(0, places, one_hot(copied, probs.shape[-1]).to(probs.dtype))
-    return drafted.index_copy(0, places, copied), probs
+    return [row[:width] for row, width in zip(drafted.tolist(), widths, strict=True)], probs

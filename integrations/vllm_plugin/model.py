@@ -99,6 +99,9 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         self.use_parallel_drafting = False
         compat.apply(compat.DRAFT_LOOP)
         self.lookup_length, self.adapts = lookup_length(self.config), adapts()
+        # Lookup may draft more than the prior, where the number may change from step to step.
+        on_cpu, most = vllm_config.device_config.device_type == "cpu", vllm_config.num_speculative_tokens
+        self.num_drafts = min(self.config.num_speculative_tokens, most) if on_cpu else most
         if self.lookup_length or self.adapts:
             compat.apply(compat.REQUEST_STATES)
         if self.lookup_length and vllm_config.use_v2_model_runner:

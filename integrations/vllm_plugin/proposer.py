@@ -24,7 +24,7 @@ from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop, draw
 from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.integrations.vllm_plugin.adaptive import begin_step
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
-from qm_spec.integrations.vllm_plugin.lookup import look_up, replace_drafts, warn_without_lookup
+from qm_spec.integrations.vllm_plugin.lookup import draft_widths, join_drafts, look_up, warn_without_lookup
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
 from qm_spec.ops import backend, merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
@@ -100,7 +100,7 @@ def draft_graphs(proposer: Any) -> DraftGraphs | None:
 
 def propose(
     proposer: Any,
-    num_speculative_tokens: int,
+    widths: Sequence[int],
     target_token_ids: Tensor,
     target_hidden_states: Tensor,
     next_token_ids: Tensor,
@@ -109,12 +109,13 @@ def propose(
     sampling_metadata: Any,
     num_rejected_tokens_gpu: Tensor | None,
     found: Sequence[Lookup] = (),
-) -> Tensor:
+) -> Tensor | list[list[int]]:
     """Write this step's states into the merged cache and draft from it.
 
     Args:
         proposer: vLLM's EAGLE proposer, whose `propose` this stands in for.
-        num_speculative_tokens: K; 0 keeps the cache in step and drafts nothing.
+        widths: tokens to draft for each of the B requests, the same K for all that have no lookup; 0 for all keeps the
+            cache in step and drafts nothing.
         target_token_ids: `[T]`, what the target read in this step, rejected rows included.
         target_hidden_states: `[T, 3 D]`, of these.
         next_token_ids: `[B]`, the token after each request's last verified one.
@@ -122,14 +123,13 @@ def propose(
         common_attn_metadata: of the draft layer's cache group.
         sampling_metadata: temperatures, for drafting by sampling.
         num_rejected_tokens_gpu: `[B]` drafts rejected in this step, or None.
-        found: what suffix lookup drafts for each of the B requests; empty where it is off.
+        found: what suffix lookup drafts for each request; empty where it is off.
 
     Returns:
-        `[B, K]` int64 draft token ids.
+        Draft token ids `[B, W]` int64 where all requests have W, else a list for each.
     """
     model, common = proposer.model, common_attn_metadata
     layer, merge, cache = model.model.layer, model.config.merge, model.model.attn.kv_cache
-    proposer.num_speculative_tokens = num_speculative_tokens
     proposer._last_draft_probs = None
     loop = DraftLoop(layer, model.model.embed_tokens, model.compute_logits, merge)
 
@@ -140,12 +140,15 @@ def propose(
     # The token after each one that was read; what follows a rejected one does not matter.
     following = target_token_ids.roll(-1).index_put((rows.long(),), next_token_ids.to(target_token_ids.dtype))
     loop.remember(cache, states, following, common.slot_mapping[: len(states)])
-    if num_speculative_tokens == 0:
+    num_drafts = min(widths)
+    if num_drafts == 0:
         return next_token_ids.new_empty((len(next_token_ids), 0), dtype=torch.int64)
     sampled = proposer._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
-    if found and all(lookup.length for lookup in found) and not sampled:
-        # A later step merges what this one leaves.
-        return next_token_ids.new_tensor([lookup.drafts for lookup in found], dtype=torch.int64)
+    if found and all(lookup.length for lookup in found) and not (sampled and sampling_metadata.generators):
+        # A later step merges what this one leaves. Without distributions drafts count as sure; a request's own seed
+        # gives the same text in any batch only if every step takes as many numbers from it.
+        nothing = next_token_ids.new_empty((len(found), 0), dtype=torch.int64)
+        return join_drafts(found, nothing, None, widths)[0]
     state, table, verified = states[rows.long()], common.block_table_tensor, common.seq_lens
     if num_rejected_tokens_gpu is not None:
         verified = verified - num_rejected_tokens_gpu
@@ -156,7 +159,7 @@ def propose(
     temperature = uniform = None
     if sampled:
         temperature = sampling_metadata.temperature
-        uniform = _random_numbers(sampling_metadata, state.new_empty(len(state), num_speculative_tokens))
+        uniform = _random_numbers(sampling_metadata, state.new_empty(len(state), num_drafts))
     with torch.inference_mode():
         probs: Tensor | None
         if weights is None:
@@ -169,13 +172,13 @@ def propose(
                 step_probs.append(distribution)
                 return token_ids
 
-            drafted = loop.draft(cache, table, verified, state, next_token_ids, num_speculative_tokens, sample)
+            drafted = loop.draft(cache, table, verified, state, next_token_ids, num_drafts, sample)
             probs = torch.stack(step_probs, dim=1) if step_probs else None
         else:
             if graphs is not None:
                 paged = PagedLoop(weights, layer.norm.eps, cache, merge)
                 inputs = DraftInputs(table, verified, state, next_token_ids, temperature, uniform)
-                drafted, probs = graphs.draft(paged, inputs, num_speculative_tokens)
+                drafted, probs = graphs.draft(paged, inputs, num_drafts)
             else:
                 merge_groups_(cache, table, verified, layer.head_dim, merge)
                 drafted, probs = draft_tokens(
@@ -185,15 +188,14 @@ def propose(
                     state,
                     next_token_ids,
                     weights,
-                    num_speculative_tokens,
+                    num_drafts,
                     layer.norm.eps,
                     merge,
                     temperature,
                     uniform,
                 )
-        drafted, probs = replace_drafts(found, drafted, probs if sampled else None)
-    proposer._last_draft_probs = probs
-    return drafted
+        drafts, proposer._last_draft_probs = join_drafts(found, drafted, probs if sampled else None, widths)
+    return drafts
 
 
 def _random_numbers(sampling_metadata: Any, like: Tensor) -> Tensor:
@@ -204,7 +206,7 @@ def _random_numbers(sampling_metadata: Any, like: Tensor) -> Tensor:
     return uniform
 
 
-def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | list[list[int]]]:
     """Return vLLM's `propose` with our loop in its place where it applies."""
 
     @wraps(original)
@@ -221,8 +223,9 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         mm_embed_inputs: Any = None,
         num_rejected_tokens_gpu: Tensor | None = None,
         slot_mappings: Any = None,
-    ) -> Tensor:
+    ) -> Tensor | list[list[int]]:
         if can_draft(self):
+            self.num_speculative_tokens = num_speculative_tokens
             payoff = begin_step(self, common_attn_metadata, num_rejected_tokens_gpu)
             found = look_up(
                 self,
@@ -232,14 +235,18 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 common_attn_metadata,
                 num_rejected_tokens_gpu,
             )
+            ways = draft_widths(found, len(next_token_ids), min(num_speculative_tokens, self.model.num_drafts))
+            widths = ways[0]
             # A request's own seed must give the same text again, and each draft takes random numbers from it.
-            if payoff is not None and num_speculative_tokens and not sampling_metadata.generators:
-                only_found = bool(found) and all(lookup.length for lookup in found)
-                num_tokens = int(common_attn_metadata.seq_lens.sum())
-                num_speculative_tokens = payoff.choose(only_found, num_speculative_tokens, num_tokens)
+            if sampling_metadata.generators:
+                widths = ways[-1]
+            elif payoff is not None and num_speculative_tokens:
+                num_found = sum(lookup.length > 0 for lookup in found)
+                how = num_found > 0, num_found == len(widths)
+                widths = payoff.choose(how, ways, int(common_attn_metadata.seq_lens.sum()))
             drafted = propose(
                 self,
-                num_speculative_tokens,
+                widths,
                 target_token_ids,
                 target_hidden_states,
                 next_token_ids,
@@ -256,7 +263,7 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             warn_without_lookup()
         return original(
             self,
-            num_speculative_tokens,
+            min(num_speculative_tokens, getattr(self.model, "num_drafts", num_speculative_tokens)),
             target_token_ids,
             target_positions,
             target_hidden_states,

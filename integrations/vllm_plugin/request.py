@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qm_spec.discovery import check_drafter, find_drafter, is_drafter, vllm_settings
+from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.integrations.vllm_plugin import compat
 from qm_spec.integrations.vllm_plugin.aux_states import require_aux_hidden_states
+from qm_spec.integrations.vllm_plugin.lookup import most_drafts
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
@@ -60,7 +62,11 @@ def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
         resolved = copy.copy(self)
         resolved.speculative_config = settings
         resolved.spec_method = resolved.spec_model = resolved.spec_tokens = None
-        return original(resolved, target_model_config, target_parallel_config)
+        config = original(resolved, target_model_config, target_parallel_config)
+        if config is not None and request.get("num_speculative_tokens") is not None:
+            # A number that the user names is the prior's as well, whatever the drafter's own.
+            config.draft_model_config.hf_config.model.num_speculative_tokens = config.num_speculative_tokens
+        return config
 
     return create_speculative_config
 
@@ -112,8 +118,11 @@ def resolve(
     target, revision = target_model_config.model, target_model_config.revision
     named = request["model"]
     drafter = find_drafter(target, revision) if named == METHOD else Path(named)
-    depth = check_drafter(drafter, target, request.get("num_speculative_tokens"), revision)
-    logger.info("qm_spec: drafter %s, %d tokens per step", drafter, depth)
+    asked = request.get("num_speculative_tokens")
+    depth = check_drafter(drafter, target, asked, revision)
+    if asked is None and current_platform.is_cpu():
+        depth = most_drafts(QuickMergeConfig.from_pretrained(drafter))
+    logger.info("qm_spec: drafter %s, up to %d tokens per step", drafter, depth)
     settings = {**request, **vllm_settings(drafter, depth)}
     # At a temperature above 0 drafts that are drawn are kept far more often than the most likely tokens. Distributions
     # take memory for all requests, K and the vocabulary, so on a GPU, where it is dear, this is the user's choice.

@@ -55,18 +55,23 @@ def check_drafter(
     return depth
 
 
-def vllm_settings(drafter: Path, num_speculative_tokens: int) -> dict[str, Any]:
+def vllm_settings(drafter: Path, num_speculative_tokens: int | None) -> dict[str, Any]:
     """Return the entries of vLLM's `speculative_config` that name a drafter and its depth.
+
+    Args:
+        drafter: its folder.
+        num_speculative_tokens: K; None leaves it to the plug-in, which knows the device.
 
     Raises:
         FileNotFoundError: the drafter or its config.json is missing.
         ValueError: not a QuickMerge drafter.
     """
     values_tell_next = _read_config(drafter.expanduser()).get("next_token_values", False)
+    depth = {} if num_speculative_tokens is None else {"num_speculative_tokens": num_speculative_tokens}
     return {
         "method": "eagle3",
         "model": str(drafter.expanduser().absolute()),
-        "num_speculative_tokens": num_speculative_tokens,
+        **depth,
         # vLLM drops the last cached block of a prefix, because what an EAGLE drafter caches depends on the next
         # token, which may be another request's. Our keys do not, and values only where they tell that token.
         "disable_eagle_block_drop": not values_tell_next,

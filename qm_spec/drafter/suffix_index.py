@@ -11,6 +11,8 @@ from itertools import cycle, islice
 MAX_LENGTH = 8
 # A suffix of so many tokens is taken as a sign that the text repeats itself, where nothing else is asked for.
 SURE_LENGTH = 4
+# The most tokens that a lookup is trusted with; see `Lookup.likely`.
+MOST_LIKELY = 2 * MAX_LENGTH
 # Earlier places of one n-gram that are looked at: a common one may have stood anywhere in a long text.
 MOST_PLACES = 256
 
@@ -26,6 +28,11 @@ class Lookup:
 
     drafts: tuple[int, ...]
     length: int
+
+    @property
+    def likely(self) -> tuple[int, ...]:
+        """The drafts worth a target's time where each costs some: twice as many as have matched, at most K."""
+        return self.drafts[: 2 * self.length]
 
 
 class SuffixIndex:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qm_spec.drafter.suffix_index import SURE_LENGTH
 from qm_spec.evaluation.long_documents import DocumentWriter
@@ -158,6 +159,7 @@ def measure_acceptance(
     num_prompts: int,
     num_tokens: int,
     num_drafts: int,
+    num_looked_up: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     on_progress: Callable[[str, int, int], None] = lambda domain, length, number: None,
@@ -177,6 +179,7 @@ def measure_acceptance(
         num_prompts: of each domain and length.
         num_tokens: that the target writes behind each.
         num_drafts: K.
+        num_looked_up: the most tokens that lookup drafts; K when None.
         temperature: of the target's writing and of the drafts, which are drawn unless it is 0; then both are greedy.
         seed: of prompts and sampling.
         on_progress: called with domain, length and number of each finished prompt.
@@ -199,7 +202,9 @@ def measure_acceptance(
                     name: _chances(drafter, read[layers[name]], num_drafts, temperature)
                     for name, drafter in drafters.items()
                 }
-                for name, some in with_lookup(chances, [*prompt, *continuation], len(prompt)).items():
+                for name, some in with_lookup(
+                    chances, [*prompt, *continuation], len(prompt), num_looked_up or num_drafts
+                ).items():
                     replays.setdefault(name, []).append(expected_walk(some))
                 on_progress(domain, length, number)
             share = float(np.mean(copied)) if copied else None
@@ -237,24 +242,33 @@ def _at_least(counts: Sequence[int], num_drafts: int) -> Tensor:
     return (torch.tensor(counts).unsqueeze(-1) > torch.arange(num_drafts)).double()
 
 
-def with_lookup(chances: Mapping[str, Tensor], token_ids: Sequence[int], num_prompt: int) -> dict[str, Tensor]:
+def with_lookup(
+    chances: Mapping[str, Tensor], token_ids: Sequence[int], num_prompt: int, num_looked_up: int
+) -> dict[str, Tensor]:
     """Add suffix lookup, and its hybrids with the drafters, to the chances that drafts are kept.
 
     Args:
         chances: `[T, K]` of each drafter, by name; see `chances_everywhere`.
         token_ids: prompt and continuation.
         num_prompt: tokens of the prompt.
+        num_looked_up: L, the most tokens to look up, at least K; where that is more, `Lookup.likely` says how many.
+
+    Returns:
+        `[T - L + K, L]`, of drafters as of lookup: at the positions where L tokens can be compared.
     """
-    num_rows, num_drafts = next(iter(chances.values())).shape
-    found = lookup_drafts(token_ids, num_prompt - 1, num_rows, num_drafts)
+    num_drafts = next(iter(chances.values())).shape[1]
+    more = num_looked_up - num_drafts
+    chances = {name: pad(some[: len(some) - more], (0, more)) for name, some in chances.items()}
+    found = lookup_drafts(token_ids, num_prompt - 1, len(next(iter(chances.values()))), num_looked_up)
     counts = []
     for row, lookup in enumerate(found):
+        drafts = lookup.drafts[: max(num_drafts, len(lookup.likely))]
         expected = token_ids[num_prompt + 1 + row :]
         count = 0
-        while count < len(lookup.drafts) and lookup.drafts[count] == expected[count]:
+        while count < len(drafts) and drafts[count] == expected[count]:
             count += 1
         counts.append(count)
-    matched = _at_least(counts, num_drafts)
+    matched = _at_least(counts, num_looked_up)
     sure = torch.tensor([lookup.length >= SURE_LENGTH for lookup in found]).unsqueeze(-1)
     hybrids = {f"{name}+{LOOKUP}": torch.where(sure, matched, some) for name, some in chances.items()}
     return {**chances, LOOKUP: matched, **hybrids}
