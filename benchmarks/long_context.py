@@ -73,6 +73,12 @@ def main(
     num_prompts: Annotated[int, typer.Option(metavar="N", help="Of each domain and length.")] = 12,
     num_tokens: Annotated[int, typer.Option(metavar="M", help="Tokens written behind each.")] = 64,
     num_speculative_tokens: Annotated[int, typer.Option(metavar="K", help="Drafted tokens per step.")] = 4,
+    num_looked_up: Annotated[
+        int | None,
+        typer.Option(
+            metavar="L", help="Most tokens per step that lookup drafts; in vLLM on a CPU 16.", show_default="K"
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(metavar="T", help="Of the target; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(metavar="S", help="Of prompts and sampling.")] = 0,
     threads: Annotated[int, typer.Option(metavar="T", help="Of torch.")] = 1,
@@ -93,8 +99,8 @@ def main(
     """Measure acceptance over the length of the context by replaying drafters on what the target writes.
 
     Writes long_context.json, .md and .png; after each length, so that an interruption loses nothing. With
-    --speed it writes speed.json and .md: plain decoding, n-gram lookup and the drafters, each in an engine of
-    its own, and every prompt by all of them in turn.
+    --speed it writes speed.json and .md: plain decoding, n-gram lookup of K and of 16 tokens and the drafters, each in
+    an engine of its own, and every prompt by all of them in turn. Ours drafts as it does for a user who names no number.
     """
     drafter = drafter or [f"{name}={ZOO / folder}" for name, folder in SHIPPED.items()]
     text = text or [ZOO / "text"]
@@ -125,6 +131,7 @@ def main(
             num_prompts,
             num_tokens,
             num_speculative_tokens,
+            num_looked_up or num_speculative_tokens,
             temperature,
             seed,
             threads,
@@ -149,6 +156,7 @@ def measure(
     num_prompts: int,
     num_tokens: int,
     num_drafts: int,
+    num_looked_up: int,
     temperature: float,
     seed: int,
     threads: int,
@@ -172,6 +180,7 @@ def measure(
         "text_sha256": sha256_of(find_files(text)),
         "seed": seed,
         "num_speculative_tokens": num_drafts,
+        "num_looked_up": num_looked_up,
         "temperature": temperature,
         "tokens_per_prompt": num_tokens,
         "rows": [],
@@ -195,6 +204,7 @@ def measure(
             num_prompts=num_prompts,
             num_tokens=num_tokens,
             num_drafts=num_drafts,
+            num_looked_up=num_looked_up,
             temperature=temperature,
             seed=seed,
             on_progress=lambda domain, length, _: progress.update(task, advance=1, description=f"{domain} {length}"),
@@ -247,7 +257,7 @@ def time_methods(
     out.mkdir(parents=True, exist_ok=True)
     rows: list[LongSpeedRow] = []
     with Progress() as progress:
-        task = progress.add_task("engines start", total=(2 + len(drafters)) * repeats * num_prompts * len(lengths))
+        task = progress.add_task("engines start", total=(3 + len(drafters)) * repeats * num_prompts * len(lengths))
         for rows in measure_speed(
             target,
             drafters,

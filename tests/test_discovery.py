@@ -235,7 +235,6 @@ def test_speculative_config_is_what_vllm_needs(target: Path, monkeypatch: pytest
     assert qm_spec.speculative_config("target") == {
         "method": "eagle3",
         "model": str(target / "qm_spec"),
-        "num_speculative_tokens": 3,
         "disable_eagle_block_drop": True,
     }
     assert qm_spec.speculative_config(target, 7)["num_speculative_tokens"] == 7

@@ -20,6 +20,8 @@ from qm_spec.evaluation.shards import PassResult, RequestResult, ShardResult, Sh
 shards = [ShardSpec.from_json(fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
 config = shards[0].engine.speculative_config
 method = "none" if config is None else config.get("model", config["method"])
+if method == "ngram" and config["num_speculative_tokens"] == 16:
+    method = "ngram-16"
 events = open(sys.argv[2], "a", buffering=1)
 emit = lambda **event: print(json.dumps(event), file=events)
 emit(event="ready")
@@ -33,7 +35,7 @@ for number, shard in enumerate(shards):
         raise SystemExit("no such layer")
     with open("turns", "a") as turns:
         print(method, prompt.prompt_id, os.getpid(), file=turns)
-    first, further = {"none": (4.0, 1.0), "ngram": (2.0, 0.5)}.get(method, (8.0, 1.0))
+    first, further = {"none": (4.0, 1.0), "ngram": (2.0, 0.5)}.get(method.removesuffix("-16"), (8.0, 1.0))
     if is_first:
         further *= 10
     start = prompt.token_ids[0] + (method == "slow")
@@ -66,17 +68,18 @@ def measured(tmp_path, monkeypatch):
 def test_methods_decode_each_prompt_in_turn(measured, tmp_path):
     assert len(list(measured(["slow"], {1: [[3], [5]], 2: [[3, 4]]}, repeats=2))) == 2
     turns = [line.split()[:2] for line in (tmp_path / "turns").read_text().splitlines()]
-    forwards, backwards = ["none", "ngram", "slow"], ["slow", "ngram", "none"]
+    forwards = ["none", "ngram", "ngram-16", "slow"]
+    backwards = forwards[::-1]
     # The first prompt of a length is its warm-up, too.
     expected = [("1-0", backwards), ("1-0", forwards), ("1-1", backwards), ("2-0", backwards), ("2-0", forwards)]
     assert turns == 2 * [[method, prompt] for prompt, methods in expected for method in methods]
     processes = [line.split()[2] for line in (tmp_path / "turns").read_text().splitlines()]
-    assert len(set(processes)) == 6 and set(processes[:15]).isdisjoint(processes[15:])
+    assert len(set(processes)) == 8 and set(processes[:20]).isdisjoint(processes[20:])
 
 
 def test_rows_are_medians_of_passes_and_ratios_on_the_same_prompts(measured):
     # The engine of "ngram" is slow in its first pass.
-    *_, (none, ngram, slow) = measured(["slow"], {1: [[number] for number in range(5)]})
+    *_, (none, ngram, _, slow) = measured(["slow"], {1: [[number] for number in range(5)]})
     assert (none.context, none.method, none.acceptance_length, none.identical) == (1, "none", None, True)
     assert none.tokens_per_s == pytest.approx(5 / 8)
     assert (none.ttft_ms, none.ttft_overhead_ms) == (4000, 0)

@@ -298,6 +298,19 @@ def test_the_library_call_gives_what_the_flag_gives(target: Path, drafter: Path)
         assert getattr(by_call.speculative_config, name) == getattr(by_flag.speculative_config, name)
 
 
+@pytest.mark.parametrize(
+    ("asked", "most", "of_prior"), [(None, 16, 3), (2, 2, 2), (7, 7, 7)], ids=["no number", "fewer", "more"]
+)
+def test_lookup_drafts_more_than_the_prior_unless_a_number_is_named(
+    asked: int | None, most: int, of_prior: int, target: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QM_SPEC_LOOKUP", "4")
+    speculative = make_args(target, spec_model="qm_spec", spec_tokens=asked).create_engine_config().speculative_config
+    assert speculative.num_speculative_tokens == most
+    # What the model reads.
+    assert speculative.draft_model_config.hf_config.model.num_speculative_tokens == of_prior
+
+
 def test_asynchronous_engines_resolve_too(target: Path, drafter: Path) -> None:
     args = AsyncEngineArgs.from_cli_args(parse("--speculative-model", "qm_spec"))
     args.model, args.skip_tokenizer_init, args.dtype, args.max_model_len = str(target), True, "float32", 128

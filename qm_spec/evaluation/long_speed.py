@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from qm_spec.discovery import is_drafter, vllm_settings
+from qm_spec.drafter.suffix_index import MOST_LIKELY
 from qm_spec.evaluation.environment import default_device
 from qm_spec.evaluation.methods import method_environment, speculative_config
 from qm_spec.evaluation.metrics import DraftCounts, compare_outputs
@@ -27,6 +29,8 @@ from qm_spec.evaluation.shards import EngineSpec, RequestResult, ShardResult, Sh
 from qm_spec.evaluation.statistics import Estimate, Resamples
 
 NGRAM = "ngram"
+# The same with as many tokens as ours looks up.
+LONG_NGRAM = f"{NGRAM}-{MOST_LIKELY}"
 # Threads of an engine that has just ended wait for more work this long, and longer, at full speed.
 _REST_S = 0.25
 
@@ -37,7 +41,7 @@ class LongSpeedRow:
 
     Attributes:
         context: tokens of each prompt.
-        method: "none", "ngram" or a drafter's name.
+        method: "none", "ngram", "ngram-16" or a drafter's name.
         tokens_per_s: output tokens by wall time, prefill included; of every prompt its median pass.
         speedup: over "none", with an interval over prompts.
         decode_speedup: the same of the time after the first token.
@@ -71,16 +75,17 @@ def measure_speed(
     on_progress: Callable[[int, str], None] = lambda context, method: None,
     command: Sequence[str] = ENGINE_COMMAND,
 ) -> Iterator[list[LongSpeedRow]]:
-    """Yield the rows after each pass, of all passes so far: by length, "none" and "ngram" first.
+    """Yield the rows after each pass, of all passes so far: by length, "none" and the two n-gram lookups first.
 
     Args:
         target: folder of the target, decoded greedily in float32.
-        drafters: folders by name, ours or EAGLE-3 in vLLM's format.
+        drafters: folders by name, EAGLE-3 in vLLM's format or ours, which draft as many tokens as they do for a user
+            who names no number.
         prompts: token ids of the prompts, by their length; in each pass the first of a length is decoded once more,
             before any time is taken.
         log_dir: takes the engines' logs of the latest pass.
         num_tokens: of each output.
-        num_drafts: K.
+        num_drafts: K of EAGLE-3 and n-gram lookup; "ngram-16" has 16.
         repeats: measured passes.
         seed: of the engine.
         on_progress: called with length and method for each decoded prompt.
@@ -90,24 +95,27 @@ def measure_speed(
         EngineError: an engine failed.
     """
     device = default_device()
-    methods = (REFERENCE_METHOD, NGRAM, *drafters)
-    specs = {}
-    for method in methods:
-        folder = drafters.get(method)
-        config: dict[str, Any] | None = speculative_config(method, num_drafts, None) if folder is None else {
-            "method": "eagle3",
-            "model": str(folder),
-            "num_speculative_tokens": num_drafts,
-        }  # fmt: skip
-        specs[method] = EngineSpec(
+    configs: dict[str, dict[str, Any] | None] = {
+        REFERENCE_METHOD: None,
+        NGRAM: speculative_config(NGRAM, num_drafts, None),
+        LONG_NGRAM: speculative_config(NGRAM, MOST_LIKELY, None),
+    }
+    for name, folder in drafters.items():
+        eagle3 = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": num_drafts}
+        configs[name] = vllm_settings(folder, None) if is_drafter(folder) else eagle3
+    methods = tuple(configs)
+    specs = {
+        method: EngineSpec(
             target=str(target),
             speculative_config=config,
             dtype="float32",
-            max_model_len=max(prompts) + num_tokens + num_drafts + 1,
+            max_model_len=max(prompts) + num_tokens + max(num_drafts, MOST_LIKELY) + 1,
             max_num_seqs=1,
             enforce_eager=device == "cpu",
             seed=seed,
         )
+        for method, config in configs.items()
+    }
     results: dict[tuple[int, str], list[RequestResult]] = {
         (length, method): [] for length in prompts for method in methods
     }
