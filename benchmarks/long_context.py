@@ -100,7 +100,7 @@ def main(
 
     Writes long_context.json, .md and .png; after each length, so that an interruption loses nothing. With
     --speed it writes speed.json and .md: plain decoding, n-gram lookup of K and of 16 tokens and the drafters, each in
-    an engine of its own, and every prompt by all of them in turn. Ours drafts as it does for a user who names no number.
+    an engine of its own, and every prompt by all of them in turn. Ours drafts as for a user who names no number.
     """
     drafter = drafter or [f"{name}={ZOO / folder}" for name, folder in SHIPPED.items()]
     text = text or [ZOO / "text"]

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qm_spec.discovery import check_drafter, find_drafter
+from qm_spec.drafter.suffix_index import MOST_LIKELY
 from qm_spec.evaluation.environment import default_device
 from qm_spec.evaluation.jobs import EngineJob, Event, run_jobs
-from qm_spec.evaluation.methods import DEFAULT_SPECULATIVE_TOKENS, speculative_config
+from qm_spec.evaluation.methods import speculative_config
 from qm_spec.evaluation.process import ENGINE_COMMAND
 from qm_spec.evaluation.prompts import tokenize_prompts
 from qm_spec.evaluation.ray_runner import RayRunner
@@ -57,7 +58,7 @@ class GenerationSettings:
         output: file of JSON lines, one for each row of the input and in its order.
         method: "qm_spec", "qm_spec-lookup", "ngram", or "none" for plain decoding.
         draft: "qm_spec" for the drafter that belongs to the target, or a drafter's folder.
-        num_speculative_tokens: K; None for the drafter's own number.
+        num_speculative_tokens: K; None leaves it to the plug-in: the drafter's own, and up to 16 where a CPU looks up.
         max_tokens: most output tokens of a prompt; an end-of-text token ends it earlier.
         temperature: 0 for greedy decoding.
         concurrency: requests that each engine keeps in flight.
@@ -123,11 +124,10 @@ class Generation:
         self.settings = settings
         ray = settings.ray
         self._device = default_device() if ray is None else "cuda" if ray.num_gpus else "cpu"
-        self._depth = settings.num_speculative_tokens or DEFAULT_SPECULATIVE_TOKENS
         drafter = None
         if settings.method in DRAFTER_METHODS:
             drafter = find_drafter(settings.target) if settings.draft == FIND_DRAFT else Path(settings.draft)
-            self._depth = check_drafter(drafter, settings.target, settings.num_speculative_tokens)
+            check_drafter(drafter, settings.target, settings.num_speculative_tokens)
         self._tokenizer = AutoTokenizer.from_pretrained(settings.target)
         config = AutoConfig.from_pretrained(settings.target).get_text_config()
         self._limit: int | None = getattr(config, "max_position_embeddings", None)
@@ -172,11 +172,12 @@ class Generation:
     def _split(self, prompts: Sequence[TokenPrompt], drafter: Path | None) -> list[ShardSpec]:
         """Return shards that do not depend on the number of actors, so that another number can resume."""
         settings = self.settings
-        needed = max(len(prompt.token_ids) for prompt in prompts) + settings.max_tokens + self._depth + 1
+        depth = settings.num_speculative_tokens
+        needed = max(len(prompt.token_ids) for prompt in prompts) + settings.max_tokens + (depth or MOST_LIKELY) + 1
         engine = EngineSpec(
             # An actor need not run in this process's folder.
             target=str(settings.target.absolute()),
-            speculative_config=speculative_config(settings.method, self._depth, drafter),
+            speculative_config=speculative_config(settings.method, depth, drafter),
             dtype=settings.dtype,
             max_model_len=min(needed, self._limit or needed),
             max_num_seqs=settings.concurrency,

@@ -52,10 +52,11 @@ def method_environment(method: str, device: str) -> dict[str, str]:
     return environment
 
 
-def speculative_config(method: str, num_speculative_tokens: int, drafter: Path | None) -> dict[str, Any] | None:
+def speculative_config(method: str, num_speculative_tokens: int | None, drafter: Path | None) -> dict[str, Any] | None:
     """Return vLLM's `speculative_config` for a method, None for plain decoding.
 
     Args:
+        num_speculative_tokens: K; None leaves it to the plug-in, and is 4 for n-gram lookup.
         drafter: the folder that a method of `DRAFTER_METHODS` drafts with; other methods have none.
     """
     if method in PLAIN_METHODS:
@@ -65,6 +66,6 @@ def speculative_config(method: str, num_speculative_tokens: int, drafter: Path |
         return vllm_settings(drafter, num_speculative_tokens)
     return {
         "method": "ngram",
-        "num_speculative_tokens": num_speculative_tokens,
+        "num_speculative_tokens": num_speculative_tokens or DEFAULT_SPECULATIVE_TOKENS,
         "prompt_lookup_max": NGRAM_PROMPT_LOOKUP_MAX,
     }
