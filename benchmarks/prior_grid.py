@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qm_spec.config import MergeConfig
-    from qm_spec.drafter.prior import QuickMergePrior
+    from qm_spec.drafter.prior import PriorLayer, QuickMergePrior
     from qm_spec.evaluation.long_context import LongContextRow
     from qm_spec.ops.merge_entries import Merged
 
@@ -46,7 +47,8 @@ class Variant:
         about: what it is.
         merge: settings of `MergeConfig`.
         saliency: masses `[..., M]` of a group's keys `[..., M, d]`, in place of the entropy's.
-        pruned: salient entries stay as they are, and nothing joins them.
+        merging: of a group's entries, in place of `merge_entries`.
+        rotated: keys and queries tell positions by rotation.
         counted: an entry's count is added to its scores.
         sloped: scores fall with the distance.
     """
@@ -54,7 +56,8 @@ class Variant:
     about: str
     merge: dict[str, Any] = dataclasses.field(default_factory=dict)
     saliency: Callable[[Tensor], Tensor] | None = None
-    pruned: bool = False
+    merging: Callable[[Tensor, Tensor, Tensor, Tensor, int], Merged] | None = None
+    rotated: bool = False
     counted: bool = True
     sloped: bool = True
 
@@ -77,6 +80,88 @@ def learned_mass(keys: Tensor) -> Tensor:
     return torch.nn.functional.softplus(keys[..., 0].float()) + 1e-3
 
 
+def prune_entries(keys: Tensor, values: Tensor, mass: Tensor, count: Tensor, keep: int) -> Merged:
+    """Keep the `keep` entries of the highest mass of each group as they are; see `merge_entries`."""
+    import torch
+
+    from qm_spec.ops.merge_entries import Merged
+
+    stay = mass.argsort(dim=-1, descending=True, stable=True)[..., :keep].sort(dim=-1).values
+    wide = stay.unsqueeze(-1).expand(*stay.shape, keys.shape[-1])
+    nowhere = torch.full_like(mass, -1, dtype=torch.int64)
+    return Merged(
+        keys.gather(-2, wide), values.gather(-2, wide), mass.gather(-1, stay), count.gather(-1, stay), nowhere
+    )
+
+
+def budget_entries(keys: Tensor, values: Tensor, mass: Tensor, count: Tensor, keep: int) -> Merged:
+    """Keep up to `keep` entries of each group, in proportion to the entropy of its keys; see `merge_entries`.
+
+    On average over a sequence it is two thirds of them, at least one each. Places that a group does not use count 0 tokens.
+    """
+    import torch
+    from torch.nn.functional import normalize, one_hot
+
+    from qm_spec.ops.attention_entropy import attention_entropy
+    from qm_spec.ops.merge_entries import Merged, merge_entries
+
+    if keep == 1:
+        return merge_entries(keys, values, mass, count, keep)
+    # A uniform group has log(R0); the most that there can be says nothing, what is missing of it does.
+    spread = math.log(keys.shape[-2]) - attention_entropy(keys.detach()).mean(-1)
+    share = spread / spread.mean(-1, keepdim=True).clamp_min(1e-6)
+    own = (keep * 2 / 3 * share).round().clamp(1, keep).unsqueeze(-1)
+    rank = mass.detach().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    stays = rank < own
+    unit = normalize(keys.detach().float(), dim=-1)
+    nearest = (unit @ unit.mT).masked_fill(~stays.unsqueeze(-2), float("-inf")).argmax(-1)
+    centre = torch.where(stays, torch.arange(keys.shape[-2], device=keys.device), nearest)
+    # Those that stay have the first places, in order of their rank.
+    cluster = rank.gather(-1, centre)
+    member = one_hot(cluster, keep).to(mass.dtype)
+    merged_mass = (member * mass.unsqueeze(-1)).sum(-2)
+    weights = (member * mass.unsqueeze(-1) / merged_mass.clamp_min(1e-9).unsqueeze(-2)).mT
+    merged_count = (member * count.unsqueeze(-1)).sum(-2)
+    return Merged(weights @ keys, weights @ values, merged_mass, merged_count, cluster)
+
+
+class Rotary:
+    """A prior's layer whose keys and queries are rotated by their positions in half of their channels.
+
+    The other half still tells what a token is wherever it stands, or nothing could be looked for.
+
+    Args:
+        layer: the prior.
+        positions: `[B, T]`, of the newest tokens that the layer's next inputs know.
+    """
+
+    def __init__(self, layer: PriorLayer, positions: Tensor) -> None:
+        self._layer, self.positions = layer, positions
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the layer's."""
+        return getattr(self._layer, name)
+
+    def keys_values(self, state: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """See `PriorLayer.keys_values`."""
+        keys, values = self._layer.keys_values(state, embedding)
+        return self._rotate(keys), values
+
+    def query(self, embedding: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `PriorLayer.query`."""
+        query, residual = self._layer.query(embedding, state)
+        return self._rotate(query), residual
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        import torch
+
+        plain, real, imaginary = x.split([x.shape[-1] // 2, x.shape[-1] // 4, x.shape[-1] // 4], -1)
+        rates = 10000.0 ** -torch.linspace(0, 1, real.shape[-1], device=x.device)
+        angle = (self.positions.unsqueeze(-1) * rates).unsqueeze(-2)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([plain, real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
+
+
 VARIANTS = {
     DEFAULT: Variant("window 128, groups of 16 merged to 8, 4, 2, 1"),
     "no-memory": Variant("a window of 128, nothing beyond", {"schedule": [0]}),
@@ -95,24 +180,16 @@ VARIANTS = {
     "norm": Variant("large keys are salient", saliency=norm_mass),
     "learned": Variant("a learned linear scorer", saliency=learned_mass),
     "random": Variant("saliency at random", saliency=random_mass),
-    "pruned": Variant("salient tokens stay as they are, the others are dropped", pruned=True),
+    "pruned": Variant("salient tokens stay as they are, the others are dropped", merging=prune_entries),
+    "budget": Variant(
+        "as many keys for a group as its entropy asks for, 8, 4, 2, 1 on average",
+        {"schedule": [12, 6, 3, 1]},
+        merging=budget_entries,
+    ),
     "uncounted": Variant("no log(count)", counted=False),
     "flat": Variant("no slopes: a raw token's distance does not count", sloped=False),
+    "rotary": Variant("rotary positions in half of the channels, no slopes", rotated=True, sloped=False),
 }
-
-
-def prune_entries(keys: Tensor, values: Tensor, mass: Tensor, count: Tensor, keep: int) -> Merged:
-    """Keep the `keep` entries of the highest mass of each group as they are; see `merge_entries`."""
-    import torch
-
-    from qm_spec.ops.merge_entries import Merged
-
-    stay = mass.argsort(dim=-1, descending=True, stable=True)[..., :keep].sort(dim=-1).values
-    wide = stay.unsqueeze(-1).expand(*stay.shape, keys.shape[-1])
-    nowhere = torch.full_like(mass, -1, dtype=torch.int64)
-    return Merged(
-        keys.gather(-2, wide), values.gather(-2, wide), mass.gather(-1, stay), count.gather(-1, stay), nowhere
-    )
 
 
 def prior_of(variant: Variant) -> type[QuickMergePrior]:
@@ -121,24 +198,41 @@ def prior_of(variant: Variant) -> type[QuickMergePrior]:
 
     from qm_spec.drafter import memory
     from qm_spec.drafter.prior import QuickMergePrior
-    from qm_spec.drafter.rows import PriorSequences
+    from qm_spec.drafter.rows import PriorRows, PriorSequences
 
     def mass(keys: Tensor, config: MergeConfig) -> Tensor:
         assert variant.saliency is not None
         return variant.saliency(keys)
 
+    class RotatedRows(PriorRows):
+        def __init__(self, sequences: PriorSequences, positions: Tensor) -> None:
+            super().__init__(sequences, positions)
+            self.layer: Any = Rotary(sequences.layer, positions)
+
+        def step(self, embedding: Tensor) -> Tensor:
+            if self.num_steps > 0:
+                self.layer.positions = self.layer.positions + 1
+            return super().step(embedding)
+
     class Sequences(PriorSequences):
-        def __init__(self, *arguments: Any) -> None:
+        def __init__(self, layer: Any, config: MergeConfig, aux_states: Tensor, embeddings: Tensor) -> None:
+            if variant.rotated:
+                layer = Rotary(layer, torch.arange(aux_states.shape[1], device=aux_states.device).unsqueeze(0))
             with ExitStack() as stack:
                 if variant.saliency is not None:
                     stack.enter_context(mock.patch.object(memory, "saliency_mass", mass))
-                if variant.pruned:
-                    stack.enter_context(mock.patch.object(memory, "merge_entries", prune_entries))
-                super().__init__(*arguments)
+                if variant.merging is not None:
+                    stack.enter_context(mock.patch.object(memory, "merge_entries", variant.merging))
+                super().__init__(layer, config, aux_states, embeddings)
             if not variant.counted:
                 entries = self.memory.entries
                 plain = dataclasses.replace(entries, count=entries.count.clamp_max(1))
                 self.memory = dataclasses.replace(self.memory, entries=plain)
+            if variant.rotated:
+                self.layer = layer._layer
+
+        def rows(self, positions: Tensor) -> PriorRows:
+            return RotatedRows(self, positions) if variant.rotated else super().rows(positions)
 
     class Prior(QuickMergePrior):
         def __init__(self, config: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from prior_grid import DEFAULT, VARIANTS, ZOO, over_all, prior_of, table, train
+from prior_grid import DEFAULT, VARIANTS, ZOO, Rotary, budget_entries, over_all, prior_of, table, train
 
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.config import QuickMergeConfig
@@ -52,7 +52,7 @@ def test_a_variant_drafts_otherwise_where_memory_is_merged_and_alike_where_it_is
     near, far = (outputs_of(name) - outputs_of(DEFAULT)).abs().amax(-1).tolist()
     assert far > 1e-5
     # Slopes and the bias of what is far begin otherwise where a window says so.
-    assert near == 0 or "window" in VARIANTS[name].merge or name == "flat"
+    assert near == 0 or "window" in VARIANTS[name].merge or name in ("flat", "rotary")
 
 
 @torch.no_grad()
@@ -71,6 +71,35 @@ def test_counts_and_slopes_can_be_left_out() -> None:
     assert sequences_of("pruned").memory.entries.count.max() == 1
     bias = sequences_of("flat").rows(torch.tensor([[50]])).bias
     assert (bias[..., :51] == 0).all()
+
+
+@torch.no_grad()
+def test_a_budget_by_entropy_keeps_all_tokens_in_as_many_entries_as_each_group_asks_for() -> None:
+    torch.manual_seed(0)
+    # The later groups have keys ever more unlike each other.
+    keys = torch.randn(12, 16, 8) * torch.linspace(0.2, 2, 12).view(-1, 1, 1)
+    values, mass, count = torch.randn(12, 16, 8), torch.rand(12, 16) + 0.1, torch.ones(12, 16)
+    merged = budget_entries(keys, values, mass, count, 9)
+    used = (merged.count > 0).sum(-1)
+    assert 1 <= used.min() < 4 and used.max() == 9 and abs(used.float().mean() - 6) < 1.5
+    assert used[-3:].min() > used[:3].max()
+    assert (merged.count.sum(-1) == 16).all() and torch.allclose(merged.mass.sum(-1), mass.sum(-1))
+    total = (merged.values * merged.mass.unsqueeze(-1)).sum(-2)
+    assert torch.allclose(total, (values * mass.unsqueeze(-1)).sum(-2), atol=1e-5)
+
+
+@torch.no_grad()
+def test_rotated_keys_are_compared_by_their_distance_alone() -> None:
+    layer = sequences_of(DEFAULT).layer
+    state, embedding = torch.randn(1, 1, 64), torch.randn(1, 1, 64)
+
+    def score(of_query: int, of_key: int) -> torch.Tensor:
+        query, _ = Rotary(layer, torch.tensor([[of_query]])).query(embedding, state)
+        key, _ = Rotary(layer, torch.tensor([[of_key]])).keys_values(state, embedding)
+        return (query[0, 0, 0] * key[0, 0, 0]).sum()
+
+    assert torch.allclose(score(7, 3), score(104, 100), atol=1e-4)
+    assert not torch.allclose(score(7, 3), score(8, 3), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["norm", "learned", "random"])
