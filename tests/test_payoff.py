@@ -228,6 +228,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def answers(name: str, program: str, **settings: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("QM_SPEC_ADAPT", "1")
+            patch.setenv("QM_SPEC_LOOKUP", "3")
             return run_offline(tmp_path_factory.mktemp(name), {**engine, **settings}, requests, program)
 
     speculative: Callable[..., Any] = qm_spec.speculative_config
