@@ -311,6 +311,15 @@ def test_lookup_drafts_more_than_the_prior_unless_a_number_is_named(
     assert speculative.draft_model_config.hf_config.model.num_speculative_tokens == of_prior
 
 
+def test_with_lora_the_default_number_leaves_room_for_all_requests(
+    target: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QM_SPEC_LOOKUP", "4")
+    # vLLM refuses 17 tokens for each of 128 requests here.
+    args = make_args(target, spec_model="qm_spec", enable_lora=True, max_num_seqs=128, max_num_batched_tokens=2048)
+    assert args.create_engine_config().speculative_config.num_speculative_tokens == 3
+
+
 def test_asynchronous_engines_resolve_too(target: Path, drafter: Path) -> None:
     args = AsyncEngineArgs.from_cli_args(parse("--speculative-model", "qm_spec"))
     args.model, args.skip_tokenizer_init, args.dtype, args.max_model_len = str(target), True, "float32", 128

@@ -120,7 +120,8 @@ def resolve(
     drafter = find_drafter(target, revision) if named == METHOD else Path(named)
     asked = request.get("num_speculative_tokens")
     depth = check_drafter(drafter, target, asked, revision)
-    if asked is None and current_platform.is_cpu():
+    # With LoRA vLLM wants the most tokens for all requests to fit into one step.
+    if asked is None and current_platform.is_cpu() and not args.enable_lora:
         depth = most_drafts(QuickMergeConfig.from_pretrained(drafter))
     logger.info("qm_spec: drafter %s, up to %d tokens per step", drafter, depth)
     settings = {**request, **vllm_settings(drafter, depth)}
