@@ -97,7 +97,7 @@ def prune_entries(keys: Tensor, values: Tensor, mass: Tensor, count: Tensor, kee
 def budget_entries(keys: Tensor, values: Tensor, mass: Tensor, count: Tensor, keep: int) -> Merged:
     """Keep up to `keep` entries of each group, in proportion to the entropy of its keys; see `merge_entries`.
 
-    On average over a sequence it is two thirds of them, at least one each. Places that a group does not use count 0 tokens.
+    On average over a sequence it is two thirds of them, at least one each. Places left free count 0 tokens.
     """
     import torch
     from torch.nn.functional import normalize, one_hot
