@@ -1,8 +1,8 @@
 // Sixteen floats at a time, as GCC's and Clang's vector types.
 //
 // GCC compares and shuffles a vector larger than a register lane by lane, and keeps it in memory from one turn of a loop
-// to the next. So kernels are templates on `Vec`: a vector of 64 bytes for AVX-512, a pair of vectors of 32 for all
-// others. QM_DISPATCH chooses; everything here is inlined into the kernel and compiled for its set.
+// to the next. So kernels are templates on `Vec`: a vector of 64 bytes, but a pair of vectors of 32 bytes for AVX2.
+// QM_DISPATCH chooses; everything here is inlined into the kernel and compiled for its set.
 #pragma once
 
 #include <algorithm>
@@ -79,7 +79,7 @@ QM_INLINE Pair<A>& operator*=(Pair<A>& a, const B& b) {
   return a = a * b;
 }
 
-// Whether Vec is a pair: half as many registers as AVX-512 has, and two for each Vec.
+// Whether Vec is a pair: there are half as many registers as AVX-512 has, and each holds half of a Vec.
 template <class Vec>
 constexpr bool kIsPair = false;
 template <class Half>
@@ -155,7 +155,7 @@ using Passed =
 // Apart from its caller, as the others have to be: inlined, it would give the caller its own large frame.
 template <class Kernel, class... Args>
 __attribute__((noinline)) auto run_default(Kernel kernel, Passed<Args>... args) {
-  return kernel(Type<EightPair>(), args...);
+  return kernel(Type<SixteenVec>(), args...);
 }
 #if QM_HAS_SETS
 template <class Kernel, class... Args>
