@@ -3,13 +3,14 @@ VENV ?= .venv
 GPU ?= 0
 ARGS ?=
 BIN := $(VENV)/bin
+KERNEL_TESTS := tests/test_ops.py $(filter-out %_cuda.py,$(wildcard tests/test_kernels*.py))
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-gpu bench bench-kernels bench-gpu check lint sanitize build clean
+.PHONY: help install test test-avx2 test-gpu bench bench-kernels bench-gpu check lint sanitize build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@head -n 1 $(MAKEFILE_LIST)
 
 install: ## create the virtual environment and install vLLM and qm_spec; nothing to do: under a second
@@ -24,6 +25,11 @@ bench: install ## measure speculative decoding on the shipped pair
 bench-kernels: install ## measure the kernels against PyTorch on the CPU, in one table
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
 
+test-avx2: install ## run the kernels' tests with what a processor without AVX-512 gets
+	CXXFLAGS=-DQM_SPEC_NO_AVX512 QM_SPEC_BUILD=required $(BIN)/python setup.py -q build \
+		--build-lib build/avx2 --build-temp build/avx2-objects
+	PYTHONPATH=build/avx2 QM_SPEC_BACKEND=compiled $(BIN)/pytest $(KERNEL_TESTS) $(ARGS)
+
 test-gpu: install ## build the CUDA kernels and run their tests on this machine's GPU
 	QM_SPEC_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	QM_SPEC_BACKEND=compiled $(BIN)/python -m pytest -m gpu $(ARGS)
@@ -36,7 +42,7 @@ sanitize: install ## run the kernels' tests under AddressSanitizer and Undefined
 		--build-lib build/sanitize --build-temp build/sanitize-objects
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize QM_SPEC_BACKEND=compiled \
-		$(BIN)/pytest tests/test_ops.py $(filter-out %_cuda.py,$(wildcard tests/test_kernels*.py)) $(ARGS)
+		$(BIN)/pytest $(KERNEL_TESTS) $(ARGS)
 
 check: lint ## lint, then the tests that do not start vLLM
 	$(BIN)/python -m pytest -m "not vllm" $(ARGS)

@@ -12,27 +12,28 @@ namespace {
 // What one thread should have to copy before another is woken.
 constexpr int64_t kGrainBytes = 64 << 10;
 
-template <class From, class To>
+template <class Vec, class From, class To>
 QM_INLINE void convert(const char* from, int64_t count, char* to) {
   float row[kLanes];
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t part = std::min(kLanes, count - i);
-    load_row(reinterpret_cast<const From*>(from) + i, part, row);
-    store_row(row, part, reinterpret_cast<To*>(to) + i);
+    load_row<Vec>(reinterpret_cast<const From*>(from) + i, part, row);
+    store_row<Vec>(row, part, reinterpret_cast<To*>(to) + i);
   }
 }
 
-template <class From>
+template <class Vec, class From>
 QM_INLINE void convert_to(const char* from, int64_t count, ScalarType type, char* to) {
-  if (type == ScalarType::Float) convert<From, float>(from, count, to);
-  if (type == ScalarType::BFloat16) convert<From, BFloat16>(from, count, to);
-  if (type == ScalarType::Half) convert<From, Float16>(from, count, to);
+  if (type == ScalarType::Float) convert<Vec, From, float>(from, count, to);
+  if (type == ScalarType::BFloat16) convert<Vec, From, BFloat16>(from, count, to);
+  if (type == ScalarType::Half) convert<Vec, From, Float16>(from, count, to);
 }
 
-QM_MULTIVERSION void copy_row(const char* from, ScalarType from_type, int64_t count, ScalarType type, char* to) {
-  if (from_type == ScalarType::Float) convert_to<float>(from, count, type, to);
-  if (from_type == ScalarType::BFloat16) convert_to<BFloat16>(from, count, type, to);
-  if (from_type == ScalarType::Half) convert_to<Float16>(from, count, type, to);
+template <class Vec>
+QM_INLINE void copy_row(const char* from, ScalarType from_type, int64_t count, ScalarType type, char* to) {
+  if (from_type == ScalarType::Float) convert_to<Vec, float>(from, count, type, to);
+  if (from_type == ScalarType::BFloat16) convert_to<Vec, BFloat16>(from, count, type, to);
+  if (from_type == ScalarType::Half) convert_to<Vec, Float16>(from, count, type, to);
 }
 
 // A [T, G, d] tensor whose rows are contiguous.
@@ -82,8 +83,8 @@ void append_kv(Tensor cache_tensor, Tensor key, Tensor value, Tensor slots) {
           std::memcpy(to, keys.at(row, head), row_bytes);
           std::memcpy(to_value, values.at(row, head), row_bytes);
         } else {
-          copy_row(keys.at(row, head), keys.type, head_dim, cache.type, to);
-          copy_row(values.at(row, head), values.type, head_dim, cache.type, to_value);
+          QM_DISPATCH(copy_row, keys.at(row, head), keys.type, head_dim, cache.type, to);
+          QM_DISPATCH(copy_row, values.at(row, head), values.type, head_dim, cache.type, to_value);
         }
         cache.set_state(page, head, offset, {1.0f, 1.0f, 0.0f, 0.0f});
       }

@@ -36,12 +36,13 @@ void reset(Sums sums, int64_t count) {
 }
 
 // Add `part` to `sums`, as if their scores had been summed together.
-QM_MULTIVERSION void merge(Sums part, int64_t count, Sums sums) {
+template <class Vec>
+QM_INLINE void merge(Sums part, int64_t count, Sums sums) {
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec a = load(sums.largest + i), b = load(part.largest + i), m = a > b ? a : b;
+    const Vec a = load<Vec>(sums.largest + i), b = load<Vec>(part.largest + i), m = larger(a, b);
     const Vec weight_a = exp(a - m), weight_b = exp(b - m);
-    const Vec total_a = load(sums.total + i), total_b = load(part.total + i);
-    const Vec weighted_a = load(sums.weighted + i), weighted_b = load(part.weighted + i);
+    const Vec total_a = load<Vec>(sums.total + i), total_b = load<Vec>(part.total + i);
+    const Vec weighted_a = load<Vec>(sums.weighted + i), weighted_b = load<Vec>(part.weighted + i);
     store(m, sums.largest + i);
     store(weight_a * total_a + weight_b * total_b, sums.total + i);
     store(weight_a * (weighted_a + (a - m) * total_a) + weight_b * (weighted_b + (b - m) * total_b), sums.weighted + i);
@@ -49,24 +50,24 @@ QM_MULTIVERSION void merge(Sums part, int64_t count, Sums sums) {
 }
 
 // The sums of each row, over its first `columns` scores, or over those up to the diagonal.
-QM_MULTIVERSION void sum_rows(
+template <class Vec>
+QM_INLINE void sum_rows(
     const float* scores, int64_t rows, int64_t columns, bool to_diagonal, float scale, Sums part) {
-  const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Ints<Vec> lanes = lane_numbers<Vec>();
   for (int64_t r = 0; r < rows; ++r) {
     const float* s = scores + r * kTile;
     const int32_t count = static_cast<int32_t>(to_diagonal ? r + 1 : columns);
-    Vec most = all(-FLT_MAX);
+    Vec most = all<Vec>(-FLT_MAX);
     for (int32_t c = 0; c < count; c += kLanes) {
-      const Vec score = lanes + c < count ? load(s + c) : most;
-      most = score > most ? score : most;
+      most = larger(select(lanes + c < count, load<Vec>(s + c), most), most);
     }
     const float m = largest(most);
     Vec total = {}, weighted = {};
     for (int32_t c = 0; c < count; c += kLanes) {
-      const Vec z = (load(s + c) - m) * scale;
-      const Vec e = lanes + c < count ? exp(z) : Vec{};
+      const Vec z = (load<Vec>(s + c) - m) * scale;
+      const Vec e = select(lanes + c < count, exp(z), Vec{});
       total += e;
-      weighted += lanes + c < count ? z * e : Vec{};
+      weighted += select(lanes + c < count, z * e, Vec{});
     }
     part.largest[r] = m * scale;
     part.total[r] = sum(total);
@@ -75,14 +76,15 @@ QM_MULTIVERSION void sum_rows(
 }
 
 // The sums of each column, of whole vectors of columns.
-QM_MULTIVERSION void sum_columns(const float* scores, int64_t rows, int64_t columns, float scale, Sums part) {
+template <class Vec>
+QM_INLINE void sum_columns(const float* scores, int64_t rows, int64_t columns, float scale, Sums part) {
   for (int64_t c = 0; c < columns; c += kLanes) {
     const float* s = scores + c;
-    Vec m = all(-FLT_MAX);
-    for (int64_t r = 0; r < rows; ++r) m = load(s + r * kTile) > m ? load(s + r * kTile) : m;
+    Vec m = all<Vec>(-FLT_MAX);
+    for (int64_t r = 0; r < rows; ++r) m = larger(load<Vec>(s + r * kTile), m);
     Vec total = {}, weighted = {};
     for (int64_t r = 0; r < rows; ++r) {
-      const Vec z = (load(s + r * kTile) - m) * scale;
+      const Vec z = (load<Vec>(s + r * kTile) - m) * scale;
       const Vec e = exp(z);
       total += e;
       weighted += z * e;
@@ -94,10 +96,11 @@ QM_MULTIVERSION void sum_columns(const float* scores, int64_t rows, int64_t colu
 }
 
 // Put the entropies in the place of the largest scores.
-QM_MULTIVERSION void finish(Sums sums, int64_t count) {
+template <class Vec>
+QM_INLINE void finish(Sums sums, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec total = load(sums.total + i);
-    store(log(total) - load(sums.weighted + i) / total, sums.largest + i);
+    const Vec total = load<Vec>(sums.total + i);
+    store(log(total) - load<Vec>(sums.weighted + i) / total, sums.largest + i);
   }
 }
 
@@ -154,12 +157,12 @@ Tensor attention_entropy(Tensor tokens, bool causal) {
                 whole_panels(num_columns) / kPanel, dim, scores, kTile);
             // On the diagonal a tile's columns are its rows, and need no sums across lanes.
             if (causal ? column == row : column != row) {
-              sum_rows(scores, num_rows, num_columns, causal, scale, part);
-              merge(part, num_rows, own.at(row));
+              QM_DISPATCH(sum_rows, scores, num_rows, num_columns, causal, scale, part);
+              QM_DISPATCH(merge, part, num_rows, own.at(row));
             }
             if (causal && column == row) continue;
-            sum_columns(scores, num_rows, num_columns, scale, part);
-            merge(part, num_columns, own.at(column));
+            QM_DISPATCH(sum_columns, scores, num_rows, num_columns, scale, part);
+            QM_DISPATCH(merge, part, num_columns, own.at(column));
           }
         });
       }
@@ -167,8 +170,8 @@ Tensor attention_entropy(Tensor tokens, bool causal) {
     torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const Sums all = sums_of(b, 0);
-        for (int64_t g = 1; g < groups; ++g) merge(sums_of(b, g), places, all);
-        finish(all, num_tokens);
+        for (int64_t g = 1; g < groups; ++g) QM_DISPATCH(merge, sums_of(b, g), places, all);
+        QM_DISPATCH(finish, all, num_tokens);
         std::copy_n(all.largest, num_tokens, out + (first + b) * num_tokens);
       }
     });

@@ -7,34 +7,29 @@
 namespace qm_spec {
 namespace {
 
-template <class T>
+template <class Vec, class T>
 QM_INLINE void to_floats(const T* in, int64_t count, float* out) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(load(in + i), out + i);
+  for (; i + kLanes <= count; i += kLanes) store(load<Vec>(in + i), out + i);
   if (i == count) return;
   T rest[kLanes] = {};
   float converted[kLanes];
   std::memcpy(rest, in + i, (count - i) * sizeof(T));
-  store(load(rest), converted);
+  store(load<Vec>(rest), converted);
   std::memcpy(out + i, converted, (count - i) * sizeof(float));
 }
 
-template <class T>
+template <class Vec, class T>
 QM_INLINE void from_floats(const float* in, int64_t count, T* out) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(load(in + i), out + i);
+  for (; i + kLanes <= count; i += kLanes) store(load<Vec>(in + i), out + i);
   if (i == count) return;
   float rest[kLanes] = {};
   T converted[kLanes];
   std::memcpy(rest, in + i, (count - i) * sizeof(float));
-  store(load(rest), converted);
+  store(load<Vec>(rest), converted);
   std::memcpy(out + i, converted, (count - i) * sizeof(T));
 }
-
-QM_MULTIVERSION void from_half(const Float16* in, int64_t count, float* out) { to_floats(in, count, out); }
-QM_MULTIVERSION void from_bfloat16(const BFloat16* in, int64_t count, float* out) { to_floats(in, count, out); }
-QM_MULTIVERSION void to_half(const float* in, int64_t count, Float16* out) { from_floats(in, count, out); }
-QM_MULTIVERSION void to_bfloat16(const float* in, int64_t count, BFloat16* out) { from_floats(in, count, out); }
 
 void check_type(ScalarType type, const char* op) {
   STD_TORCH_CHECK(
@@ -54,10 +49,10 @@ const float* FloatRows::read(int64_t offset, int64_t count, float* scratch) cons
     case ScalarType::Float:
       return static_cast<const float*>(data_) + offset;
     case ScalarType::Half:
-      from_half(static_cast<const Float16*>(data_) + offset, count, scratch);
+      QM_DISPATCH(to_floats, static_cast<const Float16*>(data_) + offset, count, scratch);
       return scratch;
     case ScalarType::BFloat16:
-      from_bfloat16(static_cast<const BFloat16*>(data_) + offset, count, scratch);
+      QM_DISPATCH(to_floats, static_cast<const BFloat16*>(data_) + offset, count, scratch);
       return scratch;
     default:
       std::copy_n(static_cast<const double*>(data_) + offset, count, scratch);
@@ -82,10 +77,10 @@ void FloatRowsOut::write(int64_t offset, int64_t count, const float* values) con
       std::copy_n(values, count, static_cast<float*>(data_) + offset);
       return;
     case ScalarType::Half:
-      to_half(values, count, static_cast<Float16*>(data_) + offset);
+      QM_DISPATCH(from_floats, values, count, static_cast<Float16*>(data_) + offset);
       return;
     case ScalarType::BFloat16:
-      to_bfloat16(values, count, static_cast<BFloat16*>(data_) + offset);
+      QM_DISPATCH(from_floats, values, count, static_cast<BFloat16*>(data_) + offset);
       return;
     default:
       std::copy_n(values, count, static_cast<double*>(data_) + offset);

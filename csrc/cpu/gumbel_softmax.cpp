@@ -45,27 +45,29 @@ QM_MULTIVERSION void philox(uint64_t first, int64_t count, uint64_t offset, uint
 }
 
 // Rows are padded to whole vectors from here on.
-QM_MULTIVERSION void perturb(float* logits, const uint32_t* bits, float noise, int64_t count) {
+template <class Vec>
+QM_INLINE void perturb(float* logits, const uint32_t* bits, float noise, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
-    const BitVec upper = read_bytes<BitVec>(bits + i) >> 9;
-    const Vec u = (__builtin_convertvector((IntVec)upper, Vec) + 0.5f) * 0x1p-23f;
-    store(load(logits + i) - noise * log(-log(u)), logits + i);
+    const Bits<Vec> upper = read_bytes<Bits<Vec>>(bits + i) >> 9;
+    const Vec u = (converted<float>(as<int32_t>(upper)) + 0.5f) * 0x1p-23f;
+    store(load<Vec>(logits + i) - noise * log(-log(u)), logits + i);
   }
 }
 
-QM_MULTIVERSION void softmax(float* logits, float temperature, int64_t count) {
+template <class Vec>
+QM_INLINE void softmax(float* logits, float temperature, int64_t count) {
   std::fill(logits + count, logits + to_lanes(count), -std::numeric_limits<float>::infinity());
-  Vec most = load(logits);
-  for (int64_t i = kLanes; i < count; i += kLanes) most = load(logits + i) > most ? load(logits + i) : most;
+  Vec most = load<Vec>(logits);
+  for (int64_t i = kLanes; i < count; i += kLanes) most = larger(load<Vec>(logits + i), most);
   const float m = largest(most);
   Vec totals = {};
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec e = exp((load(logits + i) - m) / temperature);
+    const Vec e = exp((load<Vec>(logits + i) - m) / temperature);
     store(e, logits + i);
     totals += e;
   }
   const float total = sum(totals);
-  for (int64_t i = 0; i < count; i += kLanes) store(load(logits + i) / total, logits + i);
+  for (int64_t i = 0; i < count; i += kLanes) store(load<Vec>(logits + i) / total, logits + i);
 }
 
 std::tuple<Tensor, Tensor> gumbel_softmax(
@@ -92,10 +94,10 @@ std::tuple<Tensor, Tensor> gumbel_softmax(
       if (from != values) std::copy_n(from, num_columns, values);
       if (noise != 0) {
         philox(first / 4, counters, static_cast<uint64_t>(offset), static_cast<uint64_t>(seed), words.get());
-        perturb(values, words.get() + first % 4, static_cast<float>(noise), num_columns);
+        QM_DISPATCH(perturb, values, words.get() + first % 4, static_cast<float>(noise), num_columns);
       }
       std::copy_n(values, num_columns, noisy + first);
-      softmax(values, static_cast<float>(temperature), num_columns);
+      QM_DISPATCH(softmax, values, static_cast<float>(temperature), num_columns);
       out.write(first, num_columns, values);
     }
   });

@@ -9,11 +9,21 @@
 #include <memory>
 #include <new>
 
-// One function, compiled for each instruction set and chosen when the module is loaded. What it calls must be
-// inlined into it (QM_INLINE) to be compiled for the set too; a lambda handed to parallel_for is not.
+// GCC compiles one file for several instruction sets. QM_SPEC_NO_AVX512 leaves the widest out, so that a processor that
+// has it can test and time what others run.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define QM_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#define QM_HAS_SETS 1
+#ifdef QM_SPEC_NO_AVX512
+#define QM_SETS "default", "arch=x86-64-v3"
 #else
+#define QM_SETS "default", "arch=x86-64-v3", "arch=x86-64-v4"
+#endif
+// One function of plain loops, compiled for each of them and chosen when the module is loaded; functions of vectors go
+// through QM_DISPATCH of vec.h. What it calls must be inlined into it (QM_INLINE) to be compiled for the set too; a
+// lambda handed to parallel_for is not.
+#define QM_MULTIVERSION __attribute__((target_clones(QM_SETS)))
+#else
+#define QM_HAS_SETS 0
 #define QM_MULTIVERSION
 #endif
 #define QM_INLINE inline __attribute__((always_inline))
@@ -22,6 +32,20 @@ namespace qm_spec {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+enum class InstructionSet { kDefault, kAvx2, kAvx512 };
+
+// The widest that the processor has and the kernels use, found when the module is loaded.
+inline const InstructionSet kWidestSet = [] {
+#if QM_HAS_SETS
+  __builtin_cpu_init();
+#ifndef QM_SPEC_NO_AVX512
+  if (__builtin_cpu_supports("x86-64-v4")) return InstructionSet::kAvx512;
+#endif
+  if (__builtin_cpu_supports("x86-64-v3")) return InstructionSet::kAvx2;
+#endif
+  return InstructionSet::kDefault;
+}();
 
 // Floats at an address that suits every vector, not initialised.
 class Scratch {

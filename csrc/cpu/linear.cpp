@@ -28,14 +28,14 @@ struct Rows {
 
 // One half of kStep weights as floats: the first and the second kLanes of them or, of bfloat16, those at even and at
 // odd places, which takes one instruction: they are the upper halves of the floats.
-template <class T>
+template <class Vec, class T>
 QM_INLINE Vec load_half(const T* w, int half) {
-  return load(w + half * kLanes);
+  return load<Vec>(w + half * kLanes);
 }
-template <>
+template <class Vec>
 QM_INLINE Vec load_half(const BFloat16* w, int half) {
-  const BitVec pairs = read_bytes<BitVec>(w);
-  return (Vec)(half == 0 ? pairs << 16 : pairs & 0xffff0000u);
+  const Bits<Vec> pairs = read_bytes<Bits<Vec>>(w);
+  return as<float>(half == 0 ? pairs << 16 : pairs & 0xffff0000u);
 }
 
 // Lay a row of x out in the same order.
@@ -50,43 +50,23 @@ void prepare(const float* row, int64_t columns, bool even_first, float* out) {
   }
 }
 
-// out[0..3] += the sums of four vectors' lanes; the additions are those of `sum`, four at a time.
+// out[0..3] += the sums of four vectors' lanes.
+template <class Vec>
 QM_INLINE void add_sums(const Vec* v, float* out) {
-  typedef float Quad __attribute__((vector_size(16)));
-  typedef int32_t Pick __attribute__((vector_size(16)));
-  typedef float Half __attribute__((vector_size(32)));
-  Quad q[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    Half low, high;
-    std::memcpy(&low, &v[i], sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v[i]) + sizeof low, sizeof high);
-    low += high;
-    Quad a, b;
-    std::memcpy(&a, &low, sizeof a);
-    std::memcpy(&b, reinterpret_cast<const char*>(&low) + sizeof a, sizeof b);
-    q[i] = a + b;
-  }
-  const Quad x = __builtin_shuffle(q[0], q[1], Pick{0, 4, 1, 5}) + __builtin_shuffle(q[0], q[1], Pick{2, 6, 3, 7});
-  const Quad y = __builtin_shuffle(q[2], q[3], Pick{0, 4, 1, 5}) + __builtin_shuffle(q[2], q[3], Pick{2, 6, 3, 7});
-  const Quad sums = __builtin_shuffle(x, y, Pick{0, 1, 4, 5}) + __builtin_shuffle(x, y, Pick{2, 3, 6, 7});
-  Quad total;
-  std::memcpy(&total, out, sizeof total);
-  total += sums;
-  std::memcpy(out, &total, sizeof total);
+  write_bytes(read_bytes<FourVec>(out) + sums_of_four(v), out);
 }
 
 // sums += w[i] . x[b] over kStep columns.
-template <class T, int kWeights, int kBatch>
+template <class T, class Vec, int kWeights, int kBatch>
 QM_INLINE void add_step(const T* w, int64_t w_stride, const float* x, int64_t x_stride, Vec (&sums)[kBatch][kWeights]) {
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
     Vec weights[kWeights];
 #pragma GCC unroll 8
-    for (int i = 0; i < kWeights; ++i) weights[i] = load_half(w + i * w_stride, half);
+    for (int i = 0; i < kWeights; ++i) weights[i] = load_half<Vec>(w + i * w_stride, half);
 #pragma GCC unroll 8
     for (int b = 0; b < kBatch; ++b) {
-      const Vec row = load(x + b * x_stride + half * kLanes);
+      const Vec row = load<Vec>(x + b * x_stride + half * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kWeights; ++i) sums[b][i] += weights[i] * row;
     }
@@ -94,15 +74,15 @@ QM_INLINE void add_step(const T* w, int64_t w_stride, const float* x, int64_t x_
 }
 
 // out[b, i] += w[i] . x[b] over `count` columns, for b and i from 0 on. The kWeights * kBatch sums stay in registers.
-template <class T, int kWeights, int kBatch>
+template <class Vec, class T, int kWeights, int kBatch>
 QM_INLINE void block(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count, float* out) {
   Vec sums[kBatch][kWeights] = {};
   int64_t k = 0;
-  for (; k + kStep <= count; k += kStep) add_step<T, kWeights, kBatch>(w + k, w_stride, x + k, x_stride, sums);
+  for (; k + kStep <= count; k += kStep) add_step(w + k, w_stride, x + k, x_stride, sums);
   if (k < count) {
     T rest[kWeights][kStep] = {};
     for (int i = 0; i < kWeights; ++i) std::memcpy(rest[i], w + i * w_stride + k, (count - k) * sizeof(T));
-    add_step<T, kWeights, kBatch>(rest[0], kStep, x + k, x_stride, sums);
+    add_step(rest[0], kStep, x + k, x_stride, sums);
   }
 #pragma GCC unroll 8
   for (int b = 0; b < kBatch; ++b) {
@@ -117,7 +97,7 @@ QM_INLINE void block(const T* w, int64_t w_stride, const float* x, int64_t x_str
 }
 
 // The same for `num_weights` rows of w and all rows of x: kBatch of x by kWide of w, and what is left of x one by kDeep.
-template <class T, int kDeep, int kWide, int kBatch>
+template <class Vec, class T, int kDeep, int kWide, int kBatch>
 QM_INLINE void blocks(const T* w, int64_t num_weights, int64_t w_stride, int64_t first, int64_t count, const Rows& rows) {
   w += first;
   int64_t b = 0;
@@ -126,70 +106,38 @@ QM_INLINE void blocks(const T* w, int64_t num_weights, int64_t w_stride, int64_t
     float* sums = rows.sums + b * kRows;
     int64_t i = 0;
     for (; i + kWide <= num_weights; i += kWide)
-      block<T, kWide, kBatch>(w + i * w_stride, w_stride, x, rows.stride, count, sums + i);
-    for (; i < num_weights; ++i) block<T, 1, kBatch>(w + i * w_stride, w_stride, x, rows.stride, count, sums + i);
+      block<Vec, T, kWide, kBatch>(w + i * w_stride, w_stride, x, rows.stride, count, sums + i);
+    for (; i < num_weights; ++i) block<Vec, T, 1, kBatch>(w + i * w_stride, w_stride, x, rows.stride, count, sums + i);
   }
   for (; b < rows.batch; ++b) {
     const float* x = rows.x + b * rows.stride + first;
     float* sums = rows.sums + b * kRows;
     int64_t i = 0;
     for (; i + kDeep <= num_weights; i += kDeep)
-      block<T, kDeep, 1>(w + i * w_stride, w_stride, x, rows.stride, count, sums + i);
-    for (; i < num_weights; ++i) block<T, 1, 1>(w + i * w_stride, w_stride, x, rows.stride, count, sums + i);
+      block<Vec, T, kDeep, 1>(w + i * w_stride, w_stride, x, rows.stride, count, sums + i);
+    for (; i < num_weights; ++i) block<Vec, T, 1, 1>(w + i * w_stride, w_stride, x, rows.stride, count, sums + i);
   }
 }
 
-template <class T, int kDeep, int kWide, int kBatch>
+// The sums, the weights and a row of x stay in registers: AVX-512 has room for four times as many Vecs as AVX2.
+template <class Vec, class T>
 QM_INLINE void all_columns(const T* w, int64_t num_weights, int64_t columns, const Rows& rows) {
+  constexpr int kDeep = kIsPair<Vec> ? 4 : 8, kWide = kIsPair<Vec> ? 2 : 4;
   std::fill(rows.sums, rows.sums + rows.batch * kRows, 0.0f);
   for (int64_t first = 0; first < columns; first += kColumns)
-    blocks<T, kDeep, kWide, kBatch>(w, num_weights, columns, first, std::min(kColumns, columns - first), rows);
+    blocks<Vec, T, kDeep, kWide, kWide>(w, num_weights, columns, first, std::min(kColumns, columns - first), rows);
 }
 
-template <int kDeep, int kWide, int kBatch>
+template <class Vec>
 QM_INLINE void any_type(
     ScalarType type, const void* weight, int64_t offset, int64_t num_weights, int64_t columns, const Rows& rows) {
   if (type == ScalarType::Float) {
-    const float* w = static_cast<const float*>(weight) + offset;
-    all_columns<float, kDeep, kWide, kBatch>(w, num_weights, columns, rows);
+    all_columns<Vec>(static_cast<const float*>(weight) + offset, num_weights, columns, rows);
   } else if (type == ScalarType::BFloat16) {
-    const BFloat16* w = static_cast<const BFloat16*>(weight) + offset;
-    all_columns<BFloat16, kDeep, kWide, kBatch>(w, num_weights, columns, rows);
+    all_columns<Vec>(static_cast<const BFloat16*>(weight) + offset, num_weights, columns, rows);
   } else {
-    const Float16* w = static_cast<const Float16*>(weight) + offset;
-    all_columns<Float16, kDeep, kWide, kBatch>(w, num_weights, columns, rows);
+    all_columns<Vec>(static_cast<const Float16*>(weight) + offset, num_weights, columns, rows);
   }
-}
-
-using Task = void(ScalarType, const void*, int64_t, int64_t, int64_t, const Rows&);
-
-// A Vec is one of 32 registers with AVX-512, and two of 16 with AVX2: the shapes differ.
-#if defined(__x86_64__)
-__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))) void task_avx512(
-    ScalarType type, const void* weight, int64_t offset, int64_t num_weights, int64_t columns, const Rows& rows) {
-  any_type<8, 4, 4>(type, weight, offset, num_weights, columns, rows);
-}
-
-__attribute__((target("avx2,fma"))) void task_avx2(
-    ScalarType type, const void* weight, int64_t offset, int64_t num_weights, int64_t columns, const Rows& rows) {
-  any_type<4, 2, 2>(type, weight, offset, num_weights, columns, rows);
-}
-#endif
-
-void task_default(
-    ScalarType type, const void* weight, int64_t offset, int64_t num_weights, int64_t columns, const Rows& rows) {
-  any_type<4, 2, 2>(type, weight, offset, num_weights, columns, rows);
-}
-
-Task* choose_task() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq"))
-    return task_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return task_avx2;
-#endif
-  return task_default;
 }
 
 int64_t num_tasks(const Matrix& weight) { return (weight.rows + kRows - 1) / kRows; }
@@ -207,7 +155,6 @@ Matrix::Matrix(const Tensor& weight, const char* op)
 }
 
 void multiply(std::initializer_list<Product> products, int64_t batch) {
-  static Task* const task = choose_task();
   int64_t total = 0, columns = 1, floats = 0;
   for (const Product& product : products) {
     total += num_tasks(*product.weight);
@@ -234,7 +181,7 @@ void multiply(std::initializer_list<Product> products, int64_t batch) {
       const int64_t end = std::min(last - before, num_tasks(w));
       for (int64_t i = std::max<int64_t>(first - before, 0); i < end; ++i) {
         const int64_t row = i * kRows, count = std::min(kRows, w.rows - row);
-        task(w.type, w.data, row * w.columns, count, w.columns, all);
+        QM_DISPATCH(any_type, w.type, w.data, row * w.columns, count, w.columns, all);
         for (int64_t b = 0; b < batch; ++b)
           std::copy_n(sums.get() + b * kRows, count, product.out + b * w.rows + row);
       }

@@ -151,8 +151,6 @@ struct Entries {
   }
 };
 
-const IntVec kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
 // Four rows of a list of `count`; behind its end the last one again.
 template <class S, class Row>
 QM_INLINE std::array<const S*, 4> four_rows(const Entries& e, int64_t i, int64_t count, Row row) {
@@ -162,7 +160,7 @@ QM_INLINE std::array<const S*, 4> four_rows(const Entries& e, int64_t i, int64_t
 }
 
 // gram[i, j] = key i . key j of `num` entries; rows are to_lanes(num) apart, lanes from `num` on hold anything.
-template <class S>
+template <class Vec, class S>
 QM_INLINE void gram_matrix(Entries& e, int64_t num) {
   const int64_t lanes = to_lanes(num);
   const auto rows = [&](int64_t i) __attribute__((always_inline)) {
@@ -170,23 +168,24 @@ QM_INLINE void gram_matrix(Entries& e, int64_t num) {
   };
   const auto block = [&](int64_t i, int64_t j) { return e.blocks + (i * lanes / 4 + j) * 4; };
   for (int64_t i = 0; i < num; i += 4) {
-    store(multiply_4x4<true>(rows(i).data(), rows(i).data(), e.width), block(i, i));
+    store(multiply_4x4<Vec, true>(rows(i).data(), rows(i).data(), e.width), block(i, i));
     for (int64_t j = i + 4; j < num; j += 4) {
-      const Vec products = multiply_4x4<false>(rows(i).data(), rows(j).data(), e.width);
+      const Vec products = multiply_4x4<Vec, false>(rows(i).data(), rows(j).data(), e.width);
       store(products, block(i, j));
       store(transposed_4x4(products), block(j, i));
     }
   }
   for (int64_t i = 0; i < num; i += 4)
     for (int64_t j = 0; j < lanes; j += kLanes) {
-      Vec four[4] = {load(block(i, j)), load(block(i, j + 4)), load(block(i, j + 8)), load(block(i, j + 12))};
+      Vec four[4] = {load<Vec>(block(i, j)), load<Vec>(block(i, j + 4)), load<Vec>(block(i, j + 8)),
+                     load<Vec>(block(i, j + 12))};
       transpose_quarters(four);
       for (int64_t r = 0; r < 4; ++r) store(four[r], e.gram + (i + r) * lanes + j);
     }
 }
 
 // The part of the same that the assignment needs: the products of centres with other entries and with themselves.
-template <class S>
+template <class Vec, class S>
 QM_INLINE void centre_products(Entries& e, int64_t num, int64_t keep) {
   const int64_t lanes = to_lanes(num), rest = num - keep;
   const int32_t *centre = e.centre.data(), *other = e.other.data();
@@ -196,10 +195,10 @@ QM_INLINE void centre_products(Entries& e, int64_t num, int64_t keep) {
   float block[16];
   for (int64_t i = 0; i < keep; i += 4) {
     const auto centres = rows(centre, i, keep);
-    store(multiply_4x4<true>(centres.data(), centres.data(), e.width), block);
+    store(multiply_4x4<Vec, true>(centres.data(), centres.data(), e.width), block);
     for (int64_t r = i; r < std::min(i + 4, keep); ++r) e.gram[centre[r] * (lanes + 1)] = block[5 * (r - i)];
     for (int64_t j = 0; j < rest; j += 4) {
-      store(multiply_4x4<false>(centres.data(), rows(other, j, rest).data(), e.width), block);
+      store(multiply_4x4<Vec, false>(centres.data(), rows(other, j, rest).data(), e.width), block);
       for (int64_t r = i; r < std::min(i + 4, keep); ++r)
         for (int64_t c = j; c < std::min(j + 4, rest); ++c)
           e.gram[centre[r] * lanes + other[c]] = block[4 * (r - i) + c - j];
@@ -208,21 +207,19 @@ QM_INLINE void centre_products(Entries& e, int64_t num, int64_t keep) {
 }
 
 // Saliency of each token, in the place of its mass, from the entropy of its attention among the group's keys.
+template <class Vec>
 QM_INLINE void entropies(Entries& e, int64_t num, int64_t head_dim, bool inverse) {
   const int64_t lanes = to_lanes(num);
   constexpr float kLog2 = 0.693147181f;
   // To the base 2.
   const float scale = 1.0f / (kLog2 * std::sqrt(static_cast<float>(head_dim)));
   for (int64_t i = 0; i < lanes; i += kLanes) {
-    Vec most = load(e.gram + i);
-    for (int64_t j = 1; j < num; ++j) {
-      const Vec score = load(e.gram + j * lanes + i);
-      most = score > most ? score : most;
-    }
+    Vec most = load<Vec>(e.gram + i);
+    for (int64_t j = 1; j < num; ++j) most = larger(load<Vec>(e.gram + j * lanes + i), most);
     most *= scale;
     Vec total{}, weighted{};
     for (int64_t j = 0; j < num; ++j) {
-      const Vec z = load(e.gram + j * lanes + i) * scale - most, p = exp2_of_negative(z);
+      const Vec z = load<Vec>(e.gram + j * lanes + i) * scale - most, p = exp2_of_negative(z);
       total += p;
       weighted += z * p;
     }
@@ -232,51 +229,50 @@ QM_INLINE void entropies(Entries& e, int64_t num, int64_t head_dim, bool inverse
 }
 
 // Mass of each token from its entropy, as in `saliency_mass`.
+template <class Vec>
 QM_INLINE void saliency_mass(Entries& e, int64_t num, const Rule& rule) {
   const int64_t lanes = to_lanes(num);
-  Vec lows = all(INFINITY), highs = all(-INFINITY);
+  Vec lows = all<Vec>(INFINITY), highs = all<Vec>(-INFINITY);
   for (int64_t i = 0; i < lanes; i += kLanes) {
-    const Vec entropy = load(e.mass + i);
-    const IntVec live = kLane < static_cast<int32_t>(num - i);
-    const Vec low = live ? entropy : all(INFINITY), high = live ? entropy : all(-INFINITY);
-    lows = low < lows ? low : lows;
-    highs = high > highs ? high : highs;
+    const Vec entropy = load<Vec>(e.mass + i);
+    const Ints<Vec> live = lane_numbers<Vec>() < static_cast<int32_t>(num - i);
+    lows = smaller(select(live, entropy, all<Vec>(INFINITY)), lows);
+    highs = larger(select(live, entropy, all<Vec>(-INFINITY)), highs);
   }
   const float low = smallest(lows), spread = largest(highs) - low;
   const bool alike = !(spread > 1e-6f);
   const float slope = 1.0f / spread, steepness = 1.0f / rule.temperature;
   Vec total{};
   for (int64_t i = 0; i < lanes; i += kLanes) {
-    const Vec s = alike ? all(0.5f) : (load(e.mass + i) - low) * slope;
+    const Vec s = alike ? all<Vec>(0.5f) : (load<Vec>(e.mass + i) - low) * slope;
     const Vec p = exp((s - (alike ? 0.5f : 1.0f)) * steepness);
     store(s, e.mass + i);
     store(p, e.weight + i);
-    total += kLane < static_cast<int32_t>(num - i) ? p : Vec{};
+    total += select(lane_numbers<Vec>() < static_cast<int32_t>(num - i), p, Vec{});
   }
   const float share = 1.0f / sum(total);
   for (int64_t i = 0; i < lanes; i += kLanes) {
-    const Vec pi = load(e.weight + i) * share;
-    store(pi * load(e.mass + i) + (1.0f - pi) * rule.epsilon, e.mass + i);
+    const Vec pi = load<Vec>(e.weight + i) * share;
+    store(pi * load<Vec>(e.mass + i) + (1.0f - pi) * rule.epsilon, e.mass + i);
   }
 }
 
 // List the `keep` entries of the highest mass, in order (ties: the earlier), and the others.
+template <class Vec>
 QM_INLINE void choose(Entries& e, int64_t num, int64_t keep) {
   const int64_t lanes = to_lanes(num);
   // Masses are positive, so their bits are in the same order, and those of stale bytes in some order too.
   int32_t *order = e.order.data(), *rank = e.cluster.data();
+  for (int64_t i = 0; i < lanes; i += kLanes)
+    write_bytes(read_bytes<Bits<Vec>>(e.mass + i) & 0x7fffffffu, order + i);
   for (int64_t i = 0; i < lanes; i += kLanes) {
-    const BitVec bits = read_bytes<BitVec>(e.mass + i) & 0x7fffffffu;
-    std::memcpy(order + i, &bits, sizeof bits);
-  }
-  for (int64_t i = 0; i < lanes; i += kLanes) {
-    const IntVec own = read_bytes<IntVec>(order + i), number = kLane + static_cast<int32_t>(i);
-    IntVec before{};
+    const Ints<Vec> own = read_bytes<Ints<Vec>>(order + i), number = lane_numbers<Vec>() + static_cast<int32_t>(i);
+    Ints<Vec> before{};
     for (int32_t j = 0; j < num; ++j) {
-      const IntVec bound = number > j ? own - 1 : own;
-      before = order[j] > bound ? before + 1 : before;
+      const Ints<Vec> bound = select(number > j, own - 1, own);
+      before = select(order[j] > bound, before + 1, before);
     }
-    std::memcpy(rank + i, &before, sizeof before);
+    write_bytes(before, rank + i);
   }
   int32_t *centre = e.centre.data(), *other = e.other.data();
   for (int32_t i = 0; i < num; ++i) {
@@ -287,26 +283,25 @@ QM_INLINE void choose(Entries& e, int64_t num, int64_t keep) {
 }
 
 // cluster[i] of `num` entries: those listed stay, the others join the one of the nearest key by cosine similarity.
+template <class Vec>
 QM_INLINE void assign(Entries& e, int64_t num, int64_t keep) {
   const int64_t lanes = to_lanes(num);
   int32_t *cluster = e.cluster.data(), *centre = e.centre.data();
   // The norm of the entry that looks for a centre changes nothing about which is nearest.
   float* scale = e.weight;
   for (int64_t k = 0; k < keep; ++k) scale[k] = e.gram[centre[k] * (lanes + 1)];
-  for (int64_t k = 0; k < keep; k += kLanes) {
-    const Vec norm = sqrt(load(scale + k));
-    store(1.0f / (norm > 1e-12f ? norm : all(1e-12f)), scale + k);
-  }
+  for (int64_t k = 0; k < keep; k += kLanes)
+    store(1.0f / larger(sqrt(load<Vec>(scale + k)), all<Vec>(1e-12f)), scale + k);
   for (int64_t i = 0; i < lanes; i += kLanes) {
-    Vec best = all(-INFINITY);
-    IntVec nearest{};
+    Vec best = all<Vec>(-INFINITY);
+    Ints<Vec> nearest{};
     for (int32_t k = 0; k < keep; ++k) {
-      const Vec similarity = load(e.gram + centre[k] * lanes + i) * scale[k];
-      const IntVec nearer = similarity > best;
-      nearest = nearer ? IntVec{} + k : nearest;
-      best = nearer ? similarity : best;
+      const Vec similarity = load<Vec>(e.gram + centre[k] * lanes + i) * scale[k];
+      const Ints<Vec> nearer = similarity > best;
+      nearest = select(nearer, Ints<Vec>{} + k, nearest);
+      best = select(nearer, similarity, best);
     }
-    std::memcpy(cluster + i, &nearest, sizeof nearest);
+    write_bytes(nearest, cluster + i);
   }
   for (int32_t k = 0; k < keep; ++k) cluster[centre[k]] = k;
 }
@@ -333,10 +328,10 @@ QM_INLINE void divide(Entries& e, int64_t num, int64_t keep) {
 }
 
 // kParts vectors' worth of the means of keys and values of each cluster, from column `c` on. Values are of type V.
-template <class T, class S, class V, int kParts>
+template <class Vec, class T, class S, class V, int kParts>
 QM_INLINE void means(Entries& e, const Rows& new_keys, const Rows& new_values, int64_t keep, int64_t c) {
   constexpr int64_t kColumns = sizeof(Vec) / sizeof(S);
-  using Part = Floats<S>;
+  using Part = Floats<Vec, S>;
   for (int64_t k = 0; k < keep; ++k) {
     Part key_sum[kParts], value_sum[kParts];
     int32_t i = e.centre[k];
@@ -366,13 +361,16 @@ QM_INLINE void means(Entries& e, const Rows& new_keys, const Rows& new_values, i
 }
 
 // Take the entries to the `keep` of a level: keys and values become the mean of each cluster weighted by mass.
-template <class T, class S, class V>
+template <class Vec, class T, class S, class V>
 QM_INLINE void merge(Entries& e, int64_t level, int64_t keep) {
-  constexpr int64_t kColumns = sizeof(Vec) / sizeof(S), kParts = 4 * sizeof(S) / sizeof(float);
+  constexpr int64_t kColumns = sizeof(Vec) / sizeof(S);
+  // Sums of keys and of values that stay in registers.
+  constexpr int kParts = (kIsPair<Vec> ? 2 : 4) * sizeof(S) / sizeof(float);
   const Rows keys = e.scratch_rows<S>(e.key_rows, level), values = e.scratch_rows<S>(e.value_rows, level);
   int64_t c = 0;
-  for (; c + kParts * kColumns <= e.width; c += kParts * kColumns) means<T, S, V, kParts>(e, keys, values, keep, c);
-  for (; c < e.width; c += kColumns) means<T, S, V, 1>(e, keys, values, keep, c);
+  for (; c + kParts * kColumns <= e.width; c += kParts * kColumns)
+    means<Vec, T, S, V, kParts>(e, keys, values, keep, c);
+  for (; c < e.width; c += kColumns) means<Vec, T, S, V, 1>(e, keys, values, keep, c);
   e.keys = keys, e.values = values;
   std::swap(e.mass, e.new_mass);
   std::swap(e.count, e.new_count);
@@ -395,25 +393,26 @@ struct Slots {
 };
 
 // Rows of whole vectors are read where they stand, keys only if they are of the type that is computed with.
-template <class T, class S>
+template <class Vec, class T, class S>
 QM_INLINE void read_entries(const Slots& slots, int64_t num, int64_t head_dim, int64_t level, Entries& e) {
   const bool whole = head_dim == e.width;
   e.keys = whole && std::is_same_v<T, S> ? Rows{slots.key(0), slots.stride} : e.scratch_rows<S>(e.key_rows, level);
   e.values = whole ? Rows{slots.value(0), slots.stride} : e.scratch_rows<S>(e.value_rows, level);
   for (int64_t i = 0; i < num; ++i) {
-    if (!whole || !std::is_same_v<T, S>) load_row(reinterpret_cast<const T*>(slots.key(i)), head_dim, e.keys.at<S>(i));
-    if (!whole) load_row(reinterpret_cast<const T*>(slots.value(i)), head_dim, e.values.at<S>(i));
+    const T *key = reinterpret_cast<const T*>(slots.key(i)), *value = reinterpret_cast<const T*>(slots.value(i));
+    if (!whole || !std::is_same_v<T, S>) load_row<Vec>(key, head_dim, e.keys.at<S>(i));
+    if (!whole) load_row<Vec>(value, head_dim, e.values.at<S>(i));
     const SlotState state = slots.state(i);
     e.mass[i] = state.mass, e.count[i] = state.count;
   }
 }
 
-template <class T, class S>
+template <class Vec, class T, class S>
 QM_INLINE void write_entries(
     const Entries& e, int64_t num, int64_t head_dim, int64_t group_size, int64_t level, const Slots& slots) {
   for (int64_t i = 0; i < num; ++i) {
-    store_row(e.keys.at<S>(i), head_dim, reinterpret_cast<T*>(slots.key(i)));
-    store_row(e.values.at<S>(i), head_dim, reinterpret_cast<T*>(slots.value(i)));
+    store_row<Vec>(e.keys.at<S>(i), head_dim, reinterpret_cast<T*>(slots.key(i)));
+    store_row<Vec>(e.values.at<S>(i), head_dim, reinterpret_cast<T*>(slots.value(i)));
     slots.set_state(i, {e.mass[i], e.count[i], i == 0 ? static_cast<float>(level) : 0.0f, 0.0f});
   }
   for (int64_t i = num; i < group_size; ++i)
@@ -438,7 +437,7 @@ struct Batch {
 };
 
 // T: of the cache; S: of the rows between levels, and of the factors of products.
-template <class T, class S>
+template <class Vec, class T, class S>
 QM_INLINE void merge_batch_of(Batch& batch, int64_t head_dim, const Rule& rule) {
   const int64_t left = rule.config.held(batch.to);
   int64_t num = rule.config.held(batch.from);
@@ -452,19 +451,19 @@ QM_INLINE void merge_batch_of(Batch& batch, int64_t head_dim, const Rule& rule) 
     fetched[b] += at_once;
   };
   for (int64_t b = 0; left > 0 && b < batch.size; ++b)
-    read_entries<T, S>(batch.slots[b], num, head_dim, batch.from, e[b]);
+    read_entries<Vec, T, S>(batch.slots[b], num, head_dim, batch.from, e[b]);
   for (int64_t level = batch.from + 1; left > 0 && level <= batch.to; ++level) {
     const int64_t keep = rule.config.held(level);
     if (level == 1) {
       // Scores for the entropy, and similarities for the assignment.
-      for (int64_t b = 0; b < batch.size; ++b) fetch(b), gram_matrix<S>(e[b], num);
-      for (int64_t b = 0; b < batch.size; ++b) fetch(b), entropies(e[b], num, head_dim, rule.inverse);
-      for (int64_t b = 0; b < batch.size; ++b) fetch(b), saliency_mass(e[b], num, rule);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), gram_matrix<Vec, S>(e[b], num);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), entropies<Vec>(e[b], num, head_dim, rule.inverse);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), saliency_mass<Vec>(e[b], num, rule);
     }
     if (keep > 1) {
-      for (int64_t b = 0; b < batch.size; ++b) fetch(b), choose(e[b], num, keep);
-      for (int64_t b = 0; level > 1 && b < batch.size; ++b) fetch(b), centre_products<S>(e[b], num, keep);
-      for (int64_t b = 0; b < batch.size; ++b) fetch(b), assign(e[b], num, keep);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), choose<Vec>(e[b], num, keep);
+      for (int64_t b = 0; level > 1 && b < batch.size; ++b) fetch(b), centre_products<Vec, S>(e[b], num, keep);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), assign<Vec>(e[b], num, keep);
     } else {
       for (int64_t b = 0; b < batch.size; ++b) fetch(b), join_all(e[b], num);
     }
@@ -472,19 +471,19 @@ QM_INLINE void merge_batch_of(Batch& batch, int64_t head_dim, const Rule& rule) 
     for (int64_t b = 0; b < batch.size; ++b) {
       fetch(b);
       if (level == batch.from + 1 && head_dim == e[b].width) {
-        merge<T, S, T>(e[b], level, keep);
+        merge<Vec, T, S, T>(e[b], level, keep);
       } else {
-        merge<T, S, S>(e[b], level, keep);
+        merge<Vec, T, S, S>(e[b], level, keep);
       }
     }
     num = keep;
   }
   for (int64_t b = 0; b < batch.size; ++b)
-    write_entries<T, S>(e[b], left, head_dim, rule.config.group_size, batch.to, batch.slots[b]);
+    write_entries<Vec, T, S>(e[b], left, head_dim, rule.config.group_size, batch.to, batch.slots[b]);
 }
 
 // One entry joins another: the mean weighted by mass.
-template <class T>
+template <class Vec, class T>
 QM_INLINE void merge_pair_of(
     const Slots& head, const Slots& tail, const Slots& last, int64_t head_dim, int64_t to) {
   const SlotState a = head.state(0), b = tail.state(0);
@@ -495,10 +494,10 @@ QM_INLINE void merge_pair_of(
     float row[kLanes], other_row[kLanes];
     for (int64_t c = 0; c < head_dim; c += kLanes) {
       const int64_t part = std::min(kLanes, head_dim - c);
-      load_row(x + c, part, row);
-      load_row(y + c, part, other_row);
-      store(first * load(row) + second * load(other_row), row);
-      store_row(row, part, x + c);
+      load_row<Vec>(x + c, part, row);
+      load_row<Vec>(y + c, part, other_row);
+      store(first * load<Vec>(row) + second * load<Vec>(other_row), row);
+      store_row<Vec>(row, part, x + c);
     }
   };
   mean(head.key(0), tail.key(0));
@@ -508,22 +507,22 @@ QM_INLINE void merge_pair_of(
   last.set_state(0, {0.0f, 0.0f, static_cast<float>(to), 0.0f});
 }
 
-QM_MULTIVERSION void merge_batch(Batch& batch, ScalarType type, int64_t head_dim, const Rule& rule) {
-  if (type == ScalarType::Float) merge_batch_of<float, float>(batch, head_dim, rule);
-  if (type == ScalarType::BFloat16) merge_batch_of<BFloat16, float>(batch, head_dim, rule);
-  if (type == ScalarType::Half) merge_batch_of<Float16, float>(batch, head_dim, rule);
+template <class Vec>
+QM_INLINE void merge_batch(Batch& batch, ScalarType type, int64_t head_dim, const Rule& rule) {
+  if (type == ScalarType::Float) merge_batch_of<Vec, float, float>(batch, head_dim, rule);
+  if (type == ScalarType::BFloat16) merge_batch_of<Vec, BFloat16, float>(batch, head_dim, rule);
+  if (type == ScalarType::Half) merge_batch_of<Vec, Float16, float>(batch, head_dim, rule);
 }
 
-#if defined(__x86_64__)
+#if QM_HAS_SETS
 // Products of bfloat16 as they stand, two to a lane; every processor that has them has the rest of the set.
 __attribute__((target("arch=x86-64-v4,avx512bf16"))) void merge_batch_of_pairs(
     Batch& batch, int64_t head_dim, const Rule& rule) {
-  merge_batch_of<BFloat16, BFloat16>(batch, head_dim, rule);
+  merge_batch_of<SixteenVec, BFloat16, BFloat16>(batch, head_dim, rule);
 }
 
 bool has_products_of_pairs() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16");
+  return kWidestSet == InstructionSet::kAvx512 && __builtin_cpu_supports("avx512bf16");
 }
 #else
 void merge_batch_of_pairs(Batch&, int64_t, const Rule&) {}
@@ -531,11 +530,12 @@ void merge_batch_of_pairs(Batch&, int64_t, const Rule&) {}
 bool has_products_of_pairs() { return false; }
 #endif
 
-QM_MULTIVERSION void merge_pair(
+template <class Vec>
+QM_INLINE void merge_pair(
     const Slots& head, const Slots& tail, const Slots& last, ScalarType type, int64_t head_dim, int64_t to) {
-  if (type == ScalarType::Float) merge_pair_of<float>(head, tail, last, head_dim, to);
-  if (type == ScalarType::BFloat16) merge_pair_of<BFloat16>(head, tail, last, head_dim, to);
-  if (type == ScalarType::Half) merge_pair_of<Float16>(head, tail, last, head_dim, to);
+  if (type == ScalarType::Float) merge_pair_of<Vec, float>(head, tail, last, head_dim, to);
+  if (type == ScalarType::BFloat16) merge_pair_of<Vec, BFloat16>(head, tail, last, head_dim, to);
+  if (type == ScalarType::Half) merge_pair_of<Vec, Float16>(head, tail, last, head_dim, to);
 }
 
 // Do the work of requests that share no group.
@@ -557,9 +557,9 @@ void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan
     return Slots{cache.key(at.page, head, at.slot), cache.slot_stride_bytes(), row, 2 * row};
   };
   const auto join = [&](const Step& pair, int64_t head) {
-    merge_pair(
-        slots_of(pair.head, head), slots_of(pair.tail, head), slots_of(pair.last, head), cache.type, cache.head_dim,
-        pair.to);
+    QM_DISPATCH(
+        merge_pair, slots_of(pair.head, head), slots_of(pair.tail, head), slots_of(pair.last, head), cache.type,
+        cache.head_dim, pair.to);
   };
   static const bool has_pairs = has_products_of_pairs();
   const bool in_pairs = has_pairs && cache.type == ScalarType::BFloat16;
@@ -575,7 +575,7 @@ void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan
         if (batch.size > 0 && in_pairs) {
           merge_batch_of_pairs(batch, cache.head_dim, rule);
         } else if (batch.size > 0) {
-          merge_batch(batch, cache.type, cache.head_dim, rule);
+          QM_DISPATCH(merge_batch, batch, cache.type, cache.head_dim, rule);
         }
         batch.size = batch.num_later = 0;
         for (const Step* pair : pairs) join(*pair, head);

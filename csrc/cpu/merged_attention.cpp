@@ -77,27 +77,29 @@ struct Partial {
 };
 
 // Make row `r` relative to a larger score.
+template <class Vec>
 QM_INLINE void raise(Partial& part, int64_t r, float most) {
   if (part.total[r] > 0.0f && part.most[r] < most) {
     const float by = part.most[r] - most, scale = fast_exp(by);
     part.weighted[r] = scale * (part.weighted[r] + by * part.total[r]);
     part.total[r] *= scale;
     for (int64_t c = r * part.width; c < (r + 1) * part.width; c += kLanes)
-      store(scale * load(part.sum + c), part.sum + c);
+      store(scale * load<Vec>(part.sum + c), part.sum + c);
   }
   part.most[r] = most;
 }
 
 // Add the entries of `part`, which is changed, to those of `into`.
-QM_MULTIVERSION void join(Partial& part, Partial& into) {
+template <class Vec>
+QM_INLINE void join(Partial& part, Partial& into) {
   for (int64_t r = 0; r < part.rows; ++r) {
     const float most = std::max(part.most[r], into.most[r]);
-    raise(part, r, most);
-    raise(into, r, most);
+    raise<Vec>(part, r, most);
+    raise<Vec>(into, r, most);
     into.total[r] += part.total[r];
     into.weighted[r] += part.weighted[r];
     for (int64_t c = r * part.width; c < (r + 1) * part.width; c += kLanes)
-      store(load(into.sum + c) + load(part.sum + c), into.sum + c);
+      store(load<Vec>(into.sum + c) + load<Vec>(part.sum + c), into.sum + c);
   }
 }
 
@@ -126,6 +128,7 @@ QM_INLINE void prefetch(const PagedCache& cache, const Request& request, int64_t
 }
 
 // List `num` entries from the request's `first` one on; up to a whole vector they are followed by nothing.
+template <class Vec>
 QM_INLINE void list(
     const PagedCache& cache, const MergeConfig& config, const Request& request, int64_t head, int64_t first,
     int64_t num, Block& block) {
@@ -141,8 +144,8 @@ QM_INLINE void list(
   for (int64_t i = num; i < to_lanes(num); ++i)
     block.slot[i] = nothing, block.position[i] = -1, block.log_count[i] = 0.0f;
   for (int64_t i = 0; i < num; i += kLanes) {
-    const Vec count = load(block.log_count + i);
-    store(count > 0.0f ? log(count) : all(-INFINITY), block.log_count + i);
+    const Vec count = load<Vec>(block.log_count + i);
+    store(select(count > 0.0f, log(count), all<Vec>(-INFINITY)), block.log_count + i);
   }
 }
 
@@ -171,13 +174,13 @@ QM_INLINE void by_rows(int64_t num_rows, const Run& run) {
 }
 
 // scores[r, lane] += query row r . some columns of the keys, for kRows rows.
-template <int kRows, class T>
-QM_INLINE void score(const float* query, int64_t width, const Columns<T>& keys, float* scores) {
+template <int kRows, class Vec, class T>
+QM_INLINE void score(const float* query, int64_t width, const Columns<Vec, T>& keys, float* scores) {
   Vec sums[kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) sums[r] = load(scores + r * kBlock);
+  for (int r = 0; r < kRows; ++r) sums[r] = load<Vec>(scores + r * kBlock);
 #pragma GCC unroll 16
-  for (int c = 0; c < Columns<T>::kCount; ++c)
+  for (int c = 0; c < Columns<Vec, T>::kCount; ++c)
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) sums[r] += query[r * width + c] * keys.column[c];
 #pragma GCC unroll 4
@@ -185,11 +188,11 @@ QM_INLINE void score(const float* query, int64_t width, const Columns<T>& keys, 
 }
 
 // Products of all query rows with the keys of the sixteen entries from `first` on.
-template <class T>
+template <class Vec, class T>
 QM_INLINE void score_all(const Queries& queries, int64_t first, Block& block) {
   for (int64_t r = 0; r < queries.rows; ++r) store(Vec{}, block.scores + r * kBlock + first);
-  for (int64_t c = 0; c < queries.width; c += Columns<T>::kCount) {
-    const Columns<T> keys(block.slot + first, c * sizeof(T));
+  for (int64_t c = 0; c < queries.width; c += Columns<Vec, T>::kCount) {
+    const Columns<Vec, T> keys(block.slot + first, c * sizeof(T));
     by_rows(queries.rows, [&](int64_t r, auto rows) __attribute__((always_inline)) {
       score<rows.value>(
           queries.q + r * queries.width + c, queries.width, keys, block.scores + r * kBlock + first);
@@ -199,14 +202,14 @@ QM_INLINE void score_all(const Queries& queries, int64_t first, Block& block) {
 
 // sum[r, lane] += weights[r, entry] * value of entry, for kRows rows and sixteen columns, `offset` bytes behind the
 // beginnings of the entries.
-template <class T, int kRows>
+template <class Vec, class T, int kRows>
 QM_INLINE void add_values(
     const float* weights, const char* const* slots, int64_t num, int64_t offset, int64_t width, float* sum) {
   Vec sums[kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) sums[r] = load(sum + r * width);
+  for (int r = 0; r < kRows; ++r) sums[r] = load<Vec>(sum + r * width);
   for (int64_t i = 0; i < num; ++i) {
-    const Vec value = load(reinterpret_cast<const T*>(slots[i] + offset));
+    const Vec value = load<Vec>(reinterpret_cast<const T*>(slots[i] + offset));
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) sums[r] += weights[r * kBlock + i] * value;
   }
@@ -215,33 +218,34 @@ QM_INLINE void add_values(
 }
 
 // The same for all query rows and columns.
-template <class T>
+template <class Vec, class T>
 QM_INLINE void add_all_values(const Block& block, int64_t num, int64_t offset, Partial& part) {
   for (int64_t c = 0; c < part.width; c += kLanes, offset += kLanes * sizeof(T)) {
     by_rows(part.rows, [&](int64_t r, auto rows) __attribute__((always_inline)) {
-      add_values<T, rows.value>(
+      add_values<Vec, T, rows.value>(
           block.scores + r * kBlock, block.slot, num, offset, part.width, part.sum + r * part.width + c);
     });
   }
 }
 
 // Scores of query row `r` to `num` entries: bias added, returns the largest.
+template <class Vec>
 QM_INLINE float add_bias(const Queries& queries, int64_t r, int64_t num, Block& block) {
   const float slope = queries.slopes[r % queries.heads], far = queries.far_bias[r % queries.heads];
   const int32_t own = static_cast<int32_t>(queries.newest - r / queries.heads);
   float* scores = block.scores + r * kBlock;
-  Vec most = all(-INFINITY);
+  Vec most = all<Vec>(-INFINITY);
   for (int64_t i = 0; i < num; i += kLanes) {
-    const IntVec position = read_bytes<IntVec>(block.position + i), distance = own - position;
-    const Vec near = distance < 0 ? all(-INFINITY) : -slope * __builtin_convertvector(distance, Vec);
-    const Vec score = load(scores + i) + (position < 0 ? far + load(block.log_count + i) : near);
+    const Ints<Vec> position = read_bytes<Ints<Vec>>(block.position + i), distance = own - position;
+    const Vec near = select(distance < 0, all<Vec>(-INFINITY), -slope * converted<float>(distance));
+    const Vec score = load<Vec>(scores + i) + select(position < 0, far + load<Vec>(block.log_count + i), near);
     store(score, scores + i);
-    most = score > most ? score : most;
+    most = larger(score, most);
   }
   return largest(most);
 }
 
-template <class T>
+template <class Vec, class T>
 QM_INLINE void attend_to(
     const PagedCache& cache, const MergeConfig& config, const Request& request, int64_t head, int64_t split,
     const Queries& queries, Block& block, Partial& part) {
@@ -249,37 +253,41 @@ QM_INLINE void attend_to(
   for (int64_t first = split * kSplitEntries; first < end; first += kBlock) {
     const int64_t num = std::min(kBlock, end - first), next = std::min(first + kBlock, request.num_entries);
     prefetch(cache, request, head, next, std::min(next + kBlock, request.num_entries));
-    list(cache, config, request, head, first, num, block);
+    list<Vec>(cache, config, request, head, first, num, block);
     const int64_t value = pad_rows(cache, num, queries.width, block);
-    for (int64_t i = 0; i < num; i += kLanes) score_all<T>(queries, i, block);
+    for (int64_t i = 0; i < num; i += kLanes) score_all<Vec, T>(queries, i, block);
     for (int64_t r = 0; r < rows; ++r) {
-      const float most = std::max(part.most[r], add_bias(queries, r, num, block));
-      raise(part, r, most);
+      const float most = std::max(part.most[r], add_bias<Vec>(queries, r, num, block));
+      raise<Vec>(part, r, most);
       // Nothing is visible yet: any finite number keeps e^(-inf - most) at 0.
       const float reference = most == -INFINITY ? 0.0f : most;
       float* scores = block.scores + r * kBlock;
       Vec total{}, weighted{};
       for (int64_t i = 0; i < num; i += kLanes) {
-        const Vec z = load(scores + i) - reference, p = exp(z);
+        const Vec z = load<Vec>(scores + i) - reference, p = exp(z);
         total += p;
         // 0 times -inf is not 0.
-        weighted += p * (z < -100.0f ? all(-100.0f) : z);
+        weighted += p * larger(z, all<Vec>(-100.0f));
         store(p, scores + i);
       }
       part.total[r] += sum(total);
       part.weighted[r] += sum(weighted);
     }
-    add_all_values<T>(block, num, value, part);
+    add_all_values<Vec, T>(block, num, value, part);
   }
 }
 
 // Add the entries of one split to `part`.
-QM_MULTIVERSION void attend(
+template <class Vec>
+QM_INLINE void attend(
     const PagedCache& cache, const MergeConfig& config, const Request& request, int64_t head, int64_t split,
     const Queries& queries, Block& block, Partial& part) {
-  if (cache.type == ScalarType::Float) attend_to<float>(cache, config, request, head, split, queries, block, part);
-  if (cache.type == ScalarType::BFloat16) attend_to<BFloat16>(cache, config, request, head, split, queries, block, part);
-  if (cache.type == ScalarType::Half) attend_to<Float16>(cache, config, request, head, split, queries, block, part);
+  if (cache.type == ScalarType::Float)
+    attend_to<Vec, float>(cache, config, request, head, split, queries, block, part);
+  if (cache.type == ScalarType::BFloat16)
+    attend_to<Vec, BFloat16>(cache, config, request, head, split, queries, block, part);
+  if (cache.type == ScalarType::Half)
+    attend_to<Vec, Float16>(cache, config, request, head, split, queries, block, part);
 }
 
 // Where each row's results go.
@@ -413,9 +421,9 @@ std::tuple<Tensor, Tensor, Tensor> merged_attention(
       prefetch(cache, request, task.head, first_entry, std::min(first_entry + kBlock, request.num_entries));
       for (int64_t split = task.first; split < task.last; ++split) {
         auto part = std::make_unique<Partial>(num, width);
-        attend(cache, config, request, task.head, split, queries, block, *part);
+        QM_DISPATCH(attend, cache, config, request, task.head, split, queries, block, *part);
         if (task.part) {
-          join(*part, *task.part);
+          QM_DISPATCH(join, *part, *task.part);
         } else {
           task.part = std::move(part);
         }
@@ -426,7 +434,7 @@ std::tuple<Tensor, Tensor, Tensor> merged_attention(
   parallel(num_pairs, std::max<int64_t>(8, grain), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const Task& task = tasks[begin[i]];
-      for (int64_t j = begin[i] + 1; j < begin[i + 1]; ++j) join(*tasks[j].part, *task.part);
+      for (int64_t j = begin[i] + 1; j < begin[i + 1]; ++j) QM_DISPATCH(join, *tasks[j].part, *task.part);
       output.write(*task.part, *task.request, task.head * heads, heads, head_dim);
     }
   });

@@ -70,7 +70,7 @@ QM_INLINE void tile(
 
 using Tile = void(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t);
 
-#if defined(__x86_64__)
+#if QM_HAS_SETS
 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))) void tile_avx512(
     const float* rows, int64_t num_rows, const float* panels, int64_t num_panels, int64_t dim, float* out,
     int64_t stride) {
@@ -91,39 +91,39 @@ void tile_default(
 }
 
 Tile* choose_tile() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq"))
-    return tile_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return tile_avx2;
+#if QM_HAS_SETS
+  if (kWidestSet == InstructionSet::kAvx512) return tile_avx512;
+  if (kWidestSet == InstructionSet::kAvx2) return tile_avx2;
 #endif
   return tile_default;
 }
 
 // The last elements, with zeros behind them.
+template <class Vec>
 QM_INLINE Vec load_some(const float* x, int64_t count) {
   float padded[kLanes] = {};
   std::memcpy(padded, x, count * sizeof(float));
-  return load(padded);
+  return load<Vec>(padded);
 }
 
-QM_MULTIVERSION float sum_of_products(const float* x, const float* y, int64_t count) {
+template <class Vec>
+QM_INLINE float sum_of_products(const float* x, const float* y, int64_t count) {
   Vec total = {};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) total += load(x + i) * load(y + i);
-  total += load_some(x + i, count - i) * load_some(y + i, count - i);
+  for (; i + kLanes <= count; i += kLanes) total += load<Vec>(x + i) * load<Vec>(y + i);
+  total += load_some<Vec>(x + i, count - i) * load_some<Vec>(y + i, count - i);
   return sum(total);
 }
 
-QM_MULTIVERSION float sum_of_squared_differences(const float* x, const float* y, int64_t count) {
+template <class Vec>
+QM_INLINE float sum_of_squared_differences(const float* x, const float* y, int64_t count) {
   Vec total = {};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const Vec difference = load(x + i) - load(y + i);
+    const Vec difference = load<Vec>(x + i) - load<Vec>(y + i);
     total += difference * difference;
   }
-  const Vec difference = load_some(x + i, count - i) - load_some(y + i, count - i);
+  const Vec difference = load_some<Vec>(x + i, count - i) - load_some<Vec>(y + i, count - i);
   return sum(total + difference * difference);
 }
 
@@ -144,10 +144,10 @@ QM_MULTIVERSION void pack(const float* rows, int64_t num_rows, int64_t dim, floa
 
 }  // namespace
 
-float dot(const float* x, const float* y, int64_t count) { return sum_of_products(x, y, count); }
+float dot(const float* x, const float* y, int64_t count) { return QM_DISPATCH(sum_of_products, x, y, count); }
 
 float squared_distance(const float* x, const float* y, int64_t count) {
-  return sum_of_squared_differences(x, y, count);
+  return QM_DISPATCH(sum_of_squared_differences, x, y, count);
 }
 
 void pack_panels(const float* rows, int64_t num_rows, int64_t dim, float* panels) { pack(rows, num_rows, dim, panels); }

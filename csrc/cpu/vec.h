@@ -1,10 +1,14 @@
-// Sixteen floats at a time, as GCC's and Clang's vector types: one AVX-512 register, two of AVX2, four of SSE.
+// Sixteen floats at a time, as GCC's and Clang's vector types.
 //
-// Everything here is inlined into functions marked QM_MULTIVERSION and compiled for their instruction sets.
+// GCC compares and shuffles a vector larger than a register lane by lane, and keeps it in memory from one turn of a loop
+// to the next. So kernels are templates on `Vec`: a vector of 64 bytes, but a pair of vectors of 32 bytes for AVX2.
+// QM_DISPATCH chooses; everything here is inlined into the kernel and compiled for its set.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "csrc/cpu/kernel.h"
 #include "csrc/cpu/math.h"
@@ -13,16 +17,173 @@ namespace qm_spec {
 
 constexpr int64_t kLanes = 16;
 
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
-typedef uint32_t BitVec __attribute__((vector_size(64)));
-typedef uint16_t HalfVec __attribute__((vector_size(32)));
-typedef uint16_t ShortVec __attribute__((vector_size(64)));
-// Parts of a Vec.
+typedef float SixteenVec __attribute__((vector_size(64)));
 typedef float EightVec __attribute__((vector_size(32)));
 typedef float FourVec __attribute__((vector_size(16)));
+typedef int32_t SixteenPick __attribute__((vector_size(64)));
 typedef int32_t EightPick __attribute__((vector_size(32)));
 typedef int32_t FourPick __attribute__((vector_size(16)));
+
+// Two vectors as one, with the operators of a vector; a scalar stands for all lanes.
+template <class Half>
+struct Pair {
+  using Element = std::decay_t<decltype(Half{}[0])>;
+  Half low, high;
+};
+
+using EightPair = Pair<EightVec>;
+
+template <class Half>
+QM_INLINE Pair<Half> pair(Half low, Half high) {
+  return {low, high};
+}
+
+#define QM_LANEWISE(op)                                                              \
+  template <class A, class B>                                                        \
+  QM_INLINE auto operator op(Pair<A> a, Pair<B> b) {                                 \
+    return pair(a.low op b.low, a.high op b.high);                                   \
+  }                                                                                  \
+  template <class A>                                                                 \
+  QM_INLINE auto operator op(Pair<A> a, typename Pair<A>::Element b) {               \
+    return pair(a.low op b, a.high op b);                                            \
+  }                                                                                  \
+  template <class A>                                                                 \
+  QM_INLINE auto operator op(typename Pair<A>::Element a, Pair<A> b) {               \
+    return pair(a op b.low, a op b.high);                                            \
+  }
+QM_LANEWISE(+)
+QM_LANEWISE(-)
+QM_LANEWISE(*)
+QM_LANEWISE(/)
+QM_LANEWISE(&)
+QM_LANEWISE(|)
+QM_LANEWISE(^)
+QM_LANEWISE(<<)
+QM_LANEWISE(>>)
+QM_LANEWISE(<)
+QM_LANEWISE(>)
+QM_LANEWISE(>=)
+QM_LANEWISE(==)
+#undef QM_LANEWISE
+
+template <class A>
+QM_INLINE Pair<A> operator-(Pair<A> a) {
+  return {-a.low, -a.high};
+}
+template <class A, class B>
+QM_INLINE Pair<A>& operator+=(Pair<A>& a, const B& b) {
+  return a = a + b;
+}
+template <class A, class B>
+QM_INLINE Pair<A>& operator*=(Pair<A>& a, const B& b) {
+  return a = a * b;
+}
+
+// Whether Vec is a pair: there are half as many registers as AVX-512 has, and each holds half of a Vec.
+template <class Vec>
+constexpr bool kIsPair = false;
+template <class Half>
+constexpr bool kIsPair<Pair<Half>> = true;
+
+// As many E as V has lanes.
+template <class V, class E>
+struct LanesOf {
+  typedef E type __attribute__((vector_size(sizeof(V) / sizeof(V{}[0]) * sizeof(E))));
+};
+template <class Half, class E>
+struct LanesOf<Pair<Half>, E> {
+  using type = Pair<typename LanesOf<Half, E>::type>;
+};
+template <class V, class E>
+using Lanes = typename LanesOf<V, E>::type;
+template <class V>
+using Ints = Lanes<V, int32_t>;
+template <class V>
+using Bits = Lanes<V, uint32_t>;
+
+// The same bytes as lanes of E.
+template <class E, class V>
+QM_INLINE Lanes<V, E> as(V v) {
+  return (Lanes<V, E>)v;
+}
+template <class E, class Half>
+QM_INLINE Pair<Lanes<Half, E>> as(Pair<Half> v) {
+  return {as<E>(v.low), as<E>(v.high)};
+}
+
+// The same numbers as E.
+template <class E, class V>
+QM_INLINE Lanes<V, E> converted(V v) {
+  return __builtin_convertvector(v, Lanes<V, E>);
+}
+template <class E, class Half>
+QM_INLINE Pair<Lanes<Half, E>> converted(Pair<Half> v) {
+  return {converted<E>(v.low), converted<E>(v.high)};
+}
+
+// Lanes of `a` where the comparison holds, else of `b`.
+template <class Mask, class V>
+QM_INLINE V select(Mask mask, V a, V b) {
+  return mask ? a : b;
+}
+template <class Mask, class Half>
+QM_INLINE Pair<Half> select(Pair<Mask> mask, Pair<Half> a, Pair<Half> b) {
+  return {select(mask.low, a.low, b.low), select(mask.high, a.high, b.high)};
+}
+
+template <class V>
+QM_INLINE V larger(V a, V b) {
+  return select(a > b, a, b);
+}
+
+template <class V>
+QM_INLINE V smaller(V a, V b) {
+  return select(a < b, a, b);
+}
+
+// Names the Vec that a kernel is called for.
+template <class V>
+struct Type {
+  using Vec = V;
+};
+
+// An argument on its way to a kernel. What is small goes by value: the caller's own can then stay in a register.
+template <class T, class Value = std::remove_reference_t<T>>
+using Passed =
+    std::conditional_t<std::is_trivially_copyable_v<Value> && sizeof(Value) <= 2 * sizeof(void*), Value, T&&>;
+
+// Apart from its caller, as the others have to be: inlined, it would give the caller its own large frame.
+template <class Kernel, class... Args>
+__attribute__((noinline)) auto run_default(Kernel kernel, Passed<Args>... args) {
+  return kernel(Type<SixteenVec>(), args...);
+}
+#if QM_HAS_SETS
+template <class Kernel, class... Args>
+__attribute__((target("arch=x86-64-v3"))) auto run_avx2(Kernel kernel, Passed<Args>... args) {
+  return kernel(Type<EightPair>(), args...);
+}
+template <class Kernel, class... Args>
+__attribute__((target("arch=x86-64-v4"))) auto run_avx512(Kernel kernel, Passed<Args>... args) {
+  return kernel(Type<SixteenVec>(), args...);
+}
+#endif
+
+template <class Kernel, class... Args>
+QM_INLINE auto run_widest(Kernel kernel, Args&&... args) {
+#if QM_HAS_SETS
+  if (kWidestSet == InstructionSet::kAvx512) return run_avx512<Kernel, Args...>(kernel, std::forward<Args>(args)...);
+  if (kWidestSet == InstructionSet::kAvx2) return run_avx2<Kernel, Args...>(kernel, std::forward<Args>(args)...);
+#endif
+  return run_default<Kernel, Args...>(kernel, std::forward<Args>(args)...);
+}
+
+// kernel<Vec>(arguments), compiled for each instruction set; `kernel` is marked QM_INLINE.
+#define QM_DISPATCH(kernel, ...)                                              \
+  run_widest(                                                                 \
+      [](auto type, auto&&... args) __attribute__((always_inline)) {          \
+        return kernel<typename decltype(type)::Vec>(args...);                 \
+      },                                                                      \
+      __VA_ARGS__)
 
 // The two half types of a cache as they lie in memory.
 struct BFloat16 {
@@ -35,111 +196,154 @@ struct Float16 {
 // `count` rounded up to whole vectors.
 QM_INLINE int64_t to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-QM_INLINE Vec all(float x) { return Vec{} + x; }
+template <class Vec>
+QM_INLINE Vec all(float x) {
+  return Vec{} + x;
+}
 
 template <class V, class T>
 QM_INLINE V read_bytes(const T* from) {
-  V v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
+  if constexpr (kIsPair<V>) {
+    using Half = decltype(V::low);
+    return {read_bytes<Half>(from), read_bytes<Half>(reinterpret_cast<const char*>(from) + sizeof(Half))};
+  } else {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+}
+
+template <class V, class T>
+QM_INLINE void write_bytes(V v, T* to) {
+  if constexpr (kIsPair<V>) {
+    write_bytes(v.low, to);
+    write_bytes(v.high, reinterpret_cast<char*>(to) + sizeof v.low);
+  } else {
+    std::memcpy(to, &v, sizeof v);
+  }
+}
+
+// 0, 1, 2, ...
+template <class Vec>
+QM_INLINE Ints<Vec> lane_numbers() {
+  constexpr int32_t kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return read_bytes<Ints<Vec>>(kNumbers);
 }
 
 // What the low half of each word stands for.
-QM_INLINE Vec widened(BitVec bits, const BFloat16*) { return (Vec)(bits << 16); }
+template <class BitVec>
+QM_INLINE auto widened(BitVec bits, const BFloat16*) {
+  return as<float>(bits << 16);
+}
 // Exponent and mantissa are shifted into place and scaled by 2^112, which handles subnormals as well.
-QM_INLINE Vec widened(BitVec bits, const Float16*) {
+template <class BitVec>
+QM_INLINE auto widened(BitVec bits, const Float16*) {
   const BitVec magnitude = (bits & 0x7fffu) << 13;
-  const BitVec finite = (BitVec)((Vec)magnitude * 0x1p112f);
+  const BitVec finite = as<uint32_t>(as<float>(magnitude) * 0x1p112f);
   const BitVec special = magnitude | 0x7f800000u;
-  return (Vec)((magnitude >= 0x0f800000u ? special : finite) | (bits & 0x8000u) << 16);
+  return as<float>(select(magnitude >= 0x0f800000u, special, finite) | (bits & 0x8000u) << 16);
 }
 
-QM_INLINE Vec load(const float* x) { return read_bytes<Vec>(x); }
-template <class T>
+template <class Vec>
+QM_INLINE Vec load(const float* x) {
+  return read_bytes<Vec>(x);
+}
+template <class Vec, class T>
 QM_INLINE Vec load(const T* x) {
-  return widened(__builtin_convertvector(read_bytes<HalfVec>(x), BitVec), x);
+  return widened(converted<uint32_t>(read_bytes<Lanes<Vec, uint16_t>>(x)), x);
 }
 
-QM_INLINE void store(Vec v, float* x) { std::memcpy(x, &v, sizeof v); }
+template <class Vec>
+QM_INLINE void store(Vec v, float* x) {
+  write_bytes(v, x);
+}
 
 // To nearest, ties to even, as in torch.
+template <class Vec>
 QM_INLINE void store(Vec v, BFloat16* x) {
-  const BitVec bits = (BitVec)v;
+  using BitVec = Bits<Vec>;
+  const BitVec bits = as<uint32_t>(v);
   const BitVec rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const BitVec whole = (bits & 0x7fffffffu) > 0x7f800000u ? BitVec{} + 0x7fc0u : rounded;
-  const HalfVec half = __builtin_convertvector(whole, HalfVec);
-  std::memcpy(x, &half, sizeof half);
+  const BitVec whole = select((bits & 0x7fffffffu) > 0x7f800000u, BitVec{} + 0x7fc0u, rounded);
+  write_bytes(converted<uint16_t>(whole), x);
 }
 
+template <class Vec>
 QM_INLINE void store(Vec v, Float16* x) {
-  const BitVec sign = (BitVec)v & 0x80000000u, bits = (BitVec)v ^ sign;
-  const BitVec special = bits > 0x7f800000u ? BitVec{} + 0x7e00u : BitVec{} + 0x7c00u;
+  using BitVec = Bits<Vec>;
+  const BitVec sign = as<uint32_t>(v) & 0x80000000u, bits = as<uint32_t>(v) ^ sign;
+  const BitVec special = select(bits > 0x7f800000u, BitVec{} + 0x7e00u, BitVec{} + 0x7c00u);
   // Adding one half shifts the mantissa of a subnormal result into place and rounds it.
-  const BitVec small = (BitVec)((Vec)bits + 0.5f) - 0x3f000000u;
+  const BitVec small = as<uint32_t>(as<float>(bits) + 0.5f) - 0x3f000000u;
   const BitVec normal = (bits - 0x38000000u + 0xfffu + (bits >> 13 & 1u)) >> 13;
-  const BitVec whole = bits >= 0x47800000u ? special : bits < 0x38800000u ? small : normal;
-  const HalfVec half = __builtin_convertvector(whole | sign >> 16, HalfVec);
-  std::memcpy(x, &half, sizeof half);
+  const BitVec whole = select(bits >= 0x47800000u, special, select(bits < 0x38800000u, small, normal));
+  write_bytes(converted<uint16_t>(whole | sign >> 16), x);
 }
 
 // A row of `count` elements as floats, with zeros up to to_lanes(count).
-template <class T>
+template <class Vec, class T>
 QM_INLINE void load_row(const T* row, int64_t count, float* out) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(load(row + i), out + i);
+  for (; i + kLanes <= count; i += kLanes) store(load<Vec>(row + i), out + i);
   if (i < count) {
     T rest[kLanes] = {};
     std::memcpy(rest, row + i, (count - i) * sizeof(T));
-    store(load(rest), out + i);
+    store(load<Vec>(rest), out + i);
   }
 }
 
 // The same row as it is, with zeros up to a multiple of 2 * kLanes.
+template <class Vec>
 QM_INLINE void load_row(const BFloat16* row, int64_t count, BFloat16* out) {
   std::memcpy(out, row, count * sizeof *row);
   std::fill(out + count, out + (count + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes), BFloat16{0});
 }
 
 // The first `count` floats of a row that is padded to whole vectors.
-template <class T>
+template <class Vec, class T>
 QM_INLINE void store_row(const float* row, int64_t count, T* out) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(load(row + i), out + i);
+  for (; i + kLanes <= count; i += kLanes) store(load<Vec>(row + i), out + i);
   if (i < count) {
     T rest[kLanes];
-    store(load(row + i), rest);
+    store(load<Vec>(row + i), rest);
     std::memcpy(out + i, rest, (count - i) * sizeof(T));
   }
 }
 
+template <class Vec>
 QM_INLINE void store_row(const BFloat16* row, int64_t count, BFloat16* out) {
   std::memcpy(out, row, count * sizeof *row);
 }
 
 // What is left of floats after they were stored as T.
-QM_INLINE Vec rounded_to(Vec v, const float*) { return v; }
-template <class T>
+template <class Vec>
+QM_INLINE Vec rounded_to(Vec v, const float*) {
+  return v;
+}
+template <class Vec, class T>
 QM_INLINE Vec rounded_to(Vec v, const T*) {
   T stored[kLanes];
   store(v, stored);
-  return load(stored);
+  return load<Vec>(stored);
 }
 // The same without a way through memory.
+template <class Vec>
 QM_INLINE Vec rounded_to(Vec v, const BFloat16*) {
-  const BitVec bits = (BitVec)v;
-  const BitVec rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
-  return v == v ? (Vec)rounded : v;
+  const Bits<Vec> bits = as<uint32_t>(v);
+  const Bits<Vec> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+  return select(v == v, as<float>(rounded), v);
 }
 
 // A vector's worth of elements of type S as floats.
-template <class S>
+template <class Vec, class S>
 struct Floats;
 
-template <>
-struct Floats<float> {
+template <class Vec>
+struct Floats<Vec, float> {
   Floats() = default;
   template <class V>
-  QM_INLINE explicit Floats(const V* from) : lanes(load(from)) {}
+  QM_INLINE explicit Floats(const V* from) : lanes(load<Vec>(from)) {}
   QM_INLINE void set(float weight, const Floats& x) { lanes = weight * x.lanes; }
   QM_INLINE void add(float weight, const Floats& x) { lanes += weight * x.lanes; }
   // As what is left of them after they were stored as T.
@@ -151,19 +355,20 @@ struct Floats<float> {
   Vec lanes;
 };
 
-#if defined(__x86_64__)
+#if QM_HAS_SETS
 // Those at even places and those at odd ones.
 template <>
-struct Floats<BFloat16> {
+struct Floats<SixteenVec, BFloat16> {
   Floats() = default;
   QM_INLINE explicit Floats(const BFloat16* from) {
-    const BitVec pairs = read_bytes<BitVec>(from);
-    even = (Vec)(pairs << 16), odd = (Vec)(pairs & 0xffff0000u);
+    const Bits<SixteenVec> pairs = read_bytes<Bits<SixteenVec>>(from);
+    even = as<float>(pairs << 16), odd = as<float>(pairs & 0xffff0000u);
   }
   QM_INLINE void set(float weight, const Floats& x) { even = weight * x.even, odd = weight * x.odd; }
   QM_INLINE void add(float weight, const Floats& x) { even += weight * x.even, odd += weight * x.odd; }
   template <class T>
   QM_INLINE void store_rounded(BFloat16* to) const {
+    typedef uint16_t ShortVec __attribute__((vector_size(64)));
     ShortVec halves;
     asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(even), "v"(odd));
     const ShortVec pairs = __builtin_shuffle(
@@ -172,48 +377,83 @@ struct Floats<BFloat16> {
     std::memcpy(to, &pairs, sizeof pairs);
   }
 
-  Vec even, odd;
+  SixteenVec even, odd;
 };
 #endif
 
 // The sums and the products of a vector's worth of elements of x and y, of a type.
-QM_INLINE Vec add_products(Vec sums, Vec x, Vec y, const float*) { return sums + x * y; }
-#if defined(__x86_64__)
+template <class V>
+QM_INLINE V add_products(V sums, V x, V y, const float*) {
+  return sums + x * y;
+}
+#if QM_HAS_SETS
 // Of bfloat16 in pairs, for processors with avx512_bf16. As assembler, because an intrinsic can be inlined only into
 // functions whose own declarations name the instruction set.
-QM_INLINE Vec add_products(Vec sums, Vec x, Vec y, const BFloat16*) {
+QM_INLINE SixteenVec add_products(SixteenVec sums, SixteenVec x, SixteenVec y, const BFloat16*) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(y));
   return sums;
 }
 #endif
 
-// One half of the lanes is combined with the other until one is left.
-template <class Combine>
+// One half of the lanes is combined with the other until four are left.
+template <class V, class Combine>
+QM_INLINE FourVec fold(V v, Combine combine) {
+  if constexpr (kIsPair<V>) {
+    return fold(combine(v.low, v.high), combine);
+  } else if constexpr (sizeof(V) > sizeof(FourVec)) {
+    typedef float Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return fold(combine(halves[0], halves[1]), combine);
+  } else {
+    return v;
+  }
+}
+
+// The same until one is left.
+template <class Vec, class Combine>
 QM_INLINE float reduce(Vec v, Combine combine) {
-  EightVec eights[2];
-  std::memcpy(eights, &v, sizeof v);
-  const EightVec eight = combine(eights[0], eights[1]);
-  FourVec fours[2];
-  std::memcpy(fours, &eight, sizeof eight);
-  FourVec four = combine(fours[0], fours[1]);
+  FourVec four = fold(v, combine);
   four = combine(four, __builtin_shuffle(four, (FourPick){2, 3, 0, 1}));
   four = combine(four, __builtin_shuffle(four, (FourPick){1, 0, 3, 2}));
   return four[0];
 }
 
+struct Add {
+  template <class V>
+  QM_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+
+template <class Vec>
 QM_INLINE float largest(Vec v) {
-  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return larger(a, b); });
 }
 
+template <class Vec>
 QM_INLINE float smallest(Vec v) {
-  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a < b ? a : b; });
+  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return smaller(a, b); });
 }
 
+template <class Vec>
 QM_INLINE float sum(Vec v) {
-  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+  return reduce(v, Add());
+}
+
+// The sums of four vectors' lanes; the additions are those of `sum`, four at a time.
+template <class V>
+QM_INLINE FourVec sums_of_four(const V* v) {
+  const FourVec q[4] = {fold(v[0], Add()), fold(v[1], Add()), fold(v[2], Add()), fold(v[3], Add())};
+  const FourVec x = __builtin_shuffle(q[0], q[1], FourPick{0, 4, 1, 5}) +
+                    __builtin_shuffle(q[0], q[1], FourPick{2, 6, 3, 7});
+  const FourVec y = __builtin_shuffle(q[2], q[3], FourPick{0, 4, 1, 5}) +
+                    __builtin_shuffle(q[2], q[3], FourPick{2, 6, 3, 7});
+  return __builtin_shuffle(x, y, FourPick{0, 1, 4, 5}) + __builtin_shuffle(x, y, FourPick{2, 3, 6, 7});
 }
 
 // e^r for |r| <= log(2)/2.
+template <class Vec>
 QM_INLINE Vec exp_series(Vec r) {
   Vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -224,19 +464,22 @@ QM_INLINE Vec exp_series(Vec r) {
 }
 
 // fast_exp and fast_log of every lane, by the same operations.
+template <class Vec>
 QM_INLINE Vec exp(Vec x) {
   constexpr float kRound = 12582912.0f;
-  const Vec low = x < -87.3f ? all(-87.3f) : x, bounded = low > 88.8f ? all(88.8f) : low;
+  const Vec least = all<Vec>(-87.3f), most = all<Vec>(88.8f);
+  const Vec low = select(x < least, least, x), bounded = select(low > most, most, low);
   const Vec shifted = bounded * 1.44269504f + kRound, n = shifted - kRound;
   const Vec r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  const Vec scale = (Vec)(((BitVec)shifted + 126u) << 23);
-  return x < -87.3f ? Vec{} : exp_series(r) * scale * 2.0f;
+  const Vec scale = as<float>((as<uint32_t>(shifted) + 126u) << 23);
+  return select(x < -87.3f, Vec{}, exp_series(r) * scale * 2.0f);
 }
 
 // 2^x of x <= 0, at least 2^-126 instead of 0; at most 2 units in the last place off.
+template <class Vec>
 QM_INLINE Vec exp2_of_negative(Vec x) {
   constexpr float kRound = 12582912.0f;
-  const Vec bounded = x > -126.0f ? x : all(-126.0f);
+  const Vec bounded = larger(x, all<Vec>(-126.0f));
   const Vec shifted = bounded + kRound, r = bounded - (shifted - kRound);
   // Relative minimax of 2^r for |r| <= 1/2 that is 1 at 0.
   Vec p = 1.5594678e-4f * r + 1.3406643e-3f;
@@ -245,13 +488,14 @@ QM_INLINE Vec exp2_of_negative(Vec x) {
   p = p * r + 2.4022652e-1f;
   p = p * r + 6.9314724e-1f;
   p = p * r + 1.0f;
-  return (Vec)((BitVec)p + ((BitVec)shifted << 23));
+  return as<float>(as<uint32_t>(p) + (as<uint32_t>(shifted) << 23));
 }
 
+template <class Vec>
 QM_INLINE Vec log(Vec x) {
-  const BitVec bits = (BitVec)x - 0x3f3504f3u;
-  const Vec e = __builtin_convertvector((IntVec)bits >> 23, Vec);
-  const Vec f = (Vec)((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+  const Bits<Vec> bits = as<uint32_t>(x) - 0x3f3504f3u;
+  const Vec e = converted<float>(as<int32_t>(bits) >> 23);
+  const Vec f = as<float>((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
   Vec p = 7.0376836292e-2f * f - 1.1514610310e-1f;
   p = p * f + 1.1676998740e-1f;
   p = p * f - 1.2420140846e-1f;
@@ -264,9 +508,14 @@ QM_INLINE Vec log(Vec x) {
   return f + p + e * 0.693359375f;
 }
 
+template <class Vec>
 QM_INLINE Vec sqrt(Vec x) {
-  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
+  if constexpr (kIsPair<Vec>) {
+    return {sqrt(x.low), sqrt(x.high)};
+  } else {
+    for (size_t i = 0; i < sizeof x / sizeof x[0]; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+  }
 }
 
 // Eight rows of eight floats become columns.
@@ -299,7 +548,7 @@ QM_INLINE void transpose_8x8(const float* rows, int64_t stride, float* out, int6
 }
 
 // Columns of sixteen rows as floats: 32 bytes of each row.
-template <class T>
+template <class Vec, class T>
 struct Columns {
   static constexpr int kCount = 32 / sizeof(T);
   Vec column[kCount];
@@ -318,9 +567,9 @@ struct Columns {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const EightVec halves[2] = {low[i], high[i]};
-      const BitVec words = read_bytes<BitVec>(halves);
+      const Bits<Vec> words = read_bytes<Bits<Vec>>(halves);
       if constexpr (kCount == 8) {
-        column[i] = (Vec)words;
+        column[i] = as<float>(words);
       } else {
         column[2 * i] = widened(words & 0xffffu, type);
         column[2 * i + 1] = widened(words >> 16, type);
@@ -330,21 +579,21 @@ struct Columns {
 };
 
 // Pairs of lanes in each quarter of two vectors, and quarters of two vectors.
-constexpr IntVec kLowLanes = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
-constexpr IntVec kHighLanes = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
-constexpr IntVec kLowPairs = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-constexpr IntVec kHighPairs = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-constexpr IntVec kLowQuarters = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-constexpr IntVec kHighQuarters = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
-constexpr IntVec kEvenQuarters = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
-constexpr IntVec kOddQuarters = {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
+constexpr SixteenPick kLowLanes = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+constexpr SixteenPick kHighLanes = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+constexpr SixteenPick kLowPairs = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+constexpr SixteenPick kHighPairs = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+constexpr SixteenPick kLowQuarters = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+constexpr SixteenPick kHighQuarters = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
+constexpr SixteenPick kEvenQuarters = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+constexpr SixteenPick kOddQuarters = {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
 
 // The sums of sixteen vectors: lane i of the result is the sum of the lanes of v[i].
-QM_INLINE Vec sums_of(const Vec* v) {
-  const auto add = [](Vec a, Vec b, IntVec low, IntVec high) __attribute__((always_inline)) {
+QM_INLINE SixteenVec sums_of(const SixteenVec* v) {
+  const auto add = [](SixteenVec a, SixteenVec b, SixteenPick low, SixteenPick high) __attribute__((always_inline)) {
     return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
   };
-  Vec fours[4];
+  SixteenVec fours[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
     fours[i] = add(add(v[4 * i], v[4 * i + 1], kLowLanes, kHighLanes),
@@ -353,23 +602,44 @@ QM_INLINE Vec sums_of(const Vec* v) {
              kEvenQuarters, kOddQuarters);
 }
 
+QM_INLINE EightPair sums_of(const EightVec* v) {
+  const FourVec low[2] = {sums_of_four(v), sums_of_four(v + 4)}, high[2] = {sums_of_four(v + 8), sums_of_four(v + 12)};
+  return {read_bytes<EightVec>(low), read_bytes<EightVec>(high)};
+}
+
+// What fills a register, and how many rows of four sums of it stay in registers.
+template <class Vec>
+struct Register {
+  using Part = Vec;
+  static constexpr int kRows = 4;
+};
+template <class Half>
+struct Register<Pair<Half>> {
+  using Part = Half;
+  static constexpr int kRows = 2;
+};
+
 // Lane 4 * i + j: row a[i] . row b[j] for i and j below 4; rows are whole vectors. kSame: a is b.
-template <bool kSame, class S>
+template <class Vec, bool kSame, class S>
 QM_INLINE Vec multiply_4x4(const S* const* a, const S* const* b, int64_t width) {
+  using Part = typename Register<Vec>::Part;
+  constexpr int kRows = Register<Vec>::kRows;
   // Not `= {}`, which GCC does in memory, where the sums then stay.
-  Vec sums[16];
+  Part sums[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) sums[i] = Vec{};
-  for (int64_t c = 0; c < width; c += sizeof(Vec) / sizeof(S)) {
-    const Vec y[4] = {read_bytes<Vec>(b[0] + c), read_bytes<Vec>(b[1] + c), read_bytes<Vec>(b[2] + c),
-                      read_bytes<Vec>(b[3] + c)};
+  for (int i = 0; i < 16; ++i) sums[i] = Part{};
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Vec x = kSame ? y[i] : read_bytes<Vec>(a[i] + c);
+  for (int first = 0; first < 4; first += kRows)
+    for (int64_t c = 0; c < width; c += sizeof(Part) / sizeof(S)) {
+      const Part y[4] = {read_bytes<Part>(b[0] + c), read_bytes<Part>(b[1] + c), read_bytes<Part>(b[2] + c),
+                         read_bytes<Part>(b[3] + c)};
 #pragma GCC unroll 4
-      for (int j = kSame ? i : 0; j < 4; ++j) sums[4 * i + j] = add_products(sums[4 * i + j], x, y[j], a[i]);
+      for (int i = first; i < first + kRows; ++i) {
+        const Part x = kSame ? y[i] : read_bytes<Part>(a[i] + c);
+#pragma GCC unroll 4
+        for (int j = kSame ? i : 0; j < 4; ++j) sums[4 * i + j] = add_products(sums[4 * i + j], x, y[j], a[i]);
+      }
     }
-  }
   if (kSame)
 #pragma GCC unroll 4
     for (int i = 1; i < 4; ++i)
@@ -379,16 +649,31 @@ QM_INLINE Vec multiply_4x4(const S* const* a, const S* const* b, int64_t width) 
 }
 
 // Four rows of four lanes as columns.
-QM_INLINE Vec transposed_4x4(Vec v) {
-  return __builtin_shuffle(v, (IntVec){0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15});
+QM_INLINE SixteenVec transposed_4x4(SixteenVec v) {
+  return __builtin_shuffle(v, (SixteenPick){0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15});
+}
+QM_INLINE EightPair transposed_4x4(EightPair v) {
+  return {__builtin_shuffle(v.low, v.high, EightPick{0, 4, 8, 12, 1, 5, 9, 13}),
+          __builtin_shuffle(v.low, v.high, EightPick{2, 6, 10, 14, 3, 7, 11, 15})};
 }
 
 // Four vectors of four quarters as columns.
-QM_INLINE void transpose_quarters(Vec* v) {
-  const Vec a = __builtin_shuffle(v[0], v[1], kLowQuarters), b = __builtin_shuffle(v[2], v[3], kLowQuarters);
-  const Vec c = __builtin_shuffle(v[0], v[1], kHighQuarters), d = __builtin_shuffle(v[2], v[3], kHighQuarters);
+QM_INLINE void transpose_quarters(SixteenVec* v) {
+  const SixteenVec a = __builtin_shuffle(v[0], v[1], kLowQuarters), b = __builtin_shuffle(v[2], v[3], kLowQuarters);
+  const SixteenVec c = __builtin_shuffle(v[0], v[1], kHighQuarters), d = __builtin_shuffle(v[2], v[3], kHighQuarters);
   v[0] = __builtin_shuffle(a, b, kEvenQuarters), v[1] = __builtin_shuffle(a, b, kOddQuarters);
   v[2] = __builtin_shuffle(c, d, kEvenQuarters), v[3] = __builtin_shuffle(c, d, kOddQuarters);
+}
+QM_INLINE void transpose_quarters(EightPair* v) {
+  const auto first = [](EightVec a, EightVec b) __attribute__((always_inline)) {
+    return __builtin_shuffle(a, b, EightPick{0, 1, 2, 3, 8, 9, 10, 11});
+  };
+  const auto second = [](EightVec a, EightVec b) __attribute__((always_inline)) {
+    return __builtin_shuffle(a, b, EightPick{4, 5, 6, 7, 12, 13, 14, 15});
+  };
+  const EightPair a = v[0], b = v[1], c = v[2], d = v[3];
+  v[0] = {first(a.low, b.low), first(c.low, d.low)}, v[1] = {second(a.low, b.low), second(c.low, d.low)};
+  v[2] = {first(a.high, b.high), first(c.high, d.high)}, v[3] = {second(a.high, b.high), second(c.high, d.high)};
 }
 
 }  // namespace qm_spec

@@ -21,12 +21,13 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Replace products by |c|^2 - 2 x.c, which orders the centres as their distances do, and return the smallest. Whole
 // vectors are looked at: behind the last centre stands infinity.
-QM_MULTIVERSION float smallest(float* scores, const float* squared_norms, int64_t count) {
-  Vec least = all(kInfinity);
+template <class Vec>
+QM_INLINE float smallest(float* scores, const float* squared_norms, int64_t count) {
+  Vec least = all<Vec>(kInfinity);
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec score = load(squared_norms + i) - 2.0f * load(scores + i);
+    const Vec score = load<Vec>(squared_norms + i) - 2.0f * load<Vec>(scores + i);
     store(score, scores + i);
-    least = score < least ? score : least;
+    least = smaller(score, least);
   }
   return -largest(-least);
 }
@@ -75,7 +76,7 @@ std::tuple<Tensor, Tensor> assign(Tensor points, Tensor centres, Tensor mask, Te
             rows, num_rows, panels.get() + (b * slots + column) * dim, whole_panels(count) / kPanel, dim, scores, kTile);
         for (int64_t r = 0; r < num_rows; ++r) {
           float* score = scores + r * kTile;
-          const float least = smallest(score, norms.get() + b * slots + column, count);
+          const float least = QM_DISPATCH(smallest, score, norms.get() + b * slots + column, count);
           if (!(least < best[r])) continue;
           best[r] = least;
           cluster[first + r] = column + (std::find(score, score + count, least) - score);
