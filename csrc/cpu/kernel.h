@@ -19,7 +19,7 @@
 #define QM_SETS "default", "arch=x86-64-v3", "arch=x86-64-v4"
 #endif
 // One function of plain loops, compiled for each of them and chosen when the module is loaded; functions of vectors go
-// through QM_DISPATCH of vec.h. What it calls must be inlined into it (QM_INLINE) to be compiled for the set too; a
+// through QM_DISPATCH of dispatch.h. What it calls must be inlined into it (QM_INLINE) to be compiled for the set too; a
 // lambda handed to parallel_for is not.
 #define QM_MULTIVERSION __attribute__((target_clones(QM_SETS)))
 #else

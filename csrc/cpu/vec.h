@@ -1,189 +1,19 @@
-// Sixteen floats at a time, as GCC's and Clang's vector types.
+// Sixteen floats at a time.
 //
-// GCC compares and shuffles a vector larger than a register lane by lane, and keeps it in memory from one turn of a loop
-// to the next. So kernels are templates on `Vec`: a vector of 64 bytes, but a pair of vectors of 32 bytes for AVX2.
-// QM_DISPATCH chooses; everything here is inlined into the kernel and compiled for its set.
+// Kernels are templates on `Vec`, a vector of 64 bytes, or for AVX2 a pair of vectors of 32 (pair.h). QM_DISPATCH chooses
+// (dispatch.h); everything here is inlined into the kernel and compiled for its set.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
-#include <utility>
 
-#include "csrc/cpu/kernel.h"
+#include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/math.h"
+#include "csrc/cpu/pair.h"
 
 namespace qm_spec {
 
 constexpr int64_t kLanes = 16;
-
-typedef float SixteenVec __attribute__((vector_size(64)));
-typedef float EightVec __attribute__((vector_size(32)));
-typedef float FourVec __attribute__((vector_size(16)));
-typedef int32_t SixteenPick __attribute__((vector_size(64)));
-typedef int32_t EightPick __attribute__((vector_size(32)));
-typedef int32_t FourPick __attribute__((vector_size(16)));
-
-// Two vectors as one, with the operators of a vector; a scalar stands for all lanes.
-template <class Half>
-struct Pair {
-  using Element = std::decay_t<decltype(Half{}[0])>;
-  Half low, high;
-};
-
-using EightPair = Pair<EightVec>;
-
-template <class Half>
-QM_INLINE Pair<Half> pair(Half low, Half high) {
-  return {low, high};
-}
-
-#define QM_LANEWISE(op)                                                              \
-  template <class A, class B>                                                        \
-  QM_INLINE auto operator op(Pair<A> a, Pair<B> b) {                                 \
-    return pair(a.low op b.low, a.high op b.high);                                   \
-  }                                                                                  \
-  template <class A>                                                                 \
-  QM_INLINE auto operator op(Pair<A> a, typename Pair<A>::Element b) {               \
-    return pair(a.low op b, a.high op b);                                            \
-  }                                                                                  \
-  template <class A>                                                                 \
-  QM_INLINE auto operator op(typename Pair<A>::Element a, Pair<A> b) {               \
-    return pair(a op b.low, a op b.high);                                            \
-  }
-QM_LANEWISE(+)
-QM_LANEWISE(-)
-QM_LANEWISE(*)
-QM_LANEWISE(/)
-QM_LANEWISE(&)
-QM_LANEWISE(|)
-QM_LANEWISE(^)
-QM_LANEWISE(<<)
-QM_LANEWISE(>>)
-QM_LANEWISE(<)
-QM_LANEWISE(>)
-QM_LANEWISE(>=)
-QM_LANEWISE(==)
-#undef QM_LANEWISE
-
-template <class A>
-QM_INLINE Pair<A> operator-(Pair<A> a) {
-  return {-a.low, -a.high};
-}
-template <class A, class B>
-QM_INLINE Pair<A>& operator+=(Pair<A>& a, const B& b) {
-  return a = a + b;
-}
-template <class A, class B>
-QM_INLINE Pair<A>& operator*=(Pair<A>& a, const B& b) {
-  return a = a * b;
-}
-
-// Whether Vec is a pair: there are half as many registers as AVX-512 has, and each holds half of a Vec.
-template <class Vec>
-constexpr bool kIsPair = false;
-template <class Half>
-constexpr bool kIsPair<Pair<Half>> = true;
-
-// As many E as V has lanes.
-template <class V, class E>
-struct LanesOf {
-  typedef E type __attribute__((vector_size(sizeof(V) / sizeof(V{}[0]) * sizeof(E))));
-};
-template <class Half, class E>
-struct LanesOf<Pair<Half>, E> {
-  using type = Pair<typename LanesOf<Half, E>::type>;
-};
-template <class V, class E>
-using Lanes = typename LanesOf<V, E>::type;
-template <class V>
-using Ints = Lanes<V, int32_t>;
-template <class V>
-using Bits = Lanes<V, uint32_t>;
-
-// The same bytes as lanes of E.
-template <class E, class V>
-QM_INLINE Lanes<V, E> as(V v) {
-  return (Lanes<V, E>)v;
-}
-template <class E, class Half>
-QM_INLINE Pair<Lanes<Half, E>> as(Pair<Half> v) {
-  return {as<E>(v.low), as<E>(v.high)};
-}
-
-// The same numbers as E.
-template <class E, class V>
-QM_INLINE Lanes<V, E> converted(V v) {
-  return __builtin_convertvector(v, Lanes<V, E>);
-}
-template <class E, class Half>
-QM_INLINE Pair<Lanes<Half, E>> converted(Pair<Half> v) {
-  return {converted<E>(v.low), converted<E>(v.high)};
-}
-
-// Lanes of `a` where the comparison holds, else of `b`.
-template <class Mask, class V>
-QM_INLINE V select(Mask mask, V a, V b) {
-  return mask ? a : b;
-}
-template <class Mask, class Half>
-QM_INLINE Pair<Half> select(Pair<Mask> mask, Pair<Half> a, Pair<Half> b) {
-  return {select(mask.low, a.low, b.low), select(mask.high, a.high, b.high)};
-}
-
-template <class V>
-QM_INLINE V larger(V a, V b) {
-  return select(a > b, a, b);
-}
-
-template <class V>
-QM_INLINE V smaller(V a, V b) {
-  return select(a < b, a, b);
-}
-
-// Names the Vec that a kernel is called for.
-template <class V>
-struct Type {
-  using Vec = V;
-};
-
-// An argument on its way to a kernel. What is small goes by value: the caller's own can then stay in a register.
-template <class T, class Value = std::remove_reference_t<T>>
-using Passed =
-    std::conditional_t<std::is_trivially_copyable_v<Value> && sizeof(Value) <= 2 * sizeof(void*), Value, T&&>;
-
-// Apart from its caller, as the others have to be: inlined, it would give the caller its own large frame.
-template <class Kernel, class... Args>
-__attribute__((noinline)) auto run_default(Kernel kernel, Passed<Args>... args) {
-  return kernel(Type<SixteenVec>(), args...);
-}
-#if QM_HAS_SETS
-template <class Kernel, class... Args>
-__attribute__((target("arch=x86-64-v3"))) auto run_avx2(Kernel kernel, Passed<Args>... args) {
-  return kernel(Type<EightPair>(), args...);
-}
-template <class Kernel, class... Args>
-__attribute__((target("arch=x86-64-v4"))) auto run_avx512(Kernel kernel, Passed<Args>... args) {
-  return kernel(Type<SixteenVec>(), args...);
-}
-#endif
-
-template <class Kernel, class... Args>
-QM_INLINE auto run_widest(Kernel kernel, Args&&... args) {
-#if QM_HAS_SETS
-  if (kWidestSet == InstructionSet::kAvx512) return run_avx512<Kernel, Args...>(kernel, std::forward<Args>(args)...);
-  if (kWidestSet == InstructionSet::kAvx2) return run_avx2<Kernel, Args...>(kernel, std::forward<Args>(args)...);
-#endif
-  return run_default<Kernel, Args...>(kernel, std::forward<Args>(args)...);
-}
-
-// kernel<Vec>(arguments), compiled for each instruction set; `kernel` is marked QM_INLINE.
-#define QM_DISPATCH(kernel, ...)                                              \
-  run_widest(                                                                 \
-      [](auto type, auto&&... args) __attribute__((always_inline)) {          \
-        return kernel<typename decltype(type)::Vec>(args...);                 \
-      },                                                                      \
-      __VA_ARGS__)
 
 // The two half types of a cache as they lie in memory.
 struct BFloat16 {
