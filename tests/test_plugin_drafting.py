@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +27,7 @@ from qm_spec.config import MergeConfig
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.integrations.vllm_plugin import cuda_graphs
 from qm_spec.integrations.vllm_plugin import proposer as plugin
 from qm_spec.integrations.vllm_plugin.attention import QuickMergeImpl, QuickMergeMetadata, QuickMergeMetadataBuilder
@@ -156,7 +157,14 @@ def test_large_batches_of_16_bit_weights_are_left_to_the_library(model, monkeypa
         assert len(calls) == by_operator
 
 
-def propose(model: Any, num_drafts: int, sampling: Any, graphs: DraftGraphs | None = None) -> tuple[torch.Tensor, Any]:
+def propose(
+    model: Any,
+    num_drafts: int,
+    sampling: Any,
+    graphs: DraftGraphs | None = None,
+    widths: list[int] | None = None,
+    found: Sequence[Lookup] = (),
+) -> tuple[Any, Any]:
     """Draft after one step in which requests 0, 1 and 2 had 2, 0 and 1 of their 2 drafts rejected."""
     case = model.case
     torch.manual_seed(1)
@@ -183,7 +191,7 @@ def propose(model: Any, num_drafts: int, sampling: Any, graphs: DraftGraphs | No
     )
     drafted = plugin.propose(
         proposer,
-        num_drafts,
+        widths or [num_drafts] * 3,
         torch.randint(SIZES.vocabulary, (9,), dtype=torch.int32),
         torch.randn(9, 3 * SIZES.hidden).to(model.model.layer.slopes.dtype),
         case.next_ids.int(),
@@ -191,6 +199,7 @@ def propose(model: Any, num_drafts: int, sampling: Any, graphs: DraftGraphs | No
         common,
         sampling,
         rejected,
+        found,
     )
     return drafted, proposer._last_draft_probs
 
@@ -231,6 +240,35 @@ def test_sampled_drafts_come_with_their_distributions(model):
     torch.testing.assert_close(probs_again, probs)
     sampling.all_greedy = True
     assert propose(model, 3, sampling)[1] is None
+
+
+def test_what_is_looked_up_takes_the_place_of_drafts_and_may_be_more(model):
+    drafted, probs = propose(model, 2, sampled(1.0, 1.0, 1.0))
+    found = [Lookup((), 0), Lookup((5, 6, 7, 8, 9, 9), 2), Lookup((), 0)]
+    joined, joined_probs = propose(model, 2, sampled(1.0, 1.0, 1.0), widths=[2, 4, 2], found=found)
+    assert joined == [drafted[0].tolist(), [5, 6, 7, 8], drafted[2].tolist()]
+    assert joined_probs.shape == (3, 4, SIZES.vocabulary)
+    assert torch.equal(joined_probs[0, :2], probs[0])
+    assert joined_probs[1].argmax(-1).tolist() == [5, 6, 7, 8]
+
+
+def test_where_all_is_looked_up_nothing_else_is_drafted(model, monkeypatch):
+    monkeypatch.setattr(plugin, "draft_tokens", None)
+    found = [Lookup((1, 2, 3, 4), 2), Lookup((5, 6, 7, 8), 4), Lookup((9, 9, 9, 9), 3)]
+    for sampling in (None, sampled(1.0, 1.0, 1.0)):
+        joined, probs = propose(model, 2, sampling, found=found)
+        assert joined.tolist() == [[1, 2], [5, 6], [9, 9]] and joined.dtype == torch.int64 and probs is None
+    assert propose(model, 2, None, widths=[4, 2, 4], found=found)[0] == [[1, 2, 3, 4], [5, 6], [9, 9, 9, 9]]
+
+
+def test_a_request_with_a_seed_takes_as_many_numbers_whatever_is_looked_up(model):
+    found = [Lookup((1, 2), 2), Lookup((5, 6), 4), Lookup((9, 9), 3)]
+    states = []
+    for some in ((), found):
+        generator = torch.Generator().manual_seed(0)
+        propose(model, 2, sampled(1.0, 1.0, 1.0, row1=generator), found=some)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
 
 
 def test_a_request_with_a_seed_draws_its_drafts_from_it():
