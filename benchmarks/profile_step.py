@@ -23,7 +23,7 @@ PROPOSER = "qm_spec.integrations.vllm_plugin.proposer"
 TIMED = (
     ("target forward", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._model_forward"),
     ("sampling and verification", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample"),
-    ("drafting", "vllm.v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer.propose"),
+    ("drafting", PROPOSER, "draft_step"),
     (" fusing the target's states", "qm_spec.drafter.prior", "PriorLayer.fuse"),
     (" keys and values of new tokens", "qm_spec.drafter.loop", "DraftLoop.remember"),
     (" merging", PROPOSER, "merge_groups_"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
 from draft_cases import PriorSizes, make_case
+from offline_engine import OFFLINE, run_offline
 from recorded_graph import Recorder, WithoutHost, without_values
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -23,6 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
+import qm_spec
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.draft_graphs import DraftGraphs
@@ -406,3 +410,86 @@ def test_the_attention_layer_reads_no_value_on_the_host_and_copies_none_from_it(
     metadata = QuickMergeMetadata(rows - 1, starts, lengths, table, slots)
     with WithoutHost():
         assert impl.forward(None, query, key, value, cache, metadata, out) is out
+
+
+def proposed(drafts_after_step: bool) -> Any:
+    """What the runner gets of `propose`, for a model of ours."""
+    proposer = SimpleNamespace(model=SimpleNamespace(drafts_after_step=drafts_after_step), _last_draft_probs="stale")
+    return proposer, plugin.with_draft_loop(lambda *args: "vLLM's")(proposer, 4, *range(7))
+
+
+@pytest.mark.parametrize("drafts", [torch.tensor([[5, 6], [7, 8]]), torch.empty(2, 0), [[5, 6], [7]]])
+@pytest.mark.parametrize("probs", ["distributions", None])
+def test_drafts_are_made_when_the_engine_asks_for_them(monkeypatch, drafts, probs):
+    asked = []
+
+    def draft_step(proposer: Any, *args: Any) -> Any:
+        asked.append(args)
+        proposer._last_draft_probs = probs
+        return drafts
+
+    monkeypatch.setattr(plugin, "can_draft", lambda proposer: True)
+    monkeypatch.setattr(plugin, "draft_step", draft_step)
+    proposer, pending = proposed(drafts_after_step=True)
+    assert not asked and proposer._last_draft_probs is None
+    proposer.take_last_draft_probs = lambda: proposer._last_draft_probs
+    runner = SimpleNamespace(
+        _draft_token_ids=pending,
+        drafter=proposer,
+        _draft_probs=None,
+        _draft_prob_req_ids=None,
+        input_batch=SimpleNamespace(req_ids=["a", "b"]),
+    )
+    take = plugin.with_pending_drafts(lambda self: self._draft_token_ids)
+    expected = drafts if isinstance(drafts, list) else drafts.tolist()
+    # Without positions, which ours does not read; asked twice, drafted once.
+    for _ in range(2):
+        assert take(runner) == expected and asked == [(4, 0, 2, 3, 4, 5, 6, None)]
+    assert (runner._draft_probs, runner._draft_prob_req_ids) == ((probs, ["a", "b"]) if probs else (None, None))
+
+
+def test_elsewhere_drafts_are_made_at_once(monkeypatch):
+    monkeypatch.setattr(plugin, "draft_step", lambda *args: "ours")
+    for mine, expected in ((True, "ours"), (False, "vLLM's")):
+        monkeypatch.setattr(plugin, "can_draft", lambda proposer, mine=mine: mine)
+        assert proposed(drafts_after_step=False)[1] == expected
+    runner = SimpleNamespace(_draft_token_ids="tensor")
+    assert plugin.with_pending_drafts(lambda self: self._draft_token_ids)(runner) == "tensor"
+
+
+# Fails in a draft that keeps the tokens of its step waiting.
+WATCHED = (
+    """
+from vllm.v1.engine.core import EngineCore
+from qm_spec.integrations.vllm_plugin import proposer
+step, draft_step, stepping = EngineCore.step, proposer.draft_step, []
+
+
+def watched_step(self):
+    stepping.append(True)
+    try:
+        return step(self)
+    finally:
+        stepping.clear()
+
+
+def watched_draft(*args):
+    assert not stepping, "drafted within the step"
+    return draft_step(*args)
+
+
+EngineCore.step, proposer.draft_step = watched_step, watched_draft
+"""
+    + OFFLINE
+)
+
+
+def test_drafting_begins_when_the_tokens_of_a_step_are_out(tmp_path):
+    zoo = Path(qm_spec.__file__).parent / "zoo" / "novels"
+    texts = [json.loads(line)["text"][:600] for line in (zoo / "prompts.jsonl").read_text().splitlines()[:3]]
+    engine = {"model": str(zoo / "target"), "max_model_len": 1024, "max_num_seqs": 2}
+    requests = [{"prompts": texts, "sampling": {"temperature": 0, "max_tokens": 24}}]
+    speculative = qm_spec.speculative_config(engine["model"])
+    result = run_offline(tmp_path, {**engine, "speculative_config": speculative}, requests, WATCHED)
+    assert [len(answer) for answer in result["answers"][0]] == [24] * 3
+    assert result["counters"][0]["vllm:spec_decode_num_accepted_tokens"] > 20

@@ -88,6 +88,17 @@ DRAFT_LOOP = Patch(
     delete_when="vLLM lets a draft model bring its own loop",
 )
 
+DRAFTS_AFTER_STEP = Patch(
+    target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.take_draft_token_ids",
+    parameters=("self",),
+    replacement="qm_spec.integrations.vllm_plugin.proposer:with_pending_drafts",
+    why="tokens go out before those behind them are drafted: the first one does not wait until the prior has read the "
+    "prompt too",
+    how="drafts when the engine asks for drafts, which it does after it has handed out the step's tokens; on a CPU",
+    upstream="none",
+    delete_when="vLLM drafts after it has handed out a step's tokens",
+)
+
 REQUEST_STATES = Patch(
     target="vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.prepare_next_token_ids_padded",
     parameters=("self", "sampled_token_ids", "requests", "gpu_input_batch", "discard_request_mask"),

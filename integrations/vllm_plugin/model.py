@@ -102,6 +102,10 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         # Lookup may draft more than the prior, where the number may change from step to step.
         on_cpu, most = vllm_config.device_config.device_type == "cpu", vllm_config.num_speculative_tokens
         self.num_drafts = min(self.config.num_speculative_tokens, most) if on_cpu else most
+        # A GPU's step is still running when drafting begins, and other schedulers ask for drafts at other times.
+        one_at_a_time = vllm_config.parallel_config.pipeline_parallel_size == 1
+        one_at_a_time = one_at_a_time and not vllm_config.scheduler_config.async_scheduling
+        self.drafts_after_step = on_cpu and one_at_a_time and compat.apply(compat.DRAFTS_AFTER_STEP)
         if self.lookup_length or self.adapts:
             compat.apply(compat.REQUEST_STATES)
         if self.lookup_length and vllm_config.use_v2_model_runner:

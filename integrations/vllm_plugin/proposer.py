@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -206,7 +207,65 @@ def _random_numbers(sampling_metadata: Any, like: Tensor) -> Tensor:
     return uniform
 
 
-def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | list[list[int]]]:
+def draft_step(
+    proposer: Any,
+    num_speculative_tokens: int,
+    target_token_ids: Tensor,
+    target_hidden_states: Tensor,
+    next_token_ids: Tensor,
+    token_indices_to_sample: Tensor | None,
+    common_attn_metadata: Any,
+    sampling_metadata: Any,
+    num_rejected_tokens_gpu: Tensor | None,
+) -> Tensor | list[list[int]]:
+    """Decide how many tokens to draft behind this step, and draft them; see `propose`."""
+    proposer.num_speculative_tokens = num_speculative_tokens
+    payoff = begin_step(proposer, common_attn_metadata, num_rejected_tokens_gpu)
+    found = look_up(
+        proposer,
+        num_speculative_tokens,
+        target_token_ids,
+        next_token_ids,
+        common_attn_metadata,
+        num_rejected_tokens_gpu,
+    )
+    ways = draft_widths(found, len(next_token_ids), min(num_speculative_tokens, proposer.model.num_drafts))
+    widths = ways[0]
+    # A request's own seed must give the same text again, and each draft takes random numbers from it.
+    if sampling_metadata.generators:
+        widths = ways[-1]
+    elif payoff is not None and num_speculative_tokens:
+        num_found = sum(lookup.length > 0 for lookup in found)
+        how = num_found > 0, num_found == len(widths)
+        widths = payoff.choose(how, ways, int(common_attn_metadata.seq_lens.sum()))
+    drafted = propose(
+        proposer,
+        widths,
+        target_token_ids,
+        target_hidden_states,
+        next_token_ids,
+        token_indices_to_sample,
+        common_attn_metadata,
+        sampling_metadata,
+        num_rejected_tokens_gpu,
+        found,
+    )
+    if payoff is not None:
+        payoff.end()
+    return drafted
+
+
+@dataclass(frozen=True)
+class PendingDrafts:
+    """Drafts that are made when they are asked for: by then the tokens of the step are on their way to the user.
+
+    What `draft` reads stays as it is until the next step begins.
+    """
+
+    draft: Callable[[], Tensor | list[list[int]]]
+
+
+def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | list[list[int]] | PendingDrafts]:
     """Return vLLM's `propose` with our loop in its place where it applies."""
 
     @wraps(original)
@@ -223,30 +282,12 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
         mm_embed_inputs: Any = None,
         num_rejected_tokens_gpu: Tensor | None = None,
         slot_mappings: Any = None,
-    ) -> Tensor | list[list[int]]:
+    ) -> Tensor | list[list[int]] | PendingDrafts:
         if can_draft(self):
-            self.num_speculative_tokens = num_speculative_tokens
-            payoff = begin_step(self, common_attn_metadata, num_rejected_tokens_gpu)
-            found = look_up(
+            draft = partial(
+                draft_step,
                 self,
                 num_speculative_tokens,
-                target_token_ids,
-                next_token_ids,
-                common_attn_metadata,
-                num_rejected_tokens_gpu,
-            )
-            ways = draft_widths(found, len(next_token_ids), min(num_speculative_tokens, self.model.num_drafts))
-            widths = ways[0]
-            # A request's own seed must give the same text again, and each draft takes random numbers from it.
-            if sampling_metadata.generators:
-                widths = ways[-1]
-            elif payoff is not None and num_speculative_tokens:
-                num_found = sum(lookup.length > 0 for lookup in found)
-                how = num_found > 0, num_found == len(widths)
-                widths = payoff.choose(how, ways, int(common_attn_metadata.seq_lens.sum()))
-            drafted = propose(
-                self,
-                widths,
                 target_token_ids,
                 target_hidden_states,
                 next_token_ids,
@@ -254,11 +295,12 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
                 common_attn_metadata,
                 sampling_metadata,
                 num_rejected_tokens_gpu,
-                found,
             )
-            if payoff is not None:
-                payoff.end()
-            return drafted
+            if not self.model.drafts_after_step:
+                return draft()
+            # The runner takes those of the step before otherwise.
+            self._last_draft_probs = None
+            return PendingDrafts(draft)
         if getattr(self.model, "lookup_length", 0):
             warn_without_lookup()
         return original(
@@ -275,5 +317,23 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
             num_rejected_tokens_gpu,
             slot_mappings,
         )
+
+    return replaced
+
+
+def with_pending_drafts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the runner's `take_draft_token_ids` that makes pending drafts first."""
+
+    @wraps(original)
+    def replaced(self: Any) -> Any:
+        pending = self._draft_token_ids
+        if isinstance(pending, PendingDrafts):
+            with torch.inference_mode():
+                drafts = pending.draft()
+            self._draft_token_ids = drafts.tolist() if isinstance(drafts, Tensor) else drafts
+            probs = self.drafter.take_last_draft_probs()
+            if probs is not None:
+                self._draft_probs, self._draft_prob_req_ids = probs, self.input_batch.req_ids.copy()
+        return original(self)
 
     return replaced
