@@ -462,10 +462,11 @@ WATCHED = (
     """
 from vllm.v1.engine.core import EngineCore
 from qm_spec.integrations.vllm_plugin import proposer
-step, draft_step, stepping = EngineCore.step, proposer.draft_step, []
+step, draft_step, stepping, seen = EngineCore.step, proposer.draft_step, [], set()
 
 
 def watched_step(self):
+    seen.add("step")
     stepping.append(True)
     try:
         return step(self)
@@ -474,6 +475,7 @@ def watched_step(self):
 
 
 def watched_draft(*args):
+    seen.add("draft")
     assert not stepping, "drafted within the step"
     return draft_step(*args)
 
@@ -481,6 +483,9 @@ def watched_draft(*args):
 EngineCore.step, proposer.draft_step = watched_step, watched_draft
 """
     + OFFLINE
+    + """
+assert seen == {"step", "draft"}, seen
+"""
 )
 
 
