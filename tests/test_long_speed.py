@@ -34,7 +34,7 @@ for number, shard in enumerate(shards):
     if method == "broken" and number:
         raise SystemExit("no such layer")
     with open("turns", "a") as turns:
-        print(method, prompt.prompt_id, os.getpid(), file=turns)
+        print(method, prompt.prompt_id, os.getpid(), os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"], file=turns)
     first, further = {"none": (4.0, 1.0), "ngram": (2.0, 0.5)}.get(method.removesuffix("-16"), (8.0, 1.0))
     if is_first:
         further *= 10
@@ -59,6 +59,7 @@ def measured(tmp_path, monkeypatch):
             num_tokens=5,
             num_drafts=4,
             repeats=repeats,
+            rest_s=0,
             command=(sys.executable, "-c", ENGINE),
         )
 
@@ -67,14 +68,17 @@ def measured(tmp_path, monkeypatch):
 
 def test_methods_decode_each_prompt_in_turn(measured, tmp_path):
     assert len(list(measured(["slow"], {1: [[3], [5]], 2: [[3, 4]]}, repeats=2))) == 2
-    turns = [line.split()[:2] for line in (tmp_path / "turns").read_text().splitlines()]
+    lines = [line.split() for line in (tmp_path / "turns").read_text().splitlines()]
+    turns = [line[:2] for line in lines]
     forwards = ["none", "ngram", "ngram-16", "slow"]
     backwards = forwards[::-1]
     # The first prompt of a length is its warm-up, too.
     expected = [("1-0", backwards), ("1-0", forwards), ("1-1", backwards), ("2-0", backwards), ("2-0", forwards)]
     assert turns == 2 * [[method, prompt] for prompt, methods in expected for method in methods]
-    processes = [line.split()[2] for line in (tmp_path / "turns").read_text().splitlines()]
+    processes = [line[2] for line in lines]
     assert len(set(processes)) == 8 and set(processes[:20]).isdisjoint(processes[20:])
+    # As `vllm serve` runs them.
+    assert {line[3] for line in lines} == {"1"}
 
 
 def test_rows_are_medians_of_passes_and_ratios_on_the_same_prompts(measured):

@@ -10,6 +10,9 @@ from typing import Any
 
 from qm_spec.provenance import versions
 
+# What makes a benchmark's engine run as `vllm serve` and `vllm.LLM` run theirs: in processes beside the caller's.
+AS_SERVED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
 # Memory that no allocation outgrows: freed activations then stay with the process between steps.
 _KEEP_FREED_BYTES = "10000000000"
 

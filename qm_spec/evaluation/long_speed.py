@@ -2,7 +2,8 @@
 
 Every method has an engine of its own, and all of them run at once: each prompt is decoded by one after the other before
 the next prompt, so that a machine whose speed drifts changes all methods alike. Each pass has new engines, since where
-a process finds its memory changes its speed by some per cent for as long as it lives.
+a process finds its memory changes its speed by some per cent for as long as it lives. Engines run as `vllm serve` runs
+them, in processes of their own, so that times are those of users.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from qm_spec.discovery import is_drafter, vllm_settings
 from qm_spec.drafter.suffix_index import MOST_LIKELY
-from qm_spec.evaluation.environment import default_device
+from qm_spec.evaluation.environment import AS_SERVED, default_device
 from qm_spec.evaluation.methods import method_environment, speculative_config
 from qm_spec.evaluation.metrics import DraftCounts, compare_outputs
 from qm_spec.evaluation.process import ENGINE_COMMAND, engine_events
@@ -32,7 +33,7 @@ NGRAM = "ngram"
 # The same with as many tokens as ours looks up.
 LONG_NGRAM = f"{NGRAM}-{MOST_LIKELY}"
 # Threads of an engine that has just ended wait for more work this long, and longer, at full speed.
-_REST_S = 0.25
+REST_S = 1.2
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def measure_speed(
     num_drafts: int,
     repeats: int = 3,
     seed: int = 0,
+    rest_s: float = REST_S,
     on_progress: Callable[[int, str], None] = lambda context, method: None,
     command: Sequence[str] = ENGINE_COMMAND,
 ) -> Iterator[list[LongSpeedRow]]:
@@ -88,6 +90,7 @@ def measure_speed(
         num_drafts: K of EAGLE-3 and n-gram lookup; "ngram-16" has 16.
         repeats: measured passes.
         seed: of the engine.
+        rest_s: seconds before each prompt, in which the engine before it falls silent.
         on_progress: called with length and method for each decoded prompt.
         command: of the engines; see `engine_events`.
 
@@ -124,7 +127,7 @@ def measure_speed(
             engines: dict[str, _Engine] = {}
             for method, spec in specs.items():
                 work = stack.enter_context(tempfile.TemporaryDirectory(prefix="qm_spec-"))
-                log, environment = log_dir / f"{method}.log", method_environment(method, device)
+                log, environment = log_dir / f"{method}.log", {**method_environment(method, device), **AS_SERVED}
                 events = engine_events(_shards(spec, prompts, num_tokens), Path(work), log, environment, command)
                 engines[method] = _Engine(stack.enter_context(closing(events)))
                 engines[method].wait_for("ready")
@@ -133,7 +136,7 @@ def measure_speed(
                 for number in range(1 + len(some)):
                     # In turn forwards and backwards: nobody always comes after the same one.
                     for method in methods if number % 2 else reversed(methods):
-                        time.sleep(_REST_S)
+                        time.sleep(rest_s)
                         one = ShardResult.from_json(engines[method].wait_for("result")["result"])
                         if number:
                             results[length, method] += one.passes[0].requests
