@@ -91,7 +91,7 @@ def main(
     ] = None,
     speed: Annotated[
         str | None,
-        typer.Option(metavar="DOMAIN", help="Measure speed in vLLM instead, on the prompts of this domain."),
+        typer.Option(metavar="D,...", help="Measure speed in vLLM instead, on the prompts of these domains together."),
     ] = None,
     repeats: Annotated[int, typer.Option(metavar="N", help="Passes of --speed, each with new engines.")] = 3,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("results/long_context"),
@@ -111,7 +111,7 @@ def main(
                 target,
                 _folders(drafter),
                 text,
-                speed,
+                speed.split(","),
                 sizes,
                 num_prompts,
                 num_tokens,
@@ -221,7 +221,7 @@ def time_methods(
     target: Path,
     drafters: dict[str, Path],
     text: Sequence[Path],
-    domain: str,
+    domains: Sequence[str],
     lengths: Sequence[int],
     num_prompts: int,
     num_tokens: int,
@@ -241,23 +241,27 @@ def time_methods(
     from qm_spec.training.data import find_files, sha256_of
 
     writer = PromptWriter(AutoTokenizer.from_pretrained(target), text, max(lengths))
-    prompts = {n: [writer.write(domain, n, seed + number) for number in range(num_prompts)] for n in lengths}
+    prompts = {
+        n: [writer.write(domain, n, seed + number) for domain in domains for number in range(num_prompts)]
+        for n in lengths
+    }
     record: dict[str, Any] = {
         "command": provenance.command(),
         "commit": provenance.git_commit(),
         "environment": describe_environment(),
         "text_sha256": sha256_of(find_files(text)),
-        "domain": domain,
+        "domains": domains,
         "num_speculative_tokens": num_drafts,
         "tokens_per_prompt": num_tokens,
-        "num_prompts": num_prompts,
+        "prompts_per_domain": num_prompts,
         "repeats": 0,
         "seed": seed,
     }
     out.mkdir(parents=True, exist_ok=True)
     rows: list[LongSpeedRow] = []
     with Progress() as progress:
-        task = progress.add_task("engines start", total=(3 + len(drafters)) * repeats * num_prompts * len(lengths))
+        total = (3 + len(drafters)) * repeats * sum(map(len, prompts.values()))
+        task = progress.add_task("engines start", total=total)
         for rows in measure_speed(
             target,
             drafters,

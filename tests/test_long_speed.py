@@ -87,6 +87,7 @@ def test_rows_are_medians_of_passes_and_ratios_on_the_same_prompts(measured):
     assert (none.context, none.method, none.acceptance_length, none.identical) == (1, "none", None, True)
     assert none.tokens_per_s == pytest.approx(5 / 8)
     assert (none.ttft_ms, none.ttft_overhead_ms) == (4000, 0)
+    assert (none.ttft_s, none.latency_s) == (15 * (4.0,), 15 * (8.0,))
     assert (ngram.speedup.value, ngram.speedup.low, ngram.speedup.high) == pytest.approx((2, 2, 2))
     assert (ngram.ttft_overhead_ms, ngram.identical) == (-2000, True)
     # Each draft gives one token more than it keeps.

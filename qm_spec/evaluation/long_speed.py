@@ -50,6 +50,7 @@ class LongSpeedRow:
         ttft_overhead_ms: over that of "none", median of the differences on the same prompt in the same pass.
         acceptance_length: None where nothing was drafted.
         identical: whether every output is that of "none".
+        ttft_s, latency_s: of each request, pass by pass, in each the prompts in turn.
     """
 
     context: int
@@ -61,6 +62,8 @@ class LongSpeedRow:
     ttft_overhead_ms: float
     acceptance_length: float | None
     identical: bool
+    ttft_s: tuple[float, ...]
+    latency_s: tuple[float, ...]
 
 
 def measure_speed(
@@ -198,6 +201,8 @@ def _row(context: int, method: str, ours: _Measured, plain: _Measured) -> LongSp
         ttft_overhead_ms=1000 * statistics.median(one.ttft_s - other.ttft_s for one, other in pairs),
         acceptance_length=sum((one.counts for one in ours.results), DraftCounts()).acceptance_length,
         identical=compare_outputs(ours.outputs, plain.outputs).num_prompts == 0,
+        ttft_s=tuple(one.ttft_s for one in ours.results),
+        latency_s=tuple(one.latency_s for one in ours.results),
     )
 
 
