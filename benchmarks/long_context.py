@@ -106,6 +106,9 @@ def main(
     text = text or [ZOO / "text"]
     try:
         if speed is not None:
+            others = {"--merge": merge, "--num-looked-up": num_looked_up, "--temperature": temperature, "--draw": draw}
+            if given := [option for option, value in others.items() if value]:
+                raise ValueError(f"--speed decodes greedily with the drafters as they are, without {', '.join(given)}")
             sizes = [int(length) for length in lengths.split(",")]
             time_methods(
                 target,
@@ -287,6 +290,13 @@ def time_methods(
             f"| {_cell(row.decode_speedup)} | {row.ttft_ms:.0f} | {row.ttft_overhead_ms:+.1f} | {accepted} "
             f"| {'yes' if row.identical else 'NO'} |"
         )
+    found = {(row.context, row.method): row for row in rows}
+    (first, *_), methods = drafters, list(dict.fromkeys(row.method for row in rows))
+    lines += ["", f"| {first} over | " + " | ".join(map(str, lengths)) + " |", "| --- |" + " ---: |" * len(lengths)]
+    for method in methods:
+        if method != first:
+            ratios = [found[n, first].over(found[n, method], record["repeats"]) for n in lengths]
+            lines.append(f"| {method} | " + " | ".join(map(_cell, ratios)) + " |")
     (out / "speed.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.evaluation.long_context import LOOKUP, LongContextRow, PromptWriter, measure_acceptance
+from qm_spec.evaluation.long_speed import LongSpeedRow
 from qm_spec.evaluation.lookup import lookup_drafts
 from qm_spec.evaluation.replay import expected_replay, read_text, replay, write_continuations
 from qm_spec.evaluation.statistics import Estimate
@@ -169,6 +171,34 @@ def test_the_plot_shows_what_is_asked_for() -> None:
     assert long_context.chosen_to_draw(["ours", "eagle3"], wanted) == wanted
     with pytest.raises(ValueError, match=r"--draw: expected some of ours, .*eagle3\+lookup, got eagle"):
         long_context.chosen_to_draw(["ours", "eagle3"], ["ours", "eagle"])
+
+
+def test_speed_is_of_the_prompts_of_all_domains_together(tmp_path: Path, monkeypatch) -> None:
+    import long_context
+
+    def measure(target, drafters, prompts, log_dir, *, repeats, on_progress, **settings):
+        assert {length: len(some) for length, some in prompts.items()} == {40: 4}
+        assert list(drafters) == ["qm_spec", "eagle3", "eagle3-window"]
+        for number in range(1, repeats + 1):
+            # The drafter takes a second for each of four prompts, plain decoding three.
+            yield [
+                LongSpeedRow(40, method, 1.0, Estimate(1.0), Estimate(1.0), 1.0, 0.0, None, True, (), number * 4 * (s,))
+                for method, s in {"none": 3.0, "qm_spec": 1.0}.items()
+            ]
+
+    monkeypatch.setattr("qm_spec.evaluation.long_speed.measure_speed", measure)
+    long_context.main(speed="novels,code", lengths="40", num_prompts=2, repeats=2, out=tmp_path)
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert (record["domains"], record["prompts_per_domain"], record["repeats"]) == (["novels", "code"], 2, 2)
+    assert (tmp_path / "speed.md").read_text().endswith("| qm_spec over | 40 |\n| --- | ---: |\n| none | 3.00 |\n")
+
+
+def test_speed_refuses_what_it_would_ignore(tmp_path: Path, capsys) -> None:
+    import long_context
+
+    with pytest.raises(typer.Exit):
+        long_context.main(speed="novels", temperature=1.0, merge=["near=schedule:0"], out=tmp_path)
+    assert "without --merge, --temperature" in capsys.readouterr().err
 
 
 def test_the_headline_needs_no_arguments_but_where_to_write(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_rows_are_medians_of_passes_and_ratios_on_the_same_prompts(measured):
     assert (none.ttft_s, none.latency_s) == (15 * (4.0,), 15 * (8.0,))
     assert (ngram.speedup.value, ngram.speedup.low, ngram.speedup.high) == pytest.approx((2, 2, 2))
     assert (ngram.ttft_overhead_ms, ngram.identical) == (-2000, True)
+    assert ngram.over(slow, repeats=3).value == pytest.approx(12 / 4)
     # Each draft gives one token more than it keeps.
     assert ngram.acceptance_length == pytest.approx(2.5)
     assert (slow.speedup.value, slow.decode_speedup.value) == pytest.approx((8 / 12, 1))

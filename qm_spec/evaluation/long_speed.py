@@ -27,7 +27,7 @@ from qm_spec.evaluation.metrics import DraftCounts, compare_outputs
 from qm_spec.evaluation.process import ENGINE_COMMAND, engine_events
 from qm_spec.evaluation.settings import REFERENCE_METHOD
 from qm_spec.evaluation.shards import EngineSpec, RequestResult, ShardResult, ShardSpec, TokenPrompt
-from qm_spec.evaluation.statistics import Estimate, Resamples
+from qm_spec.evaluation.statistics import Estimate, Floats, Resamples
 
 NGRAM = "ngram"
 # The same with as many tokens as ours looks up.
@@ -64,6 +64,15 @@ class LongSpeedRow:
     identical: bool
     ttft_s: tuple[float, ...]
     latency_s: tuple[float, ...]
+
+    def over(self, other: LongSpeedRow, repeats: int) -> Estimate:
+        """Estimate how many times as fast as another method it is, prompt by prompt, of every prompt the median pass.
+
+        Args:
+            other: of the same prompts.
+            repeats: passes that both rows are of.
+        """
+        return _times_as_fast(_medians(self.latency_s, repeats), _medians(other.latency_s, repeats))
 
 
 def measure_speed(
@@ -144,11 +153,9 @@ def measure_speed(
                         if number:
                             results[length, method] += one.passes[0].requests
                             on_progress(length, method)
-        measured = {
-            (length, method): _Measured(some, len(prompts[length])) for (length, method), some in results.items()
-        }
         yield [
-            _row(length, method, one, measured[length, REFERENCE_METHOD]) for (length, method), one in measured.items()
+            _row(length, method, some, results[length, REFERENCE_METHOD], len(prompts[length]))
+            for (length, method), some in results.items()
         ]
 
 
@@ -171,44 +178,41 @@ def _shards(engine: EngineSpec, prompts: Mapping[int, Sequence[Sequence[int]]], 
     return shards
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """What a method did with the prompts of one length: pass by pass, in each the prompts in turn."""
+def _row(
+    context: int, method: str, ours: Sequence[RequestResult], plain: Sequence[RequestResult], num_prompts: int
+) -> LongSpeedRow:
+    """Make the row of what a method did with the prompts of one length: pass by pass, in each the prompts in turn."""
+    repeats = len(ours) // num_prompts
+    outputs = [one.token_ids for one in ours]
+    latency_s = tuple(one.latency_s for one in ours)
 
-    results: Sequence[RequestResult]
-    num_prompts: int
+    def times_as_fast(seconds: Callable[[RequestResult], float]) -> Estimate:
+        mine, theirs = (_medians([seconds(one) for one in some], repeats) for some in (ours, plain))
+        return _times_as_fast(mine, theirs)
 
-    def by_prompt(self, seconds: Callable[[RequestResult], float]) -> list[float]:
-        """Of every prompt the median of its passes."""
-        times = [seconds(one) for one in self.results]
-        return [statistics.median(times[number :: self.num_prompts]) for number in range(self.num_prompts)]
-
-    @property
-    def outputs(self) -> list[tuple[int, ...]]:
-        return [one.token_ids for one in self.results]
-
-
-def _row(context: int, method: str, ours: _Measured, plain: _Measured) -> LongSpeedRow:
-    total = ours.by_prompt(lambda one: one.latency_s)
-    pairs = list(zip(ours.results, plain.results, strict=True))
     return LongSpeedRow(
         context=context,
         method=method,
-        tokens_per_s=sum(map(len, ours.outputs[: ours.num_prompts])) / sum(total),
-        speedup=_speedup(ours, plain, lambda one: one.latency_s),
-        decode_speedup=_speedup(ours, plain, lambda one: one.latency_s - one.ttft_s),
-        ttft_ms=1000 * statistics.median(one.ttft_s for one in ours.results),
-        ttft_overhead_ms=1000 * statistics.median(one.ttft_s - other.ttft_s for one, other in pairs),
-        acceptance_length=sum((one.counts for one in ours.results), DraftCounts()).acceptance_length,
-        identical=compare_outputs(ours.outputs, plain.outputs).num_prompts == 0,
-        ttft_s=tuple(one.ttft_s for one in ours.results),
-        latency_s=tuple(one.latency_s for one in ours.results),
+        tokens_per_s=sum(map(len, outputs[:num_prompts])) / float(_medians(latency_s, repeats).sum()),
+        speedup=times_as_fast(lambda one: one.latency_s),
+        decode_speedup=times_as_fast(lambda one: one.latency_s - one.ttft_s),
+        ttft_ms=1000 * statistics.median(one.ttft_s for one in ours),
+        ttft_overhead_ms=1000
+        * statistics.median(one.ttft_s - other.ttft_s for one, other in zip(ours, plain, strict=True)),
+        acceptance_length=sum((one.counts for one in ours), DraftCounts()).acceptance_length,
+        identical=compare_outputs(outputs, [one.token_ids for one in plain]).num_prompts == 0,
+        ttft_s=tuple(one.ttft_s for one in ours),
+        latency_s=latency_s,
     )
 
 
-def _speedup(ours: _Measured, plain: _Measured, seconds: Callable[[RequestResult], float]) -> Estimate:
-    columns = {"plain": np.array(plain.by_prompt(seconds)), "ours": np.array(ours.by_prompt(seconds))}
-    estimate = Resamples(columns).ratio({"plain": 1, "ours": -1})
+def _medians(values: Sequence[float], repeats: int) -> Floats:
+    """Of every prompt the median of its passes."""
+    return np.median(np.reshape(values, (repeats, -1)), axis=0)
+
+
+def _times_as_fast(ours: Floats, theirs: Floats) -> Estimate:
+    estimate = Resamples({"ours": ours, "theirs": theirs}).ratio({"theirs": 1, "ours": -1})
     # Times are positive.
     assert estimate is not None
     return estimate
