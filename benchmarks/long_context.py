@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from qm_spec.drafter.rows import Drafter
     from qm_spec.evaluation.long_context import LongContextRow
+    from qm_spec.evaluation.long_speed import LongSpeedRow
     from qm_spec.evaluation.statistics import Estimate
 
 # A pair that uses its context, EAGLE-3 beside it, and text that neither was trained on.
@@ -240,7 +241,7 @@ def time_methods(
     from qm_spec import provenance
     from qm_spec.evaluation.environment import describe_environment
     from qm_spec.evaluation.long_context import PromptWriter
-    from qm_spec.evaluation.long_speed import LongSpeedRow, measure_speed
+    from qm_spec.evaluation.long_speed import measure_speed
     from qm_spec.training.data import find_files, sha256_of
 
     writer = PromptWriter(AutoTokenizer.from_pretrained(target), text, max(lengths))
@@ -279,6 +280,13 @@ def time_methods(
             record["repeats"] += 1
             record["rows"] = [dataclasses.asdict(row) for row in rows]
             (out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    tables = speed_table(rows, next(iter(drafters)), repeats)
+    (out / "speed.md").write_text(tables)
+    print(tables)
+
+
+def speed_table(rows: Sequence[LongSpeedRow], first: str, repeats: int) -> str:
+    """Return a Markdown table of all rows, and one of how many times as fast `first` is as each other method."""
     lines = [
         "| context | method | tokens/s | speed-up | of decoding alone | first token, ms | over none | AL | identical |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -291,14 +299,13 @@ def time_methods(
             f"| {'yes' if row.identical else 'NO'} |"
         )
     found = {(row.context, row.method): row for row in rows}
-    (first, *_), methods = drafters, list(dict.fromkeys(row.method for row in rows))
+    lengths, methods = (list(dict.fromkeys(some)) for some in zip(*found, strict=True))
     lines += ["", f"| {first} over | " + " | ".join(map(str, lengths)) + " |", "| --- |" + " ---: |" * len(lengths)]
     for method in methods:
         if method != first:
-            ratios = [found[n, first].over(found[n, method], record["repeats"]) for n in lengths]
+            ratios = [found[length, first].over(found[length, method], repeats) for length in lengths]
             lines.append(f"| {method} | " + " | ".join(map(_cell, ratios)) + " |")
-    (out / "speed.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines) + "\n"
 
 
 def load_drafters(named: Sequence[str], merges: Sequence[str], target_dir: Path) -> dict[str, Drafter]:
