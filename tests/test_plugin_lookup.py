@@ -247,16 +247,20 @@ def continuations(target: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def run(prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Each prompt alone; all together; twice the same seeds; many samples of one."""
+    """Each prompt alone; all together; twice the same seeds; seeds of prompts read in pieces; many samples of one."""
     ids = [{"prompt_token_ids": prompt} for prompt in prompts]
     greedy = [{"temperature": 0, "max_tokens": NUM_TOKENS - 5 * number} for number in range(len(ids))]
-    # As many as one step reads whole: vLLM 0.32 has no seeds for prompts read in pieces on a CPU.
     seeded = [{"temperature": 1, "seed": number, "max_tokens": 16} for number in range(2)]
+    # Read in three pieces of at most 256 tokens, and beside another one in four.
+    long = [{**ids[-1], "cache_salt": "alone"}]
+    beside = [{**ids[-3], "cache_salt": "beside"}, {**ids[-1], "cache_salt": "beside"}]
     sampled = [{"temperature": 1, "max_tokens": 3}] * NUM_SAMPLES
     requests = [
         *({"prompts": [prompt], "sampling": [{"temperature": 0, "max_tokens": NUM_TOKENS}]} for prompt in ids),
         {"prompts": ids, "sampling": greedy},
         *[{"prompts": ids[:2], "sampling": seeded}] * 2,
+        {"prompts": long, "sampling": seeded[1:]},
+        {"prompts": beside, "sampling": seeded},
         {"prompts": [ids[SAMPLED]] * NUM_SAMPLES, "sampling": sampled},
     ]
     engine = {
@@ -307,6 +311,12 @@ def test_seeds_reproduce_samples(run: Any, continuations: list[list[int]]) -> No
     first, second = run["answers"][len(REPETITIONS) + 1 : len(REPETITIONS) + 3]
     assert first == second
     assert all(ids != text[:16] for ids, text in zip(first, continuations, strict=False)), "they were sampled"
+
+
+def test_a_seed_has_the_same_sample_however_its_prompt_is_read(run: Any) -> None:
+    # vLLM's own engine ends on such a request on a CPU.
+    (alone,), (_, beside) = run["answers"][len(REPETITIONS) + 3 : len(REPETITIONS) + 5]
+    assert alone == beside
 
 
 def test_samples_behind_a_looked_up_draft_have_the_targets_distribution(

@@ -15,11 +15,14 @@ from tiny_pair import edit_json, write_drafter, write_target
 
 from qm_spec.evaluation.benchmark import Benchmark
 from qm_spec.evaluation.command import run_with_progress
+from qm_spec.evaluation.environment import engine_environment
 from qm_spec.evaluation.process import EngineError, engine_events
 from qm_spec.evaluation.settings import BenchmarkSettings
-from qm_spec.evaluation.shards import EngineSpec, ShardSpec, TokenPrompt
+from qm_spec.evaluation.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
 
-SPEC = Path(__file__).resolve().parents[1] / "benchmarks" / "spec.py"
+ROOT = Path(__file__).resolve().parents[1]
+SPEC = ROOT / "benchmarks" / "spec.py"
+RECALL_TARGET = ROOT / "qm_spec" / "zoo" / "recall" / "target"
 
 # An engine without a model: output token i of a prompt is its first token plus i. How it misbehaves,
 # and for which method, is read from FAKE_ENGINE, such as {"ngram": "crash"}.
@@ -432,3 +435,16 @@ def test_vllm_measures_a_real_model(shared, tmp_path):
     saved = ngram["num_output_tokens"] - ngram["num_steps"]
     assert saved <= ngram["num_accepted_tokens"] <= saved + 2 * 3
     assert "Traceback" not in (tmp_path / "out" / "logs" / "ngram.log").read_text()
+
+
+@pytest.mark.vllm
+def test_a_prompt_that_is_read_in_pieces_is_sampled_from(tmp_path):
+    # A step of vLLM on a CPU reads 4096 tokens. Requests at a temperature have seeds here, and with a seed its own
+    # engine ends behind the first piece.
+    engine = EngineSpec(str(RECALL_TARGET), None, "float32", 4352, 1, True, 0)
+    prompt = TokenPrompt("a", tuple(range(1000, 1420)) * 10)
+    spec = ShardSpec(engine, (prompt,), 4, 1.0, 1, 0, 2, warm_up=False)
+    events = engine_events([spec], tmp_path, tmp_path / "engine.log", engine_environment("cpu"))
+    (found,) = [event["result"] for event in events if event["event"] == "result"]
+    first, second = (one.requests[0].token_ids for one in ShardResult.from_json(found).passes)
+    assert len(first) == 4 and first == second

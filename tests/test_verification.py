@@ -1,9 +1,12 @@
-"""The repair of vLLM's verification on the CPU."""
+"""The repairs of vLLM's sampling on the CPU."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
-from qm_spec.integrations.vllm_plugin.verification import with_expansion
+from qm_spec.integrations.vllm_plugin.verification import with_expansion, with_seeds_of_read_prompts
 
 
 def unused(*args):
@@ -29,3 +32,24 @@ def test_other_devices_keep_vllms_function():
     x = torch.empty(2, device="meta")
     with_expansion(lambda *args: calls.append(args) or x)(x, torch.empty(2, device="meta"), 4)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cpu", [2]), ("cuda", [0, 2])])
+def test_no_number_is_drawn_from_the_seed_of_a_prompt_that_is_being_read(device, seen):
+    generators = {row: torch.Generator() for row in (0, 2)}
+    runner = SimpleNamespace(
+        device=torch.device(device),
+        input_batch=SimpleNamespace(generators=dict(generators), num_reqs=3),
+        # What stands behind the batch's requests is of an earlier one.
+        discard_request_mask=SimpleNamespace(np=np.array([True, True, False, True])),
+    )
+    sample_tokens = with_seeds_of_read_prompts(lambda runner, _: sorted(runner.input_batch.generators))
+    assert sample_tokens(runner, None) == seen
+    assert runner.input_batch.generators == generators
+
+    def fail(runner, _):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        with_seeds_of_read_prompts(fail)(runner, None)
+    assert runner.input_batch.generators == generators

@@ -121,6 +121,17 @@ CPU_EXPANSION = Patch(
     delete_when="the oldest supported vLLM has that issue fixed",
 )
 
+CPU_SEEDS = Patch(
+    target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
+    parameters=("self", "grammar_output"),
+    replacement="qm_spec.integrations.vllm_plugin.verification:with_seeds_of_read_prompts",
+    why="a request with a seed may have a long prompt on a CPU, and has the same sample however it is read",
+    how="hides the generators of requests whose prompts are read in pieces until the last piece; vLLM draws and takes "
+    "the draw back, which ends the engine on a CPU. Applied when our model is built, and by our benchmarks",
+    upstream="none",
+    delete_when="vLLM does not turn back a CPU's generators",
+)
+
 
 def vllm_version() -> str:
     """Return the running vLLM's version text."""

@@ -111,6 +111,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         if self.lookup_length and vllm_config.use_v2_model_runner:
             warn_without_lookup()
         compat.apply(compat.CPU_EXPANSION)
+        compat.apply(compat.CPU_SEEDS)
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
         """Fuse the target's auxiliary states: `[T, 3 D]` to `[T, D]`."""

@@ -27,6 +27,7 @@ from qm_spec.integrations.vllm_plugin.adaptive import begin_step
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
 from qm_spec.integrations.vllm_plugin.lookup import draft_widths, join_drafts, look_up, warn_without_lookup
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
+from qm_spec.integrations.vllm_plugin.verification import without_seeds_of_unread_prompts
 from qm_spec.ops import backend, merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
 
@@ -328,7 +329,7 @@ def with_pending_drafts(original: Callable[..., Any]) -> Callable[..., Any]:
     def replaced(self: Any) -> Any:
         pending = self._draft_token_ids
         if isinstance(pending, PendingDrafts):
-            with torch.inference_mode():
+            with torch.inference_mode(), without_seeds_of_unread_prompts(self):
                 drafts = pending.draft()
             self._draft_token_ids = drafts.tolist() if isinstance(drafts, Tensor) else drafts
             probs = self.drafter.take_last_draft_probs()
