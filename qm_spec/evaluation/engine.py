@@ -131,11 +131,13 @@ def run_requests(
 def open_engine(spec: EngineSpec) -> Any:
     """Start a vLLM engine in this process and return its `vllm.LLM`."""
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     from qm_spec.integrations.vllm_plugin import compat
 
-    # Sampled requests have seeds here, and vLLM's own engines end on those with long prompts on a CPU.
-    compat.apply(compat.CPU_SEEDS)
+    if current_platform.is_cpu():
+        # Sampled requests have seeds here, and vLLM's own engine ends at one with a long prompt.
+        compat.apply(compat.CPU_SEEDS)
     return LLM(
         model=spec.target,
         dtype=spec.dtype,
