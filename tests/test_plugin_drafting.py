@@ -438,7 +438,8 @@ def test_drafts_are_made_when_the_engine_asks_for_them(monkeypatch, drafts, prob
         drafter=proposer,
         _draft_probs=None,
         _draft_prob_req_ids=None,
-        input_batch=SimpleNamespace(req_ids=["a", "b"]),
+        input_batch=SimpleNamespace(req_ids=["a", "b"], generators={}),
+        device=torch.device("cpu"),
     )
     take = plugin.with_pending_drafts(lambda self: self._draft_token_ids)
     expected = drafts if isinstance(drafts, list) else drafts.tolist()
