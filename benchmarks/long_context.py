@@ -95,6 +95,7 @@ def main(
         typer.Option(metavar="D,...", help="Measure speed in vLLM instead, on the prompts of these domains together."),
     ] = None,
     repeats: Annotated[int, typer.Option(metavar="N", help="Passes of --speed, each with new engines.")] = 3,
+    ngram: Annotated[bool, typer.Option(help="Measure the speed of n-gram lookup, too.")] = True,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("results/long_context"),
 ) -> None:
     """Measure acceptance over the length of the context by replaying drafters on what the target writes.
@@ -120,6 +121,7 @@ def main(
                 num_prompts,
                 num_tokens,
                 num_speculative_tokens,
+                ngram,
                 repeats,
                 seed,
                 out,
@@ -230,6 +232,7 @@ def time_methods(
     num_prompts: int,
     num_tokens: int,
     num_drafts: int,
+    ngram: bool,
     repeats: int,
     seed: int,
     out: Path,
@@ -264,7 +267,7 @@ def time_methods(
     out.mkdir(parents=True, exist_ok=True)
     rows: list[LongSpeedRow] = []
     with Progress() as progress:
-        total = (3 + len(drafters)) * repeats * sum(map(len, prompts.values()))
+        total = (1 + 2 * ngram + len(drafters)) * repeats * sum(map(len, prompts.values()))
         task = progress.add_task("engines start", total=total)
         for rows in measure_speed(
             target,
@@ -273,6 +276,7 @@ def time_methods(
             out,
             num_tokens=num_tokens,
             num_drafts=num_drafts,
+            ngram=ngram,
             repeats=repeats,
             seed=seed,
             on_progress=lambda length, method: progress.update(task, advance=1, description=f"{length} {method}"),
@@ -305,6 +309,29 @@ def speed_table(rows: Sequence[LongSpeedRow], first: str, repeats: int) -> str:
         if method != first:
             ratios = [found[length, first].over(found[length, method], repeats) for length in lengths]
             lines.append(f"| {method} | " + " | ".join(map(_cell, ratios)) + " |")
+    return "\n".join(lines) + "\n\n" + first_token_table(rows, first, repeats)
+
+
+def first_token_table(rows: Sequence[LongSpeedRow], first: str, repeats: int) -> str:
+    """Return a Markdown table of how much later first tokens come than plain decoding's, and `first`'s by others'."""
+    from qm_spec.evaluation.long_speed import LONG_NGRAM, NGRAM
+
+    found = {(row.context, row.method): row for row in rows}
+    lengths, methods = (list(dict.fromkeys(some)) for some in zip(*found, strict=True))
+    plain, *others = methods
+    lines = ["| first token | " + " | ".join(map(str, lengths)) + " |", "| --- |" + " ---: |" * len(lengths)]
+    for method in others:
+        delays = [found[length, method].delay_ms(found[length, plain], repeats) for length in lengths]
+        lines.append(f"| {method}, ms later | " + " | ".join(map(_delay_cell, delays)) + " |")
+    for method in others:
+        # Lookup leaves prompts alone, and a share of nothing says nothing.
+        if method not in (first, NGRAM, LONG_NGRAM):
+            shares = [
+                found[length, first].delay_share(found[length, method], found[length, plain], repeats)
+                for length in lengths
+            ]
+            cells = ["-" if share is None else _cell(share) for share in shares]
+            lines.append(f"| {first}'s by {method}'s | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -414,6 +441,11 @@ def table(rows: Sequence[LongContextRow]) -> str:
 def _cell(estimate: Estimate) -> str:
     spread = f" ({estimate.low:.2f}-{estimate.high:.2f})" if estimate.has_interval else ""
     return f"{estimate.value:.2f}{spread}"
+
+
+def _delay_cell(estimate: Estimate) -> str:
+    spread = f" ({estimate.low:+.1f} to {estimate.high:+.1f})" if estimate.has_interval else ""
+    return f"{estimate.value:+.1f}{spread}"
 
 
 def without_seed(name: str) -> str:

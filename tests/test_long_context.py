@@ -173,6 +173,10 @@ def test_the_plot_shows_what_is_asked_for() -> None:
         long_context.chosen_to_draw(["ours", "eagle3"], ["ours", "eagle"])
 
 
+def speed_row(method: str, *seconds: float) -> LongSpeedRow:
+    return LongSpeedRow(40, method, 1.0, Estimate(1.0), Estimate(1.0), 1.0, 0.0, None, True, seconds, seconds)
+
+
 def test_speed_is_of_the_prompts_of_all_domains_together(tmp_path: Path, monkeypatch) -> None:
     import long_context
 
@@ -181,16 +185,36 @@ def test_speed_is_of_the_prompts_of_all_domains_together(tmp_path: Path, monkeyp
         assert list(drafters) == ["qm_spec", "eagle3", "eagle3-window"]
         for number in range(1, repeats + 1):
             # The drafter takes a second for each of four prompts, plain decoding three.
-            yield [
-                LongSpeedRow(40, method, 1.0, Estimate(1.0), Estimate(1.0), 1.0, 0.0, None, True, (), number * 4 * (s,))
-                for method, s in {"none": 3.0, "qm_spec": 1.0}.items()
-            ]
+            yield [speed_row(method, *number * 4 * (s,)) for method, s in {"none": 3.0, "qm_spec": 1.0}.items()]
 
     monkeypatch.setattr("qm_spec.evaluation.long_speed.measure_speed", measure)
     long_context.main(speed="novels,code", lengths="40", num_prompts=2, repeats=2, out=tmp_path)
     record = json.loads((tmp_path / "speed.json").read_text())
     assert (record["domains"], record["prompts_per_domain"], record["repeats"]) == (["novels", "code"], 2, 2)
-    assert (tmp_path / "speed.md").read_text().endswith("| qm_spec over | 40 |\n| --- | ---: |\n| none | 3.00 |\n")
+    tables = (tmp_path / "speed.md").read_text()
+    assert "| qm_spec over | 40 |\n| --- | ---: |\n| none | 3.00 |\n" in tables
+    assert tables.endswith("| first token | 40 |\n| --- | ---: |\n| qm_spec, ms later | -2000.0 |\n")
+
+
+def test_first_tokens_are_compared_pass_by_pass() -> None:
+    import long_context
+
+    # Two passes of three prompts each.
+    rows = [
+        speed_row("none", 1, 1, 1, 2, 2, 2),
+        speed_row("ngram", 1, 1, 1, 2, 2, 2),
+        speed_row("ours", 1.003, 1.001, 9, 1.999, 1.999, 1.999),
+        speed_row("eagle3", 1.01, 1.01, 1.01, 2.01, 2.01, 9),
+        speed_row("faster", 0.9, 0.9, 0.9, 1.9, 1.9, 1.9),
+    ]
+    assert long_context.first_token_table(rows, "ours", 2).splitlines()[2:] == [
+        "| ngram, ms later | +0.0 |",
+        "| ours, ms later | +1.0 |",
+        "| eagle3, ms later | +10.0 |",
+        "| faster, ms later | -100.0 |",
+        "| ours's by eagle3's | 0.10 |",
+        "| ours's by faster's | - |",
+    ]
 
 
 def test_speed_refuses_what_it_would_ignore(tmp_path: Path, capsys) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from qm_spec.evaluation.long_speed import measure_speed
 from qm_spec.evaluation.process import EngineError
+from qm_spec.evaluation.statistics import Estimate
 
 # "none" takes 1 s a token and 4 s for the first; "ngram" half of it, in its first process ten times as much; "slow" has
 # other tokens and takes 8 s for the first. Each shard leaves a line in `turns`.
@@ -50,7 +51,7 @@ for number, shard in enumerate(shards):
 def measured(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def measure(drafters, prompts, repeats=3):
+    def measure(drafters, prompts, repeats=3, ngram=True):
         return measure_speed(
             tmp_path / "target",
             {name: name for name in drafters},
@@ -58,6 +59,7 @@ def measured(tmp_path, monkeypatch):
             tmp_path,
             num_tokens=5,
             num_drafts=4,
+            ngram=ngram,
             repeats=repeats,
             rest_s=0,
             command=(sys.executable, "-c", ENGINE),
@@ -91,10 +93,18 @@ def test_rows_are_medians_of_passes_and_ratios_on_the_same_prompts(measured):
     assert (ngram.speedup.value, ngram.speedup.low, ngram.speedup.high) == pytest.approx((2, 2, 2))
     assert (ngram.ttft_overhead_ms, ngram.identical) == (-2000, True)
     assert ngram.over(slow, repeats=3).value == pytest.approx(12 / 4)
+    assert slow.delay_ms(none, repeats=3) == Estimate(4000)
+    assert ngram.delay_share(slow, none, repeats=3).value == pytest.approx(-0.5)
+    assert slow.delay_share(ngram, none, repeats=3) is None
     # Each draft gives one token more than it keeps.
     assert ngram.acceptance_length == pytest.approx(2.5)
     assert (slow.speedup.value, slow.decode_speedup.value) == pytest.approx((8 / 12, 1))
     assert (slow.ttft_overhead_ms, slow.identical) == (4000, False)
+
+
+def test_ngram_lookup_can_be_left_out(measured):
+    ((none, slow),) = measured(["slow"], {1: [[3]]}, repeats=1, ngram=False)
+    assert (none.method, slow.method) == ("none", "slow")
 
 
 def test_an_engine_that_fails_ends_the_others(measured, tmp_path):

@@ -74,6 +74,26 @@ class LongSpeedRow:
         """
         return _times_as_fast(_medians(self.latency_s, repeats), _medians(other.latency_s, repeats))
 
+    def delay_ms(self, plain: LongSpeedRow, repeats: int) -> Estimate:
+        """Estimate how much later its first tokens come than those of "none": of every pass the median, then the mean.
+
+        The interval is over passes, which differ in their engines.
+        """
+        delays = self._delays_ms(plain, repeats)
+        estimate = Resamples({"delay": delays, "passes": np.ones_like(delays)}).share("delay", "passes")
+        # There is a pass.
+        assert estimate is not None
+        return estimate
+
+    def delay_share(self, other: LongSpeedRow, plain: LongSpeedRow, repeats: int) -> Estimate | None:
+        """Estimate `delay_ms` by that of another method; None where the other's first tokens are no later."""
+        delays = {"ours": self._delays_ms(plain, repeats), "theirs": other._delays_ms(plain, repeats)}
+        return Resamples(delays).share("ours", "theirs")
+
+    def _delays_ms(self, plain: LongSpeedRow, repeats: int) -> Floats:
+        """Of every pass the median over its prompts."""
+        return 1000 * np.median(np.reshape(np.subtract(self.ttft_s, plain.ttft_s), (repeats, -1)), axis=1)
+
 
 def measure_speed(
     target: Path,
@@ -83,13 +103,14 @@ def measure_speed(
     *,
     num_tokens: int,
     num_drafts: int,
+    ngram: bool = True,
     repeats: int = 3,
     seed: int = 0,
     rest_s: float = REST_S,
     on_progress: Callable[[int, str], None] = lambda context, method: None,
     command: Sequence[str] = ENGINE_COMMAND,
 ) -> Iterator[list[LongSpeedRow]]:
-    """Yield the rows after each pass, of all passes so far: by length, "none" and the two n-gram lookups first.
+    """Yield the rows after each pass, of all passes so far: by length, "none" and the n-gram lookups first.
 
     Args:
         target: folder of the target, decoded greedily in float32.
@@ -100,6 +121,7 @@ def measure_speed(
         log_dir: takes the engines' logs of the latest pass.
         num_tokens: of each output.
         num_drafts: K of EAGLE-3 and n-gram lookup; "ngram-16" has 16.
+        ngram: whether the two n-gram lookups run.
         repeats: measured passes.
         seed: of the engine.
         rest_s: seconds before each prompt, in which the engine before it falls silent.
@@ -110,11 +132,10 @@ def measure_speed(
         EngineError: an engine failed.
     """
     device = default_device()
-    configs: dict[str, dict[str, Any] | None] = {
-        REFERENCE_METHOD: None,
-        NGRAM: speculative_config(NGRAM, num_drafts, None),
-        LONG_NGRAM: speculative_config(NGRAM, MOST_LIKELY, None),
-    }
+    configs: dict[str, dict[str, Any] | None] = {REFERENCE_METHOD: None}
+    if ngram:
+        configs[NGRAM] = speculative_config(NGRAM, num_drafts, None)
+        configs[LONG_NGRAM] = speculative_config(NGRAM, MOST_LIKELY, None)
     for name, folder in drafters.items():
         eagle3 = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": num_drafts}
         configs[name] = vllm_settings(folder, None) if is_drafter(folder) else eagle3

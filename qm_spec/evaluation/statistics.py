@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -100,21 +100,41 @@ class Resamples:
 
         Source: Hesterberg 2015, "What Teachers Should Know about the Bootstrap", section 5.3 (expanded percentile).
         """
-        places = [self._place[name] for name in exponents]
         powers = np.array(list(exponents.values()), dtype=np.float64)
-        whole = self._columns[:, places].sum(axis=0)
-        if not (whole > 0).all():
+
+        def product(sums: Floats) -> Floats:
+            return np.prod(np.where(sums > 0, sums, np.nan) ** powers, axis=-1)
+
+        return self._estimate(list(exponents), product, confidence)
+
+    def share(self, part: str, whole: str, confidence: float = CONFIDENCE) -> Estimate | None:
+        """Estimate the sum of a column that may be of either sign by that of another; see `ratio` for the interval.
+
+        Returns:
+            None where the whole is not positive.
+        """
+
+        def quotient(sums: Floats) -> Floats:
+            return sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], np.nan)
+
+        return self._estimate([part, whole], quotient, confidence)
+
+    def _estimate(
+        self, names: Sequence[str], function: Callable[[Floats], Floats], confidence: float
+    ) -> Estimate | None:
+        """Estimate a function of columns' sums, `[..., columns]`, that is NaN where it is not defined."""
+        places = [self._place[name] for name in names]
+        value = float(function(self._columns[:, places].sum(axis=0)))
+        if math.isnan(value):
             return None
-        value = float(np.prod(whole**powers))
         if self.num_prompts < MIN_PROMPTS:
             return Estimate(value)
-        sums = self._resampled[:, places]
-        defined = (sums > 0).all(axis=1)
+        resampled = function(self._resampled[:, places])
+        defined = ~np.isnan(resampled)
         if 1 - defined.mean() > _MAX_UNDEFINED:
             return Estimate(value)
-        ratios = np.prod(sums[defined] ** powers, axis=1)
         tail = _expanded_tail(self.num_prompts, confidence)
-        low, high = np.quantile(ratios, [tail, 1 - tail])
+        low, high = np.quantile(resampled[defined], [tail, 1 - tail])
         return Estimate(value, float(low), float(high))
 
 
