@@ -15,7 +15,8 @@ class QuickMergeConfig(LlamaConfig):
 
     It is stored with model type `llama`, so that vLLM reads a drafter folder with the config class
     it has; `architectures` says whose model it really is. The vocabulary head and the embedding
-    are the target's, so `hidden_size` and `vocab_size` equal the target's.
+    are the target's, so `hidden_size` and `vocab_size` equal the target's. A draft vocabulary takes some rows of that
+    head.
 
     Args:
         target_fingerprint: of the one target this drafter was trained for.
@@ -28,6 +29,7 @@ class QuickMergeConfig(LlamaConfig):
         quickmerge: `MergeConfig` settings as a dict.
         lookup_length: in vLLM, where so many of a request's last tokens (2..8) have stood in it before, what followed
             them there is drafted in place of the prior's tokens; 0 never looks them up.
+        draft_vocab_size: tokens that it can propose, see `qm_spec.drafter.vocabulary`; None for the whole vocabulary.
         **kwargs: `LlamaConfig` settings.
 
     Raises:
@@ -43,6 +45,7 @@ class QuickMergeConfig(LlamaConfig):
         next_token_values: bool = False,
         quickmerge: dict[str, Any] | None = None,
         lookup_length: int = 0,
+        draft_vocab_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.merge = MergeConfig.from_dict(quickmerge or {})
@@ -64,7 +67,7 @@ class QuickMergeConfig(LlamaConfig):
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
         self.architectures = [ARCHITECTURE]
-        self.draft_vocab_size = self.vocab_size
+        self.draft_vocab_size = check_draft_vocab_size("QuickMergeConfig", draft_vocab_size, self.vocab_size)
 
     @property
     def reads_embedding(self) -> bool:
@@ -77,6 +80,17 @@ class QuickMergeConfig(LlamaConfig):
         merge = values.pop("merge", self.merge)
         values["quickmerge"] = merge.to_dict() if isinstance(merge, MergeConfig) else merge
         return values
+
+
+def check_draft_vocab_size(name: str, size: int | None, vocab_size: int) -> int:
+    """Return the size of a draft vocabulary, which is the target's where none is given.
+
+    Raises:
+        ValueError: it is out of range.
+    """
+    if size is not None and not 1 <= size <= vocab_size:
+        raise ValueError(f"{name}: draft_vocab_size must be in 1..{vocab_size}, the target's vocabulary, got {size}")
+    return vocab_size if size is None else size
 
 
 def check_lookup_length(name: str, length: Any) -> int:

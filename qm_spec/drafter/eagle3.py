@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel
 
+from qm_spec.drafter.config import check_draft_vocab_size
+from qm_spec.drafter.vocabulary import DraftVocabulary
 from qm_spec.ops.draft_attention import draft_attention
 
 NUM_AUX_STATES = 3
@@ -29,7 +31,8 @@ class Eagle3Config(LlamaConfig):
     """Sizes of an EAGLE-3 drafter, in vLLM's format.
 
     Embedding and vocabulary head are the target's: with `draft_vocab_size` equal to `vocab_size` and neither
-    `lm_head`, `d2t` nor `embed_tokens` in the checkpoint, vLLM shares both.
+    `lm_head`, `d2t` nor `embed_tokens` in the checkpoint, vLLM shares both. With a draft vocabulary the checkpoint
+    holds `d2t` and, as `lm_head`, the target's rows of these tokens.
 
     vLLM runs full attention, and a sliding window by `layer_types`. It has no attention sinks, so a drafter with a
     window and sinks is measured by `evaluation/replay.py` alone.
@@ -41,6 +44,7 @@ class Eagle3Config(LlamaConfig):
         sliding_window: tokens attended, the row's own included; all of them when None.
         attention_sinks: first tokens of the sequence that stay visible behind the window.
         fc_norm: bring each of the target's states to one size before they are fused (EAGLE-3.1).
+        draft_vocab_size: tokens that it can propose; None for the whole vocabulary.
         **kwargs: `LlamaConfig` settings.
 
     Raises:
@@ -55,6 +59,7 @@ class Eagle3Config(LlamaConfig):
         sliding_window: int | None = None,
         attention_sinks: int = 0,
         fc_norm: bool = False,
+        draft_vocab_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         if num_speculative_tokens < 1:
@@ -81,7 +86,7 @@ class Eagle3Config(LlamaConfig):
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
         self.architectures = [SINKS_ARCHITECTURE if attention_sinks else ARCHITECTURE]
-        self.draft_vocab_size = self.vocab_size
+        self.draft_vocab_size = check_draft_vocab_size("Eagle3Config", draft_vocab_size, self.vocab_size)
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -156,7 +161,7 @@ class Eagle3Layer(nn.Module):
         return state + self.mlp(self.post_attention_layernorm(state))
 
 
-class Eagle3Drafter(PreTrainedModel):
+class Eagle3Drafter(DraftVocabulary, PreTrainedModel):
     """EAGLE-3 as a checkpoint: `from_pretrained`, and `save_pretrained` of a folder that vLLM runs."""
 
     config_class = Eagle3Config
@@ -170,6 +175,11 @@ class Eagle3Drafter(PreTrainedModel):
         self.fc = nn.Linear(NUM_AUX_STATES * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = Eagle3Layer(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.init_draft_vocabulary(config.draft_vocab_size, config.vocab_size)
+        # vLLM takes the rows of a draft vocabulary from the checkpoint; here they are the target's, and not trained.
+        self.lm_head = None
+        if self.d2t is not None:
+            self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False).requires_grad_(False)
         self.post_init()
 
     def read(self, aux_states: Tensor, embeddings: Tensor) -> Eagle3Sequences:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from qm_spec.config import ARCHITECTURE
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.rows import PriorSequences
+from qm_spec.drafter.vocabulary import DraftVocabulary
 
 NUM_AUX_STATES = 3
 # How the global heads begin, see `wire_recall`: the query that looks for the newest token, against keys of unit size
@@ -163,7 +164,7 @@ class PriorLayer(nn.Module):
         return self.norm(state), state
 
 
-class QuickMergePrior(PreTrainedModel):
+class QuickMergePrior(DraftVocabulary, PreTrainedModel):
     """The prior as a checkpoint: `from_pretrained` and `save_pretrained` of a drafter folder.
 
     The embedding and the vocabulary head are the target's and are not stored.
@@ -176,6 +177,7 @@ class QuickMergePrior(PreTrainedModel):
     def __init__(self, config: QuickMergeConfig) -> None:
         super().__init__(config)
         self.layer = PriorLayer(config)
+        self.init_draft_vocabulary(config.draft_vocab_size, config.vocab_size)
         self.post_init()
 
     def read(self, aux_states: Tensor, embeddings: Tensor) -> PriorSequences:
