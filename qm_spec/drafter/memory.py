@@ -23,7 +23,7 @@ def merge_levels(keys: Tensor, values: Tensor, config: MergeConfig) -> list[Merg
 
     Returns:
         One `Merged` of `[B, G, n, R, d]` per level, n groups, or spans of groups, of R entries; the
-        same arithmetic as `merge_groups_`. Levels that no span of the sequence fills are left out.
+        same arithmetic as `merge_groups_`. Levels that no row of the sequence is old enough to see are left out.
     """
     size = config.group_size
     full = keys.shape[2] // size * size
@@ -32,13 +32,13 @@ def merge_levels(keys: Tensor, values: Tensor, config: MergeConfig) -> list[Merg
     mass = saliency_mass(k, config)
     count = torch.ones_like(mass)
     levels = []
-    for number, span in enumerate(config.spans):
+    for number, (span, distance) in enumerate(zip(config.spans, config.level_distances, strict=True)):
+        if keys.shape[2] < span * size + distance:
+            break
         if span > 1:
             whole = k.shape[2] // 2 * 2
             k, v = (x[:, :, :whole].unflatten(2, (-1, 2)).flatten(3, 4) for x in (k, v))
             mass, count = (x[:, :, :whole].unflatten(2, (-1, 2)).flatten(3, 4) for x in (mass, count))
-            if whole == 0:
-                break
         keep = config.schedule[number] if span == 1 else 1
         level = merge_entries(k, v, mass, count, keep)
         levels.append(level)

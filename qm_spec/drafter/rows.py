@@ -71,6 +71,18 @@ def read_target(
     return torch.cat([out.hidden_states[layer] for layer in layers], -1).float(), out.logits
 
 
+def engine_steps(accepted: Sequence[int]) -> list[int]:
+    """Return how many draft tokens each step of an engine accepts that would accept `accepted[i]` at position i.
+
+    The first token comes from the prompt's own pass; each step adds what it accepted and one token more.
+    """
+    steps, position = [], 0
+    while position < len(accepted):
+        steps.append(int(accepted[position]))
+        position += steps[-1] + 1
+    return steps
+
+
 class PriorSequences:
     """Whole sequences in the prior's merged memory.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from qm_spec.drafter.rows import Drafter, DraftRows, read_target
+from qm_spec.drafter.rows import Drafter, DraftRows, engine_steps, read_target
 from qm_spec.evaluation.metrics import DraftCounts
 
 # Scores held at a time, over heads, rows and entries: 16 MiB in float32, in a few copies.
@@ -201,12 +201,7 @@ def accepted_everywhere(drafter: Drafter, text: ReadText, num_drafts: int) -> li
 
 def walk(accepted: Sequence[int], num_drafts: int) -> Replay:
     """Return the steps of an engine that would accept `accepted[i]` tokens at position i."""
-    # The first token comes from the prompt's own pass; each step adds what it accepted and one token more.
-    steps, position = [], 0
-    while position < len(accepted):
-        steps.append(accepted[position])
-        position += accepted[position] + 1
-    return Replay(tuple(steps), num_drafts)
+    return Replay(tuple(engine_steps(accepted)), num_drafts)
 
 
 def replay(drafter: Drafter, text: ReadText, num_drafts: int) -> Replay:

@@ -182,102 +182,133 @@ def new_drafter(
 
 
 class DraftTraining(nn.Module):
-    """A drafter beside its frozen target: one call unrolls K draft steps at sampled rows.
+    """A drafter beside its frozen target: one call unrolls K draft steps at many rows.
 
     Keys and values of verified tokens need no other row of the drafter, in our prior as in EAGLE-3: the loss is
-    taken at a random subset of positions, each against the memory that inference would hold there.
+    taken at any positions, each against the memory that inference would hold there.
 
     Args:
         drafter: trained.
         target: frozen, any causal LM of transformers that returns its hidden states.
-        rows_per_window: positions per window that the loss is taken at.
         states: reads the target; nothing is kept when None.
     """
 
-    def __init__(
-        self, drafter: Drafter, target: PreTrainedModel, rows_per_window: int, states: TargetStates | None = None
-    ) -> None:
+    def __init__(self, drafter: Drafter, target: PreTrainedModel, states: TargetStates | None = None) -> None:
         super().__init__()
         self.drafter = drafter
-        self.rows_per_window = rows_per_window
         target.requires_grad_(False).eval()
-        # In a tuple it is no submodule: checkpoints hold what is trained and nothing else.
+        # In a tuple they are no submodules: checkpoints hold what is trained and nothing else.
         self._target = (target,)
         self._states = states or TargetStates(target)
+        head, token_ids = target.get_output_embeddings().weight, drafter.draft_token_ids
+        self._head = (head if token_ids is None else head[token_ids.to(head.device)],)
+        # A target in 16 bits has a drafter that runs in 16 bits.
+        self._reduced = None if head.dtype == torch.float32 else head.dtype
 
     @property
     def target(self) -> PreTrainedModel:
         """The frozen target."""
         return self._target[0]
 
-    def read_target(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the target's auxiliary states `[B, N, 3 D]` and its logits `[B, N, V]`."""
-        return self._states.read(input_ids, self.drafter.config.eagle_aux_hidden_state_layer_ids)
+    def read_target(self, input_ids: Tensor, lengths: Tensor | None = None) -> Reading:
+        """Return what the target says about documents `[B, N]`."""
+        return self._states.read(input_ids, self.drafter.config.eagle_aux_hidden_state_layer_ids, lengths)
 
-    def unroll(self, aux_states: Tensor, input_ids: Tensor, rows: Tensor) -> list[Tensor]:
-        """Run all draft steps at the given positions, fed with the text's own tokens.
+    def outputs(self, aux_states: Tensor, input_ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        """Run the draft steps at the given positions, fed with the text's own tokens.
 
         Args:
             aux_states: `[B, N, 3 D]`.
             input_ids: `[B, N]`.
-            rows: `[B, T]` int64, positions t; t + K must lie below N.
+            rows: `[B, T]` int64, positions t; behind the text's end its last token is fed.
 
-        Returns:
-            K tensors of draft logits `[B, T, V]`; step j predicts token t + 2 + j.
+        Yields:
+            K times the vocabulary head's input `[B, T, D]`; that of step j predicts token t + 2 + j.
         """
-        embed, head = self.target.get_input_embeddings(), self.target.get_output_embeddings()
-        embeddings = embed(input_ids).float()
+        embeddings = self.target.get_input_embeddings()(input_ids).float()
         drafts = self.drafter.read(aux_states, embeddings).rows(rows)
-        logits = []
         for step in range(self.drafter.config.num_speculative_tokens):
-            index = (rows + 1 + step).unsqueeze(-1).expand(-1, -1, embeddings.shape[-1])
-            output = drafts.step(embeddings.gather(1, index))
-            logits.append(head(output.to(head.weight.dtype)))
-        return logits
+            index = (rows + 1 + step).clamp_max(input_ids.shape[1] - 1)
+            yield drafts.step(embeddings.gather(1, index.unsqueeze(-1).expand(-1, -1, embeddings.shape[-1])))
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Return `loss` and `accepted` `[B, T]`, the drafted tokens that greedy verification would keep.
+    def unroll(self, aux_states: Tensor, input_ids: Tensor, rows: Tensor) -> list[Tensor]:
+        """Return the draft logits `[B, T, Vd]` of each of the K steps; see `outputs`."""
+        return [self._logits(output) for output in self.outputs(aux_states, input_ids, rows)]
+
+    def _logits(self, output: Tensor) -> Tensor:
+        return F.linear(output.to(self._head[0].dtype), self._head[0])
+
+    def forward(
+        self, input_ids: Tensor, rows: Tensor, labels: Tensor, lengths: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return `loss` and `accepted` `[B, T]`, the draft tokens that greedy verification accepts at each row.
 
         Args:
-            input_ids: `[B, N]` int64.
-            labels: ignored; the target's distribution is the label.
+            input_ids: `[B, N]` int64, padded on the right.
+            rows: `[B, T]` int64, positions to draft from, -1 for padding, whose `accepted` is -1.
+            labels: `[B, N]`, not 0 for the tokens to be learned; what is learned is the target's distribution there.
+            lengths: `[B]`, tokens of each document; N for all when None.
         """
+        present, rows = rows >= 0, rows.clamp_min(0)
+        reading = self.read_target(input_ids, lengths)
         steps = self.drafter.config.num_speculative_tokens
-        num_rows = input_ids.shape[1] - steps
-        if self.training:
-            picks = torch.rand(input_ids.shape[0], num_rows, device=input_ids.device)
-            rows = picks.argsort(-1)[:, : self.rows_per_window]
-        else:
-            # Validation looks at the same, evenly spread rows each time.
-            stride = max(1, num_rows // self.rows_per_window)
-            rows = torch.arange(0, num_rows, stride, device=input_ids.device).expand(len(input_ids), -1)
-        aux_states, target_logits = self.read_target(input_ids)
-        logits = self.unroll(aux_states, input_ids, rows)
-        loss = aux_states.new_zeros(())
-        agreed = torch.ones_like(rows, dtype=torch.bool)
-        accepted = torch.zeros_like(rows)
+        # The token behind the last one is not known, nor does anybody ask for it.
+        last = input_ids.shape[1] - 1
+        places = [rows + 1 + step for step in range(steps)]
+        valid = [present & (place < last) for place in places]
+        places = [place.clamp_max(last - 1) for place in places]
+        wanted = [ok & (labels.gather(1, place + 1) != 0) for ok, place in zip(valid, places, strict=True)]
+        # The target's logits once for each place that any row asks for.
+        needed = torch.zeros_like(input_ids, dtype=torch.bool)
+        for ok, place in zip(wanted, places, strict=True):
+            needed |= _marked(needed, place, ok)
+        number = needed.flatten().cumsum(0).view_as(needed) - 1
+        expected, best = self._expected(reading, needed)
+
+        loss = reading.aux_states.new_zeros(())
+        agreed, accepted = present, torch.zeros_like(rows)
         weights = [STEP_DISCOUNT**step for step in range(steps)]
-        for step, draft in enumerate(logits):
-            index = (rows + 1 + step).unsqueeze(-1).expand(-1, -1, target_logits.shape[-1])
-            expected = target_logits.gather(1, index)
-            loss = loss + weights[step] / sum(weights) * distillation_loss(draft, expected)
-            agreed = agreed & (draft.argmax(-1) == expected.argmax(-1))
-            accepted = accepted + agreed
-        return {"loss": loss, "accepted": accepted}
+        with torch.autocast(input_ids.device.type, self._reduced or torch.bfloat16, self._reduced is not None):
+            for step, output in enumerate(self.outputs(reading.aux_states, input_ids, rows)):
+                ok = wanted[step]
+                chosen = number.gather(1, places[step])[ok]
+                draft = self._logits(output[ok])
+                if len(draft):
+                    loss = loss + weights[step] / sum(weights) * distillation_loss(draft, expected[chosen])
+                right = torch.zeros_like(agreed)
+                right[ok] = draft.argmax(-1) == best[chosen]
+                agreed = agreed & right
+                accepted = accepted + agreed
+        return {"loss": loss, "accepted": accepted.masked_fill(~present, -1)}
+
+    def _expected(self, reading: Reading, needed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the target's logits over the draft vocabulary `[n, Vd]` and its best token's row there, -1 if none."""
+        token_ids = self.drafter.draft_token_ids
+        if token_ids is None:
+            logits = reading.logits(needed)
+            return logits, logits.argmax(-1)
+        if self.training:
+            logits = reading.logits(needed, self._head[0])
+            return logits, logits.argmax(-1)
+        # What a draft vocabulary misses counts in validation.
+        every = reading.logits(needed)
+        row_of = token_ids.new_full((every.shape[-1],), -1)
+        row_of[token_ids] = torch.arange(len(token_ids), device=row_of.device)
+        return every[:, token_ids], row_of[every.argmax(-1)]
+
+
+def _marked(like: Tensor, places: Tensor, where: Tensor) -> Tensor:
+    """Return a mask `[B, N]` with the places `[B, T]` set where `where` `[B, T]` is."""
+    batch = torch.arange(len(places), device=places.device).unsqueeze(1).expand_as(places)
+    marked = torch.zeros_like(like)
+    marked[batch[where], places[where]] = True
+    return marked
 
 
 def _acceptance(prediction: EvalPrediction) -> dict[str, float]:
-    return {"acceptance_length": 1 + float(np.mean(prediction.predictions))}
-
-
-def _mix(text: np.ndarray, written: np.ndarray, needed: int, seed: int) -> np.ndarray:
-    """Join up to 8 copies of the written windows, for three quarters of a run, with windows of the text."""
-    rng = np.random.default_rng(seed)
-    share = 3 * needed // 4
-    repeats = min(8, -(-share // len(written))) if len(written) else 0
-    copies = [written[rng.permutation(len(written))] for _ in range(repeats)]
-    chosen = np.concatenate([written[:0], *copies])[:share]
-    return np.concatenate([chosen, text[rng.permutation(len(text))[: max(1, needed - len(chosen))]]])
+    """Return the acceptance length of an engine that decodes the validation documents from their first row on."""
+    steps = [step for row in prediction.predictions for step in engine_steps(row[row >= 0])]
+    return {"acceptance_length": 1 + float(np.mean(steps))}
 
 
 def train_drafter(
