@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qm_spec.data.json_lines import read_rows
+from qm_spec.data.prompt_rows import prompt_from_row
 from qm_spec.discovery import check_drafter, find_drafter
 from qm_spec.drafter.suffix_index import MOST_LIKELY
 from qm_spec.evaluation.environment import default_device
@@ -20,7 +22,6 @@ from qm_spec.evaluation.methods import speculative_config
 from qm_spec.evaluation.process import ENGINE_COMMAND
 from qm_spec.evaluation.prompts import tokenize_prompts
 from qm_spec.evaluation.ray_runner import RayRunner
-from qm_spec.evaluation.rows import prompt_from_row, read_rows
 from qm_spec.evaluation.settings import (
     DRAFTER_METHODS,
     DTYPES,

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qm_spec.evaluation.rows import Prompt, prompt_from_row, read_rows
+from qm_spec.data.json_lines import read_rows
+from qm_spec.data.prompt_rows import Prompt, prompt_from_row
 from qm_spec.evaluation.settings import BUILTIN
 from qm_spec.evaluation.shards import TokenPrompt
 

@@ -1,16 +1,13 @@
-"""Rows of prompt files in the shapes in which they are published."""
+"""Prompts in the shapes in which they are published."""
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from qm_spec.data.json_lines import Row
 
 _IDS = ("id", "question_id", "task_id", "_id")
 # Names that ShareGPT's exports use for the person's turns.
@@ -36,40 +33,6 @@ class Prompt:
     category: str | None = None
     arrival_s: float | None = None
     num_tokens: int | None = None
-
-
-def read_rows(file: Path) -> Iterator[tuple[int, Row]]:
-    """Yield the objects of a JSON-lines file (`.gz` too) or of a JSON list, each with its number from 1.
-
-    Raises:
-        ValueError: a line is not a JSON object; the message has its number.
-    """
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8") as stream:
-        if file.suffix == ".json":
-            numbered: Iterator[tuple[int, Any]] = enumerate(_list(stream.read(), file), 1)
-        else:
-            numbered = (
-                (number, _parsed(line, f"{file}:{number}")) for number, line in enumerate(stream, 1) if line.strip()
-            )
-        for number, row in numbered:
-            if not isinstance(row, dict):
-                raise ValueError(f"prompts: {file}:{number} must be a JSON object, got {type(row).__name__}")
-            yield number, row
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"prompts: {place} must be a JSON object, got {text.strip()[:60]!r} ({error})") from error
-
-
-def _list(text: str, file: Path) -> list[Any]:
-    rows = _parsed(text, str(file))
-    if not isinstance(rows, list):
-        raise ValueError(f"prompts: {file} must be a list of objects, got {type(rows).__name__}; or name it .jsonl")
-    return rows
 
 
 def prompt_from_row(row: Row, number: int, place: str) -> Prompt | None:

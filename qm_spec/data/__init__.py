@@ -1,0 +1,1 @@
+"""Files of prompts, conversations and answers, as evaluation and training read them."""
