@@ -138,8 +138,10 @@ def test_third_party_models_agree_with_assisted_generation(shared):
 
 def test_the_prior_reads_the_states_it_was_trained_on(target, greedy, prompts):
     run = greedy.target.start(1, 64, None)
-    training = DraftTraining(greedy.drafter, target, rows_per_window=1)
-    expected, logits = training.read_target(prompts[1][None])
+    training = DraftTraining(greedy.drafter, target)
+    reading = training.read_target(prompts[1][None])
+    everywhere = torch.ones_like(prompts[1][None], dtype=torch.bool)
+    expected, logits = reading.aux_states, reading.logits(everywhere)[None]
     with torch.no_grad():
         got_logits, states = run.read(prompts[1][None])
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)

@@ -55,11 +55,11 @@ def make_prior(schedule, next_token_values=False):
 @torch.no_grad()
 def test_training_mask_equals_step_by_step_cache(target, schedule, next_token_values):
     prior = make_prior(schedule, next_token_values)
-    training = DraftTraining(prior, target, rows_per_window=8)
+    training = DraftTraining(prior, target)
     ids = torch.randint(0, VOCAB, (1, LENGTH))
     # Spans of two groups stand from 192 tokens on, of four from 384.
     rows = torch.tensor([[0, 1, 23, 24, 31, 32, 40, 77, 100, 131, 200, 215, 300, 431, LENGTH - STEPS - 1]])
-    aux, _ = training.read_target(ids)
+    aux = training.read_target(ids).aux_states
     expected = training.unroll(aux, ids, rows)
 
     layer = prior.layer
@@ -100,8 +100,8 @@ def test_far_memory_changes_the_drafts(target):
     prior = make_prior((4, 2, 1))
     ids = torch.randint(0, VOCAB, (1, LENGTH))
     rows = torch.tensor([[20, LENGTH - STEPS - 1]])
-    training = DraftTraining(prior, target, rows_per_window=2)
-    aux, _ = training.read_target(ids)
+    training = DraftTraining(prior, target)
+    aux = training.read_target(ids).aux_states
     with_far = training.unroll(aux, ids, rows)
     prior.config.merge = MergeConfig(window=24, group_size=8, schedule=(0,))
     without = training.unroll(aux, ids, rows)

@@ -313,11 +313,12 @@ def new_drafter(name):
 def trained_briefly(target, texts, name):
     """Train a new drafter for some steps on the very texts, so that it is accepted now and then."""
     torch.manual_seed(0)
-    training = DraftTraining(new_drafter(name), target, rows_per_window=60)
+    training = DraftTraining(new_drafter(name), target)
     optimizer = torch.optim.AdamW(training.parameters(), lr=1e-2)
     ids = torch.tensor([[*prompt, *text][-64:] for prompt, text in texts[2:]])
+    rows = torch.arange(60).expand(len(ids), -1)
     for _ in range(80):
-        training(ids)["loss"].backward()
+        training(ids, rows, torch.ones_like(ids))["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     # As checkpoints are stored, and vLLM reads them.

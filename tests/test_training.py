@@ -16,6 +16,7 @@ from qm_spec.discovery import check_drafter
 from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.losses import distillation_loss
 from qm_spec.training.data import TokenWindows, find_files, read_documents
+from qm_spec.training.documents import Document, DocumentBatches
 from qm_spec.training.optimizer import Muon, orthogonalize
 from qm_spec.training.states import TargetStates
 
@@ -43,8 +44,8 @@ def folder(tmp_path_factory):
 
 def train(folder, out, *arguments):
     return invoke(
-        *("train", "--target", folder / "target", "--data", folder / "text", "--out", out, "--batch-size", 2),
-        *("--sequence-length", 96, "--rows-per-window", 16, "--window", 24, "--group-size", 8),
+        *("train", "--target", folder / "target", "--data", folder / "text", "--out", out, "--rows-per-step", 32),
+        *("--sequence-length", 96, "--rows-per-document", 16, "--window", 24, "--group-size", 8),
         *("--schedule", "4,1", "--num-speculative-tokens", 2, "--save-steps", 10, *arguments),
     )
 
@@ -61,7 +62,7 @@ def test_the_drafter_learns_and_fits_its_target(folder, tmp_path):
     assert check_drafter(tmp_path / "drafter", folder / "target") == 2
     record = json.loads((tmp_path / "drafter" / "provenance.json").read_text())["stages"][0]
     # On a text of one sentence even a short training predicts most tokens.
-    assert record["valid_acceptance_length_teacher_forced"] > 1.5
+    assert record["valid_acceptance_length"] > 1.5
     assert record["regenerated_tokens"] > 0
 
 
@@ -71,7 +72,7 @@ def test_the_same_trainer_makes_eagle3(folder, tmp_path, kind):
     assert done.exit_code == 0, done.output
     drafter = load_drafter(tmp_path / "drafter")
     record = json.loads((tmp_path / "drafter" / "provenance.json").read_text())["stages"][0]
-    assert record["valid_acceptance_length_teacher_forced"] > 1.5
+    assert record["valid_acceptance_length"] > 1.5
     assert record["drafter"] == kind and record["parameters"] == drafter.num_parameters()
     # Window 24, groups of 8 as 4 and 1 entries: after 96 tokens 3 raw groups, 3 of 4, 6 of 1.
     assert drafter.config.sliding_window == {"eagle3": None, "eagle3-window": 42 - 4}[kind]
@@ -154,8 +155,8 @@ def test_the_program_ends_with_a_sentence_on_wrong_input(folder, tmp_path):
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(folder, tmp_path):
     out = tmp_path / "drafter"
     command = [sys.executable, "-u", "-m", "qm_spec", "train", "--target", folder / "target"]
-    command += ["--data", folder / "text", "--out", out, "--max-steps", "100000", "--batch-size", "1"]
-    command += ["--sequence-length", "64", "--rows-per-window", "4", "--window", "24", "--group-size", "8"]
+    command += ["--data", folder / "text", "--out", out, "--max-steps", "100000", "--rows-per-step", "4"]
+    command += ["--sequence-length", "64", "--rows-per-document", "4", "--window", "24", "--group-size", "8"]
     command += ["--schedule", "4,1", "--num-speculative-tokens", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -219,20 +220,37 @@ def test_drafters_share_the_states_that_are_kept(folder, tmp_path):
 
 def test_kept_states_are_the_targets(folder, tmp_path):
     target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)
-    input_ids = torch.randint(300, (2, 40))
-    expected_states, expected_logits = TargetStates(target).read(input_ids, [1, 2])
-    torch.testing.assert_close(expected_logits, target(input_ids).logits)
+    input_ids, everywhere = torch.randint(300, (2, 40)), torch.ones(2, 40, dtype=torch.bool)
+    expected = TargetStates(target).read(input_ids, [1, 2])
+    expected_logits = target(input_ids).logits.flatten(0, 1)
+    torch.testing.assert_close(expected.logits(everywhere), expected_logits)
     states = TargetStates(target, tmp_path / "states")
     first, again = states.read(input_ids, [1, 2]), states.read(input_ids, [1, 2])
-    torch.testing.assert_close(first[0], expected_states, rtol=2**-8, atol=0)
+    torch.testing.assert_close(first.aux_states, expected.aux_states, rtol=2**-8, atol=0)
     # States are rounded to bfloat16 before the head reads them.
-    torch.testing.assert_close(first[1], expected_logits, rtol=2**-6, atol=2**-6)
-    for got, twice in zip(first, again, strict=True):
-        assert torch.equal(got, twice)
-    one_more = states.read(input_ids, [3])[0]
-    torch.testing.assert_close(one_more, TargetStates(target).read(input_ids, [3])[0], rtol=2**-8, atol=0)
+    torch.testing.assert_close(first.logits(everywhere), expected_logits, rtol=2**-6, atol=2**-6)
+    assert torch.equal(first.aux_states, again.aux_states)
+    assert torch.equal(first.logits(everywhere), again.logits(everywhere))
+    one_more = states.read(input_ids, [3]).aux_states
+    torch.testing.assert_close(one_more, TargetStates(target).read(input_ids, [3]).aux_states, rtol=2**-8, atol=0)
     count = len(list((tmp_path / "states").iterdir()))
-    assert count == 2 * 4, "two windows of three layers and the last state"
+    assert count == 2 * 4, "two documents of three layers and the last state"
+
+
+def test_states_of_a_document_do_not_depend_on_what_it_is_padded_for(folder, tmp_path):
+    target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)
+    some = [Document.answered(torch.randint(300, (n,)).tolist(), [5, 6]) for n in (9, 30, 17)]
+    kept = TargetStates(target, tmp_path)
+    kept.keep(some, [1, 2])
+    files = sorted(tmp_path.iterdir())
+    batch = DocumentBatches(some, rows_per_batch=100)[0]
+    reading = kept.read(batch["input_ids"], [1, 2], batch["lengths"])
+    assert sorted(tmp_path.iterdir()) == files, "nothing is read twice"
+    order = [int(length) for length in batch["lengths"]]
+    for row, length in enumerate(order):
+        ids = batch["input_ids"][row : row + 1, :length]
+        alone = TargetStates(target).read(ids, [1, 2]).aux_states[0]
+        torch.testing.assert_close(reading.aux_states[row, :length], alone, rtol=2**-7, atol=1e-4)
 
 
 def test_a_target_that_caps_its_logits_is_learned_as_it_is(tmp_path):
@@ -242,7 +260,11 @@ def test_a_target_that_caps_its_logits_is_learned_as_it_is(tmp_path):
     )
     target = Gemma2ForCausalLM(config).eval()
     input_ids = torch.randint(40, (1, 12))
-    torch.testing.assert_close(TargetStates(target).read(input_ids, [1])[1], target(input_ids).logits)
+    reading = TargetStates(target).read(input_ids, [1])
+    everywhere = torch.ones(1, 12, dtype=torch.bool)
+    torch.testing.assert_close(reading.logits(everywhere), target(input_ids).logits[0])
+    with pytest.raises(ValueError, match="leave --draft-vocab-size out"):
+        reading.logits(everywhere, torch.zeros(3, 16))
     with pytest.raises(ValueError, match=r"Gemma2ForCausalLM changes what its vocabulary head returns.*leave --states"):
         TargetStates(target, tmp_path).read(input_ids, [1])
     assert not list(tmp_path.iterdir()), "nothing wrong is kept"

@@ -46,7 +46,9 @@ def windows(token_ids: np.ndarray, length: int) -> list[Document]:
         ValueError: there are fewer tokens than one window.
     """
     if len(token_ids) < length:
-        raise ValueError(f"data: {len(token_ids)} tokens do not fill a window of {length}; add text or lower the length")
+        raise ValueError(
+            f"data: {len(token_ids)} tokens do not fill a window of {length}; add text or lower the length"
+        )
     cut = token_ids[: len(token_ids) // length * length].reshape(-1, length)
     return [Document(window, np.ones(length, dtype=bool)) for window in cut]
 

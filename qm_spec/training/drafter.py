@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, set_seed
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.trainer_utils import EvalPrediction
 
 from qm_spec import provenance
 from qm_spec.config import MergeConfig
+from qm_spec.data.answers import find_answer_files, read_answers
+from qm_spec.data.conversations import read_conversations
+from qm_spec.data.kind import data_kind
 from qm_spec.discovery import target_fingerprint
 from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.losses import distillation_loss
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.drafter.rows import Drafter
-from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
+from qm_spec.drafter.rows import Drafter, engine_steps
+from qm_spec.drafter.vocabulary import choose_tokens, coverage
+from qm_spec.training.data import find_files, read_documents, sha256_of, tokenize
+from qm_spec.training.documents import Document, DocumentBatches, windows
 from qm_spec.training.loop import LoopSettings, fit
 from qm_spec.training.regenerate import regenerate
-from qm_spec.training.states import TargetStates
+from qm_spec.training.states import Reading, TargetStates
+
+_logger = logging.getLogger(__name__)
 
 # Later draft steps count less: they matter only when the earlier tokens were accepted.
 STEP_DISCOUNT = 0.8
 # Tokens of one passage that the target writes, its prompt included.
 PASSAGE_LENGTH = 512
-VALID_WINDOWS = 16
+# Documents that acceptance is measured on.
+VALID_DOCUMENTS = 64
+# Rows of the data that are named when they cannot be used; the rest is counted.
+_SHOWN_SKIPS = 5
 DRAFTERS = ("quickmerge", "eagle3", "eagle3-window")
 # First tokens that EAGLE-3 with a window keeps, as in StreamingLLM (Xiao et al. 2023, arXiv 2309.17453).
 ATTENTION_SINKS = 4
@@ -82,6 +104,7 @@ def drafter_config(
     intermediate_size: int | None = None,
     aux_layers: Sequence[int] | None = None,
     lookup_length: int = 0,
+    draft_vocab_size: int | None = None,
 ) -> QuickMergeConfig:
     """Return the configuration of a drafter that fits `target`.
 
@@ -94,6 +117,7 @@ def drafter_config(
         aux_layers: three target layers whose input states it reads, 0 for the embedding; those of
             `default_aux_layers` when None.
         lookup_length: see `QuickMergeConfig`.
+        draft_vocab_size: see `QuickMergeConfig`.
 
     Raises:
         ValueError: the layers are not three of the target's, or the lookup length is out of range.
@@ -109,15 +133,16 @@ def drafter_config(
         norm_aux_states=True,
         next_token_values=True,
         lookup_length=lookup_length,
+        draft_vocab_size=draft_vocab_size,
         quickmerge=merge.to_dict(),
         intermediate_size=intermediate_size or target.config.intermediate_size,
     )
 
 
 def num_parameters(drafter: type[PreTrainedModel], config: LlamaConfig) -> int:
-    """Count the weights of a drafter without making them."""
+    """Count the weights of a drafter that are trained, without making them."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in drafter(config).parameters())
+        return sum(parameter.numel() for parameter in drafter(config).parameters() if parameter.requires_grad)
 
 
 def eagle3_config(
@@ -143,6 +168,7 @@ def eagle3_config(
                 "eagle_aux_hidden_state_layer_ids": prior.eagle_aux_hidden_state_layer_ids,
             },
             fc_norm=prior.norm_aux_states,
+            draft_vocab_size=prior.draft_vocab_size,
             sliding_window=sliding_window,
             attention_sinks=attention_sinks,
             intermediate_size=intermediate_size,
@@ -311,6 +337,80 @@ def _acceptance(prediction: EvalPrediction) -> dict[str, float]:
     return {"acceptance_length": 1 + float(np.mean(steps))}
 
 
+def _mixed(text: list[Document], written: list[Document], seed: int) -> list[Document]:
+    """Return the target's own text with a third as much of what people wrote, all of it where the target wrote none."""
+    chosen = np.random.default_rng(seed).permutation(len(text))
+    return [*written, *(text[number] for number in chosen[: len(written) // 3 if written else len(text)])]
+
+
+def _read(
+    data: Sequence[Path], tokenizer: PreTrainedTokenizerBase, vocab_size: int, fingerprint: str, max_tokens: int | None
+) -> tuple[list[Document], np.ndarray, list[Path]]:
+    """Return the answered conversations of `data`, the token ids of its text, and the files that were read."""
+    paths: dict[str, list[Path]] = {"answers": [], "conversations": [], "text": []}
+    for path in data:
+        paths[data_kind(path)].append(path)
+    skipped: list[str] = []
+    documents = [
+        Document.answered(one.prompt_token_ids, one.output_token_ids)
+        for one in read_answers(
+            paths["answers"], vocab_size=vocab_size, fingerprint=fingerprint, on_skip=skipped.append
+        )
+    ]
+    if paths["conversations"]:
+        documents += [
+            Document(np.asarray(one.token_ids, dtype=np.int32), np.asarray(one.answer_mask, dtype=bool))
+            for one in read_conversations(
+                paths["conversations"], tokenizer, max_tokens=max_tokens, on_skip=skipped.append
+            )
+        ]
+    for line in skipped[:_SHOWN_SKIPS]:
+        _logger.warning("left out: %s", line)
+    if len(skipped) > _SHOWN_SKIPS:
+        _logger.warning("left out: %d rows in all", len(skipped))
+    files = find_files(paths["text"]) if paths["text"] else []
+    text = tokenize(tokenizer, read_documents(files)) if files else np.empty(0, np.int32)
+    answers = find_answer_files(paths["answers"]) if paths["answers"] else []
+    return documents, text, [*answers, *paths["conversations"], *files]
+
+
+def token_counts(documents: Sequence[Document], vocab_size: int) -> Tensor:
+    """Count how often each token is to be learned: `[V]` int64."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for document in documents:
+        counts += np.bincount(document.token_ids[document.learned], minlength=vocab_size)[:vocab_size]
+    return torch.from_numpy(counts)
+
+
+def give_draft_vocabulary(
+    drafter: QuickMergePrior | Eagle3Drafter, target: PreTrainedModel, counts: Tensor, required: Iterable[int]
+) -> float:
+    """Choose the tokens that a drafter can propose, if not all, and return the share of the written ones.
+
+    Args:
+        drafter: changed in place.
+        target: whose vocabulary head EAGLE-3 takes rows of.
+        counts: `[V]`, see `token_counts`.
+        required: ids that must be among them.
+    """
+    if drafter.draft_token_ids is None:
+        return 1.0
+    token_ids = choose_tokens(counts, drafter.config.draft_vocab_size, required)
+    drafter.draft_token_ids = token_ids
+    if isinstance(drafter, Eagle3Drafter):
+        assert drafter.lm_head is not None
+        head = target.get_output_embeddings().weight
+        drafter.lm_head.weight.copy_(head[token_ids.to(head.device)])
+    return coverage(counts, token_ids)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> set[int]:
+    """Return the ids that end a text or an answer."""
+    named = getattr(target.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return {token_id for token_id in ends if token_id is not None}
+
+
 def train_drafter(
     target_dir: Path,
     data: Sequence[Path],
@@ -323,106 +423,141 @@ def train_drafter(
     intermediate_size: int | None = None,
     aux_layers: Sequence[int] | None = None,
     lookup_length: int = 0,
+    draft_vocab_size: int | None = None,
     sequence_length: int = 1024,
-    rows_per_window: int = 128,
+    rows_per_document: int | None = None,
     regenerated_tokens: int = 0,
     init_from: Path | None = None,
     states_dir: Path | None = None,
     data_seed: int | None = None,
+    device_map: str | None = None,
     resume: bool = False,
 ) -> dict:
     """Train a drafter for the target in `target_dir`, save it under `out`, return this stage's provenance.
 
     Args:
-        target_dir: folder of a transformers causal LM; frozen.
-        data: text files or folders; the last 2 % of the tokens are kept for validation.
-        out: folder of the drafter; checkpoints and regenerated text are kept in `out/work`.
-        loop: see `LoopSettings`.
+        target_dir: folder of a transformers causal LM, used in its own dtype; frozen.
+        data: answers of the target as `qm-spec data` writes them, conversations, text files or folders. A fiftieth is
+            kept for validation.
+        out: folder of the drafter; checkpoints, the log and regenerated text are kept in `out/work`.
+        loop: see `LoopSettings`; a batch is so many rows, positions that the loss is taken at.
         merge: the merging schedule.
         kind: one of `DRAFTERS`; for EAGLE-3 the other settings describe the prior it is compared with.
         num_speculative_tokens: draft steps unrolled, and the default K of the drafter.
         intermediate_size: of the prior's MLP; the target's when None.
         aux_layers: see `drafter_config`.
         lookup_length: of the saved drafter, see `QuickMergeConfig`; training does not depend on it.
-        sequence_length: tokens per window.
-        rows_per_window: positions per window that the loss is taken at.
+        draft_vocab_size: tokens that the drafter can propose, the most frequent of the data; all when None.
+        sequence_length: tokens per document that text is cut into; conversations are whole.
+        rows_per_document: positions per document that the loss is taken at; all tokens of answers when None.
         regenerated_tokens: tokens that the target itself writes, added to the data. Acceptance is
             measured on what the target writes, not on what people wrote.
         init_from: a trained drafter of this target to go on from; its sizes and settings are kept.
-        states_dir: folder where the target's states and text are kept for other drafters of the same windows.
-        data_seed: of the choice of windows and of what the target writes; the loop's seed when None.
+        states_dir: folder where the target's states and text are kept for other drafters of the same documents.
+        data_seed: of the choice of documents and of what the target writes; the loop's seed when None.
+        device_map: of the target, as transformers takes it, for targets that need several GPUs.
         resume: go on from the last checkpoint under `out`.
 
     Raises:
         FileNotFoundError: target or data missing.
-        ValueError: an unknown drafter, sizes that do not fit, too little text.
+        ValueError: an unknown drafter, sizes that do not fit, too little data, data of another target.
     """
     started, commit = time.time(), provenance.git_commit()
     set_seed(loop.seed)
     data_seed = loop.seed if data_seed is None else data_seed
     fingerprint = target_fingerprint(target_dir)
     tokenizer = AutoTokenizer.from_pretrained(target_dir)
-    target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
-    if torch.cuda.is_available():
-        target.cuda()
+    target = AutoModelForCausalLM.from_pretrained(target_dir, dtype="auto", device_map=device_map)
+    if device_map is None:
+        # With several processes, this one's GPU.
+        target.to(PartialState().device)
     config = drafter_config(
-        target, fingerprint, merge, num_speculative_tokens, intermediate_size, aux_layers, lookup_length
+        target,
+        fingerprint,
+        merge,
+        num_speculative_tokens,
+        intermediate_size,
+        aux_layers,
+        lookup_length,
+        draft_vocab_size,
     )
     drafter = new_drafter(kind, target, config, sequence_length)
     if init_from is not None:
-        known = load_drafter(init_from)
-        if known.config.architectures != drafter.config.architectures:
-            raise ValueError(
-                f"train: {init_from} holds a {known.config.architectures[0]}, and a drafter {kind!r} is a "
-                f"{drafter.config.architectures[0]}; leave --init-from out"
-            )
-        if known.config.target_fingerprint != fingerprint:
-            raise ValueError(
-                f"train: {init_from} was trained for the target {known.config.target_fingerprint}, "
-                f"and {target_dir} is {fingerprint}; leave --init-from out"
-            )
-        drafter = known
-    files = find_files(data)
-    token_ids = tokenize(tokenizer, read_documents(files))
+        drafter = _known_drafter(init_from, drafter, fingerprint, target_dir)
+    vocab_size = target.get_output_embeddings().weight.shape[0]
+    limit = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    answered, text, files = _read(data, tokenizer, vocab_size, fingerprint, limit)
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
     weights = sha256_of(sorted(target_dir.glob("*.safetensors")))
     shared = None if states_dir is None else states_dir / weights[:16]
     states = TargetStates(target, shared)
-    num_valid = max(sequence_length, len(token_ids) // 50)
-    text, valid_text = token_ids[:-num_valid], token_ids[-num_valid:]
-    written = np.empty((0, sequence_length), np.int32)
+    train_text, valid_text, written = _split_text(text, sequence_length)
     if regenerated_tokens:
         passage = min(PASSAGE_LENGTH, sequence_length)
-        passages = regenerate(target, text, passage, regenerated_tokens, shared or work, data_seed)
+        prompts = np.concatenate([document.token_ids for document in train_text])
+        passages = regenerate(target, prompts, passage, regenerated_tokens, shared or work, data_seed)
         # Passages are packed: the time to write one grows with the square of its length.
-        written = TokenWindows(passages.reshape(-1), sequence_length).token_ids
-    # Half of the validation is what drafters meet in service: the target's own text.
-    held_out = min(VALID_WINDOWS // 2, len(written) // 10)
-    valid_set = TokenWindows(valid_text, sequence_length)
-    valid_set.token_ids = np.concatenate([valid_set.token_ids[: VALID_WINDOWS - held_out], written[:held_out]])
-    train_set = TokenWindows(text, sequence_length)
-    needed = loop.max_steps * loop.batch_size
-    train_set.token_ids = _mix(train_set.token_ids, written[held_out:], needed, data_seed)
-    model = DraftTraining(drafter, target, rows_per_window, states)
-    metrics = fit(model, train_set, valid_set, loop, work / "checkpoints", "drafter", resume, _acceptance)
+        written = windows(passages.reshape(-1), sequence_length)
+    # Validation is on what drafters meet in service where there is any: the target's own text.
+    own = [*answered, *written]
+    order = np.random.default_rng(data_seed).permutation(len(own))
+    num_valid = min(VALID_DOCUMENTS, len(own) // 10)
+    valid = [own[number] for number in order[:num_valid]] or valid_text[:VALID_DOCUMENTS]
+    documents = _mixed(train_text, [own[number] for number in order[num_valid:]], data_seed)
+    if init_from is None:
+        counts = token_counts(documents, vocab_size)
+        share = give_draft_vocabulary(drafter, target, counts, _ends(tokenizer, target))
+        if drafter.draft_token_ids is not None:
+            _logger.info("draft vocabulary: %d tokens, %.1f %% of those written", len(drafter.d2t), 100 * share)
+    train_set = DocumentBatches(documents, loop.batch_size, rows_per_document, data_seed)
+    valid_set = DocumentBatches(valid, loop.batch_size)
+    loop = loop.fitted(len(train_set))
+    model = DraftTraining(drafter, target, states)
+    _logger.info(
+        "%d documents of %d tokens, %d of them to learn; %d steps of %d rows",
+        len(documents),
+        sum(len(document.token_ids) for document in documents),
+        train_set.num_rows,
+        loop.max_steps,
+        loop.batch_size,
+    )
+    if shared is not None:
+        layers = drafter.config.eagle_aux_hidden_state_layer_ids
+        keep_states(states, [*train_set.documents, *valid_set.documents], layers)
+    rows_per_step = train_set.num_rows / len(train_set)
+    metrics = fit(
+        model,
+        train_set,
+        valid_set,
+        loop,
+        work / "checkpoints",
+        "drafter",
+        resume,
+        _acceptance,
+        whole_batches=True,
+        tokens_per_step=rows_per_step,
+    )
     drafter.to(torch.bfloat16).save_pretrained(out)
     stage = {
         "command": provenance.command(),
         "commit": commit,
         "drafter": kind,
-        "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
+        "parameters": sum(parameter.numel() for parameter in drafter.parameters() if parameter.requires_grad),
         "target_fingerprint": fingerprint,
         "data_sha256": sha256_of(files),
-        "regenerated_tokens": int(written.size),
+        "documents": len(documents),
+        "learned_tokens": train_set.num_rows,
+        "regenerated_tokens": sum(len(document.token_ids) for document in written),
+        "draft_vocab_size": drafter.config.draft_vocab_size,
         "seed": loop.seed,
         "data_seed": data_seed,
         "steps": loop.max_steps,
-        "windows": loop.max_steps * loop.batch_size,
-        "sequence_length": sequence_length,
-        "rows_per_window": rows_per_window,
+        "rows_per_step": loop.batch_size,
+        "rows": round(loop.max_steps * rows_per_step),
+        "valid_documents": len(valid_set.documents),
         "valid_loss": metrics["eval_loss"],
-        "valid_acceptance_length_teacher_forced": metrics["eval_acceptance_length"],
+        "valid_acceptance_length": metrics["eval_acceptance_length"],
         # Of one run from its beginning to its end; a resumed one has no single time.
         "wall_hours": None if resume else round((time.time() - started) / 3600, 2),
         "versions": provenance.versions(),
@@ -430,3 +565,39 @@ def train_drafter(
     provenance.write_stage(out, stage, init_from)
     shutil.rmtree(work / "checkpoints")
     return stage
+
+
+def _known_drafter(
+    folder: Path, new: QuickMergePrior | Eagle3Drafter, fingerprint: str, target_dir: Path
+) -> QuickMergePrior | Eagle3Drafter:
+    """Load a drafter to go on from, which must be of the new one's kind and of the same target."""
+    known = load_drafter(folder)
+    if known.config.architectures != new.config.architectures:
+        raise ValueError(
+            f"train: {folder} holds a {known.config.architectures[0]}, and the drafter asked for is a "
+            f"{new.config.architectures[0]}; leave --init-from out"
+        )
+    if known.config.target_fingerprint != fingerprint:
+        raise ValueError(
+            f"train: {folder} was trained for the target {known.config.target_fingerprint}, "
+            f"and {target_dir} is {fingerprint}; leave --init-from out"
+        )
+    return known
+
+
+def _split_text(text: np.ndarray, length: int) -> tuple[list[Document], list[Document], list[Document]]:
+    """Return documents of a text to train on and of its last fiftieth, and an empty list for what the target writes."""
+    if not len(text):
+        return [], [], []
+    num_valid = max(length, len(text) // 50)
+    return windows(text[:-num_valid], length), windows(text[-num_valid:], length), []
+
+
+def keep_states(states: TargetStates, documents: Sequence[Document], layers: Sequence[int]) -> None:
+    """Read documents that are not kept yet, with a bar that says how long it takes."""
+    total = sum(len(document.token_ids) for document in documents)
+    with Progress(
+        TextColumn("the target reads"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=Console()
+    ) as progress:
+        task = progress.add_task("states", total=total)
+        states.keep(documents, layers, lambda number: progress.advance(task, number))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -20,21 +21,25 @@ from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from qm_spec.training.optimizer import Muon
 
+# Steps whose time is taken for that of the others: the first ones start slowly.
+_ESTIMATE_AFTER = 5
+
 
 @dataclass(frozen=True)
 class LoopSettings:
     """How long and how fast to train.
 
     Attributes:
-        max_steps: optimizer steps.
-        batch_size: sequences per step.
+        max_steps: optimizer steps; None for `epochs`.
+        batch_size: sequences per step; of a data set of whole batches what its batches are measured in.
+        epochs: times that a data set of whole batches is seen where `max_steps` is None.
         lr: Muon step of the matrices; everything else uses `adam_lr`.
         warmup_steps: linear warm-up; then constant, then linear decay over the last `decay_share`.
         save_steps: steps between checkpoints (and validations).
         seed: of initialisation and data order.
     """
 
-    max_steps: int
+    max_steps: int | None = None
     batch_size: int = 8
     lr: float = 0.02
     adam_lr: float = 3e-3
@@ -42,42 +47,76 @@ class LoopSettings:
     decay_share: float = 0.5
     save_steps: int = 100
     seed: int = 0
+    epochs: float = 1.0
+
+    def fitted(self, batches: int) -> LoopSettings:
+        """Return settings with the steps that see a data set of so many batches as often as asked."""
+        if self.max_steps is not None:
+            return self
+        return replace(self, max_steps=max(1, round(self.epochs * batches)))
 
 
+# Beside the folder of the checkpoints.
+LOG = "train.log"
 _SHOWN = ("loss", "eval_loss", "eval_acceptance_length")
 
 
 class _Progress(TrainerCallback):
-    """A rich bar with the last loss; one plain line per log where there is no terminal."""
+    """A rich bar with speed, time left and the last losses; plain lines where there is no terminal, and in a file.
 
-    def __init__(self, label: str) -> None:
-        self.console = Console()
+    Args:
+        label: of the bar.
+        log: file that the lines are added to.
+        tokens_per_step: that a step learns from; None where they are not counted.
+    """
+
+    def __init__(self, label: str, log: Path, tokens_per_step: float | None) -> None:
+        self.console, self.log, self.tokens_per_step = Console(), log, tokens_per_step
         self.bar = Progress(
             TextColumn(label),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
         )
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.first, self.began = state.global_step, time.monotonic()
         self.bar.start()
-        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, loss="")
+        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, shown="")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
+        if state.global_step == self.first + _ESTIMATE_AFTER:
+            self._say(f"about {self._left(state)} left")
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         shown = " ".join(f"{k} {v:.4g}" for k, v in kwargs.get("logs", {}).items() if k in _SHOWN)
-        if shown:
-            self.bar.update(self.task, loss=shown)
-            if not self.console.is_terminal:
-                self.console.print(f"step {state.global_step}/{state.max_steps} {shown}", highlight=False)
+        # Also called once before the first step, and once more behind the last.
+        if not shown or state.global_step == self.first:
+            return
+        if self.tokens_per_step is not None:
+            shown += f", {self.tokens_per_step * self._steps_per_s(state):.0f} tokens/s"
+        self.bar.update(self.task, shown=shown)
+        self._say(f"step {state.global_step}/{state.max_steps} {shown}, {self._left(state)} left")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.stop()
+
+    def _steps_per_s(self, state: TrainerState) -> float:
+        return (state.global_step - self.first) / max(1e-9, time.monotonic() - self.began)
+
+    def _left(self, state: TrainerState) -> str:
+        seconds = (state.max_steps - state.global_step) / self._steps_per_s(state)
+        return f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min"
+
+    def _say(self, line: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(line, highlight=False)
+        with self.log.open("a", encoding="utf-8") as stream:
+            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
 class _StopOnInterrupt(TrainerCallback):
@@ -102,6 +141,11 @@ class _StopOnInterrupt(TrainerCallback):
         signal.signal(signal.SIGINT, self.previous)
 
 
+def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    (batch,) = items
+    return batch
+
+
 def fit(
     model: nn.Module,
     train: Dataset,
@@ -111,6 +155,8 @@ def fit(
     label: str,
     resume: bool,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    whole_batches: bool = False,
+    tokens_per_step: float | None = None,
 ) -> dict[str, float]:
     """Train `model` in place and return its final validation metrics.
 
@@ -119,10 +165,12 @@ def fit(
         train: items are dicts of tensors.
         valid: likewise, evaluated at each checkpoint and at the end.
         settings: see `LoopSettings`.
-        work_dir: holds the checkpoints (`checkpoint-<step>/`).
+        work_dir: holds the checkpoints (`checkpoint-<step>/`); beside it `train.log` has a line of every ten steps.
         label: what the progress bar says.
         resume: go on from the last checkpoint of `work_dir`, if there is one.
         compute_metrics: of the model's other outputs at validation.
+        whole_batches: an item of the data sets is a batch already.
+        tokens_per_step: that a step learns from, for the progress; None leaves the speed out.
 
     Returns:
         The metrics of the last validation, e.g. `{"eval_loss": nats per token}`.
@@ -130,13 +178,15 @@ def fit(
     Raises:
         KeyboardInterrupt: Ctrl-C; a checkpoint was written first.
     """
+    assert settings.max_steps is not None, "settings are fitted to the data first"
+    work_dir.mkdir(parents=True, exist_ok=True)
     warmup_steps = min(settings.warmup_steps, settings.max_steps // 2)
     decay_steps = min(settings.max_steps - warmup_steps, int(settings.max_steps * settings.decay_share))
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_train_batch_size=1 if whole_batches else settings.batch_size,
+        per_device_eval_batch_size=1 if whole_batches else settings.batch_size,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": decay_steps, "decay_type": "linear"},
         warmup_steps=warmup_steps,
@@ -160,8 +210,9 @@ def fit(
         train_dataset=train,
         eval_dataset=valid,
         optimizers=(optimizer, None),
-        callbacks=[_Progress(label), stop],
+        callbacks=[_Progress(label, work_dir.parent / LOG, tokens_per_step), stop],
         compute_metrics=compute_metrics,
+        data_collator=_only_item if whole_batches else None,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
