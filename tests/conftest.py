@@ -56,7 +56,7 @@ def shared() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct, fetched on first use; a test that asks for it is skipped where it cannot be."""
+    """The folder of SmolLM2-135M-Instruct, fetched on first use; who asks is skipped where it cannot be had."""
     from qm_spec.targets import fetch_target
 
     try:

