@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from qm_spec.cli_fetch import FETCH_EXAMPLES, fetch
 from qm_spec.evaluation.command import EXIT_INTERRUPTED, evaluate, ray_settings
 
 app = typer.Typer(
@@ -37,6 +38,9 @@ Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in OU
 @app.callback()
 def main() -> None:
     """Train reference targets, QuickMerge drafters and compressors."""
+
+
+app.command("fetch", epilog=FETCH_EXAMPLES)(fetch)
 
 
 @app.command("train-target")

@@ -54,6 +54,17 @@ def shared() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, fetched on first use; who asks is skipped where it cannot be had."""
+    from qm_spec.targets import fetch_target
+
+    try:
+        return fetch_target("smollm2-135m-instruct")
+    except (ConnectionError, ModuleNotFoundError) as error:
+        pytest.skip(str(error))
+
+
 # A benchmark whose engines are played by tests/fake_engine.py
 
 

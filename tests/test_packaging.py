@@ -25,6 +25,7 @@ ZOO_SAMPLES = [
 # Everything that is installed beside torch by an extra.
 EXTRAS = [
     "accelerate",
+    "gguf",
     "matplotlib",
     "ray",
     "rich",
