@@ -22,7 +22,7 @@ from qm_spec.evaluation.answering import Answering, AnswerSettings, _Meter
 from qm_spec.evaluation.answering_command import describe
 from qm_spec.evaluation.settings import RaySettings
 from qm_spec.evaluation.shards import EngineSpec, ShardSpec, TokenPrompt
-from qm_spec.evaluation.transformers_engine import SeededNoise, answer_shard
+from qm_spec.evaluation.transformers_engine import SeededNoise, answer_shard, open_target
 
 CHAT = "{% for one in messages %}{{ one.content }} {% endfor %}{% if add_generation_prompt %}e{% endif %}"
 WORDS = "abcd"
@@ -393,3 +393,21 @@ def test_the_argmax_of_noisy_logits_is_a_sample():
     chosen = noise(torch.empty(0), logits.expand(20000, 4)).argmax(-1)
     shares = torch.bincount(chosen, minlength=4) / 20000
     torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(-1), atol=0.015, rtol=0)
+
+
+@pytest.mark.vllm
+def test_vllm_answers_as_transformers_does_and_says_why_it_ended(tmp_path, root, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    target = root / "qm_spec" / "zoo" / "novels" / "target"
+    texts = ("It was a dark and", "The captain looked at the", "My dear Miss", "He had never been")
+    file = write(tmp_path / "novels.jsonl", *({"text": text} for text in texts))
+    asked = AnswerSettings(
+        target, (file,), tmp_path / "answers", 12, greedy_share=1.0, concurrency=4, dtype="float32", plain_text=True
+    )
+    answering = Answering(asked)
+    answering.run(quiet)
+    rows = written(asked.out)
+    (greedy,) = answering._shards
+    expected = answer_shard(greedy, open_target(greedy.engine), lambda *event: None).passes[0].requests
+    assert [tuple(row["output_token_ids"]) for row in rows] == [one.token_ids for one in expected]
+    assert [row["finish_reason"] for row in rows] == [one.finish_reason for one in expected]
