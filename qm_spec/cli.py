@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from qm_spec.cli_fetch import FETCH_EXAMPLES, fetch
+from qm_spec.evaluation.answering_command import EXAMPLES as DATA_EXAMPLES
+from qm_spec.evaluation.answering_command import answer
 from qm_spec.evaluation.command import EXIT_INTERRUPTED, evaluate, ray_settings
 
 app = typer.Typer(
@@ -544,6 +546,9 @@ def generate_command(
     typer.echo(f"saved {output}: {generation.num_rows} rows, {generation.num_errors} of them with an error")
     if generation.num_errors:
         raise typer.Exit(1)
+
+
+app.command("data", epilog=DATA_EXAMPLES)(answer)
 
 
 if __name__ == "__main__":

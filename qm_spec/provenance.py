@@ -54,4 +54,7 @@ def write_stage(folder: Path, stage: dict[str, Any], init_from: Path | None = No
     stages: list[dict[str, Any]] = []
     if init_from is not None and (init_from / FILE).is_file():
         stages = json.loads((init_from / FILE).read_text())["stages"]
-    (folder / FILE).write_text(json.dumps({"stages": [*stages, stage]}, indent=1) + "\n")
+    # A full disk must not cost the record that stands there.
+    partial = folder / f"{FILE}.partial"
+    partial.write_text(json.dumps({"stages": [*stages, stage]}, indent=1) + "\n")
+    partial.replace(folder / FILE)

@@ -55,7 +55,7 @@ def main() -> None:
                 time.sleep(600)
             while fault == "wait" and number and not (FOLDER / "go").exists():
                 time.sleep(0.02)
-            emit(event="progress", shard=number, done=1, total=len(shard.prompts))
+            emit(event="progress", shard=number, done=1, total=len(shard.prompts), num_tokens=shard.max_tokens)
             result = ShardResult("cpu", shard.engine.dtype, (decode(shard, method),) * shard.repeats)
             emit(event="result", shard=number, result=result.to_json())
 

@@ -225,7 +225,7 @@ def test_concurrency_requests_are_in_flight_and_results_keep_the_order(concurren
         [prompt(name) for name in "abc"],
         lambda number: None,
         concurrency,
-        on_finished=lambda: finished.append(1),
+        on_finished=finished.append,
         clock=lambda: engine.now,
     )
     assert engine.most_in_flight == min(concurrency, 3)

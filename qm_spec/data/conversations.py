@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qm_spec.data.chat import Message, chat_token_ids, is_message, write_chat
 from qm_spec.data.json_lines import OnSkip, Row, find_row_files, read_rows, say_nothing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, Any]
 
 # Roles by the names that ShareGPT's exports use.
 _ROLES = {
@@ -117,7 +116,7 @@ def messages_from_row(row: Row, place: str) -> list[Message]:
         turns = row.get(name)
         if not isinstance(turns, list):
             continue
-        if name == "messages" and all(_is_message(turn) for turn in turns):
+        if name == "messages" and all(is_message(turn) for turn in turns):
             return turns
         if all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
             roles = [_ROLES.get(turn.get("from")) for turn in turns]
@@ -129,10 +128,6 @@ def messages_from_row(row: Row, place: str) -> list[Message]:
     raise ValueError(
         f"data: {place} must have a list of 'messages' (OpenAI) or 'conversations' (ShareGPT), got only {sorted(row)}"
     )
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
 
 
 @dataclass(frozen=True)
@@ -153,18 +148,18 @@ def mask_answers(
     last = max((number for number, one in enumerate(messages) if _is_answer(one)), default=None)
     if last is None:
         raise ValueError("the conversation must have an answer that is not empty, got none")
-    text = _written(messages[: last + 1], tokenizer)
-    token_ids = _token_ids(text, tokenizer)
+    text = write_chat(messages[: last + 1], tokenizer)
+    token_ids = chat_token_ids(text, tokenizer)
     spans = []
     for number, message in enumerate(messages[: last + 1]):
         # What opens a conversation answers nothing.
         if not number or not _is_answer(message):
             continue
-        before, asked = (_written(messages[:number], tokenizer, ask=ask) for ask in (False, True))
-        told = _written(messages[: number + 1], tokenizer)
+        before, asked = (write_chat(messages[:number], tokenizer, ask=ask) for ask in (False, True))
+        told = write_chat(messages[: number + 1], tokenizer)
         if text.startswith(told) and told.startswith(before) and asked.startswith(before):
-            begin = _common_length(token_ids, _token_ids(asked, tokenizer))
-            end = _common_length(token_ids, _token_ids(told, tokenizer))
+            begin = _common_length(token_ids, chat_token_ids(asked, tokenizer))
+            end = _common_length(token_ids, chat_token_ids(told, tokenizer))
             spans.append((begin, _behind_last_special(token_ids, begin, end, tokenizer)))
     if not spans:
         raise ValueError("an answer must follow a turn and stand as the template writes a last turn, none does")
@@ -180,20 +175,6 @@ def mask_answers(
 def _is_answer(message: Message) -> bool:
     content = message["content"]
     return message["role"] == "assistant" and bool(content.strip() if isinstance(content, str) else content)
-
-
-def _written(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, ask: bool = False) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template must take the conversation, and refuses it: {error}") from error
-
-
-def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # The template has written the special tokens.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _common_length(ids: Sequence[int], others: Sequence[int]) -> int:

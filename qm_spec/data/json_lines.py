@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ Row = dict[str, Any]
 OnSkip = Callable[[str], None]
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_PACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".xz": lzma.compress}
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json", ".json.gz", ".json.xz")
 
 
@@ -103,3 +105,22 @@ def _list(text: bytes, file: Path) -> list[Any]:
     if not isinstance(rows, list):
         raise ValueError(f"{file} must be a list of objects, got {type(rows).__name__}; or name it .jsonl")
     return rows
+
+
+def write_rows(file: Path, rows: Iterable[Row]) -> None:
+    """Write rows as lines of JSON, packed where the name ends with `.gz` or `.xz`; it appears whole or not at all.
+
+    Raises:
+        OSError: there is no room, for one; what was begun is removed.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    try:
+        with partial.open("wb") as stream:
+            stream.write(_PACKERS[file.suffix](lines) if file.suffix in _PACKERS else lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

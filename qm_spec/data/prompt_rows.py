@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypeGuard
 
+from qm_spec.data.chat import Message, is_message
 from qm_spec.data.json_lines import Row
 
 _IDS = ("id", "question_id", "task_id", "_id")
@@ -38,9 +39,10 @@ class Prompt:
 def prompt_from_row(row: Row, number: int, place: str) -> Prompt | None:
     """Return the prompt that a row holds, None for a conversation in which no person says anything.
 
-    The shapes, first match first: `text` or `prompt`; OpenAI `messages`; Spec-Bench's and MT-bench's `turns`, of
-    which the first is taken, since the second needs an answer to the first; ShareGPT's `conversations`, up to the
-    first turn of the person; GSM8K's `question` and `answer`; LongBench's `context` and `input`; `input_length`.
+    The shapes, first match first: `text` or `prompt`; OpenAI `messages`, without the answers at their end; Spec-Bench's
+    and MT-bench's `turns`, of which the first is taken, since the second needs an answer to the first; ShareGPT's
+    `conversations`, up to the first turn of the person; GSM8K's `question` and `answer`; LongBench's `context` and
+    `input`; `input_length`.
 
     Raises:
         ValueError: the row has none of these shapes, or a time of arrival that is none.
@@ -50,14 +52,14 @@ def prompt_from_row(row: Row, number: int, place: str) -> Prompt | None:
         if found is not None:
             break
     else:
-        if isinstance(row.get("conversations"), list):
+        if isinstance(row.get("conversations"), list) or _are_messages(row.get("messages")):
             return None
         raise ValueError(
             f"prompts: {place} must have a 'text' or 'prompt' string or a list of 'messages' with role and content "
             "(or the fields of Spec-Bench, ShareGPT, GSM8K, LongBench or a trace with input_length), "
             f"got only {sorted(row)}"
         )
-    prompt_id = next((str(row[name]) for name in _IDS if name in row), str(number))
+    prompt_id = own_id(row) or str(number)
     category = row.get("category", row.get("dataset"))
     return replace(
         found,
@@ -65,6 +67,11 @@ def prompt_from_row(row: Row, number: int, place: str) -> Prompt | None:
         category=category if isinstance(category, str) else None,
         arrival_s=_arrival(row, place),
     )
+
+
+def own_id(row: Row) -> str | None:
+    """Return the id that a row gives itself, None for none."""
+    return next((str(row[name]) for name in _IDS if name in row), None)
 
 
 def _text(row: Row) -> Prompt | None:
@@ -76,13 +83,15 @@ def _text(row: Row) -> Prompt | None:
 
 def _messages(row: Row) -> Prompt | None:
     messages = row.get("messages")
-    if isinstance(messages, list) and messages and all(_is_message(one) for one in messages):
-        return Prompt("", messages=tuple(messages))
-    return None
+    if not _are_messages(messages):
+        return None
+    # The answers at the end are what is to be generated.
+    asked = next((end for end in range(len(messages), 0, -1) if messages[end - 1]["role"] != "assistant"), 0)
+    return Prompt("", messages=tuple(messages[:asked])) if asked else None
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
+def _are_messages(value: Any) -> TypeGuard[list[Message]]:
+    return isinstance(value, list) and bool(value) and all(is_message(one) for one in value)
 
 
 def _turns(row: Row) -> Prompt | None:

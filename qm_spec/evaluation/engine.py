@@ -2,7 +2,7 @@
 
 `python -m qm_spec.evaluation.engine JOB.json EVENTS.jsonl` reads a list of shards that share one engine
 and appends one JSON object per line: `{"event": "ready"}`, then per shard
-`{"event": "progress", "shard", "done", "total"}` for every finished request and
+`{"event": "progress", "shard", "done", "total", "num_tokens"}` for every finished request and
 `{"event": "result", "shard", "result"}`. Before each shard it waits for a line on its standard input, or its end.
 vLLM is imported here and only by the functions that run it.
 """
@@ -29,6 +29,8 @@ from qm_spec.evaluation.shards import (
     TokenPrompt,
 )
 
+# Takes the finished requests of a shard, all of them, and the output tokens of the finished ones.
+OnProgress = Callable[[int, int, int], None]
 # Long enough for every shape of the measured part to have been met once.
 WARM_UP_TOKENS = 32
 
@@ -67,7 +69,7 @@ class _Flight:
         self.last_token = now
         self.token_ids = list(token_ids)
 
-    def result(self, counts: DraftCounts) -> RequestResult:
+    def result(self, output: Any) -> RequestResult:
         further = len(self.token_ids) - 1
         return RequestResult(
             prompt_id=self.prompt.prompt_id,
@@ -75,8 +77,9 @@ class _Flight:
             num_steps=self.num_steps,
             ttft_s=self.first_token - self.started,
             tpot_s=(self.last_token - self.first_token) / further if further else None,
-            counts=counts,
+            counts=request_counts(output),
             arrival_s=self.arrival_s,
+            finish_reason=getattr(output, "finish_reason", None),
         )
 
 
@@ -86,7 +89,7 @@ def run_requests(
     sampling: Callable[[int], Any],
     concurrency: int,
     *,
-    on_finished: Callable[[], None] = lambda: None,
+    on_finished: Callable[[RequestResult], None] = lambda result: None,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[float, tuple[RequestResult, ...]]:
@@ -96,7 +99,7 @@ def run_requests(
 
     Args:
         sampling: the sampling parameters of prompt number i.
-        on_finished: called after each finished request.
+        on_finished: called with each finished request.
 
     Returns:
         Wall seconds, and the results in the order of `prompts`.
@@ -122,9 +125,9 @@ def run_requests(
         for output in outputs:
             flights[output.request_id].observe(output.outputs[0].token_ids, now)
             if output.finished:
-                counts = request_counts(output.outputs[0])
-                results[int(output.request_id)] = flights.pop(output.request_id).result(counts)
-                on_finished()
+                result = flights.pop(output.request_id).result(output.outputs[0])
+                results[int(output.request_id)] = result
+                on_finished(result)
     return clock() - begin, tuple(results[number] for number in range(len(prompts)))
 
 
@@ -182,24 +185,25 @@ def request_counts(output: Any) -> DraftCounts:
 
 
 def evaluate_shard(
-    spec: ShardSpec, llm: Any = None, on_progress: Callable[[int, int], None] = lambda done, total: None
+    spec: ShardSpec, llm: Any = None, on_progress: OnProgress = lambda done, total, num_tokens: None
 ) -> ShardResult:
     """Measure one shard: a warm-up, then `spec.repeats` passes over its prompts.
 
     Args:
         llm: a running `vllm.LLM` for `spec.engine`; None starts one.
-        on_progress: called with finished and total requests of the measured passes.
+        on_progress: see `OnProgress`; it hears of the measured passes.
     """
     from vllm import SamplingParams
 
     llm = open_engine(spec.engine) if llm is None else llm
     total = spec.repeats * len(spec.prompts)
-    done = 0
+    done = num_tokens = 0
 
-    def finished() -> None:
-        nonlocal done
+    def finished(result: RequestResult) -> None:
+        nonlocal done, num_tokens
         done += 1
-        on_progress(done, total)
+        num_tokens += len(result.token_ids)
+        on_progress(done, total, num_tokens)
 
     def sampling(max_tokens: int) -> Callable[[int], Any]:
         return lambda number: SamplingParams(
@@ -226,7 +230,12 @@ def evaluate_shard(
     return ShardResult(str(device), str(model.dtype).removeprefix("torch."), tuple(passes))
 
 
-def main(job: Path, events: Path) -> None:
+def main(
+    job: Path,
+    events: Path,
+    open_engine: Callable[[EngineSpec], Any] = open_engine,
+    evaluate_shard: Callable[[ShardSpec, Any, OnProgress], ShardResult] = evaluate_shard,
+) -> None:
     """Run the shards that `job` lists on one engine and append what happens to `events`."""
     shards = [ShardSpec.from_json(fields) for fields in json.loads(job.read_text())]
     with events.open("a", buffering=1) as stream:
@@ -234,15 +243,15 @@ def main(job: Path, events: Path) -> None:
         def emit(**event: Any) -> None:
             stream.write(json.dumps(event) + "\n")
 
-        llm = open_engine(shards[0].engine)
+        engine = open_engine(shards[0].engine)
         emit(event="ready")
         for number, shard in enumerate(shards):
             sys.stdin.readline()
 
-            def progress(done: int, total: int, number: int = number) -> None:
-                emit(event="progress", shard=number, done=done, total=total)
+            def progress(done: int, total: int, num_tokens: int, number: int = number) -> None:
+                emit(event="progress", shard=number, done=done, total=total, num_tokens=num_tokens)
 
-            result = evaluate_shard(shard, llm, progress)
+            result = evaluate_shard(shard, engine, progress)
             emit(event="result", shard=number, result=result.to_json())
 
 

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from qm_spec.data.prompt_rows import prompt_from_row
 from qm_spec.discovery import check_drafter, find_drafter
 from qm_spec.drafter.suffix_index import MOST_LIKELY
 from qm_spec.evaluation.environment import default_device
-from qm_spec.evaluation.jobs import EngineJob, Event, run_jobs
+from qm_spec.evaluation.jobs import Event, run_jobs, share_jobs
 from qm_spec.evaluation.methods import speculative_config
 from qm_spec.evaluation.process import ENGINE_COMMAND
 from qm_spec.evaluation.prompts import tokenize_prompts
@@ -214,7 +213,8 @@ class Generation:
         method, device = settings.method, self._device
         results = [store.load(method, device, shard) for shard in self._shards]
         missing = [number for number, result in enumerate(results) if result is None]
-        jobs, places = self._jobs(missing)
+        num_jobs = settings.ray.num_actors if settings.ray else 1
+        jobs, places = share_jobs(self._shards, missing, num_jobs, method, device)
         finished = self.num_errors + sum(len(one.passes[0].requests) for one in results if one)
         under_way: dict[int, int] = {}
         engine_failed = False
@@ -244,17 +244,6 @@ class Generation:
         if not engine_failed:
             shutil.rmtree(parts)
         return settings.output
-
-    def _jobs(self, missing: Sequence[int]) -> tuple[list[EngineJob], list[Sequence[int]]]:
-        """Return a job for each engine, and the numbers of its shards: contiguous ones."""
-        num_jobs = min(len(missing), self.settings.ray.num_actors if self.settings.ray else 1)
-        bounds = [job * len(missing) // num_jobs for job in range(num_jobs + 1)] if num_jobs else [0]
-        places = [missing[begin:end] for begin, end in pairwise(bounds)]
-        jobs = [
-            EngineJob(f"engine.{job}", self.settings.method, self._device, tuple(self._shards[one] for one in numbers))
-            for job, numbers in enumerate(places)
-        ]
-        return jobs, places
 
     def _write(self, results: Sequence[ShardResult | None]) -> None:
         found = {

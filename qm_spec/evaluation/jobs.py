@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,24 @@ class EngineJob:
     method: str
     device: str
     shards: tuple[ShardSpec, ...]
+
+
+def share_jobs(
+    shards: Sequence[ShardSpec], missing: Sequence[int], num_jobs: int, method: str, device: str
+) -> tuple[list[EngineJob], list[Sequence[int]]]:
+    """Share the missing shards among at most `num_jobs` engines, contiguous ones each.
+
+    Returns:
+        The jobs, and for each the numbers of its shards.
+    """
+    num_jobs = min(len(missing), num_jobs)
+    bounds = [job * len(missing) // num_jobs for job in range(num_jobs + 1)] if num_jobs else [0]
+    places = [missing[begin:end] for begin, end in pairwise(bounds)]
+    jobs = [
+        EngineJob(f"engine.{job}", method, device, tuple(shards[one] for one in numbers))
+        for job, numbers in enumerate(places)
+    ]
+    return jobs, places
 
 
 def job_events(job: EngineJob, log: Path, command: Sequence[str] = ENGINE_COMMAND) -> Generator[Event]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qm_spec.data.chat import chat_token_ids, write_chat
 from qm_spec.data.json_lines import read_rows
 from qm_spec.data.prompt_rows import Prompt, prompt_from_row
 from qm_spec.evaluation.settings import BUILTIN
@@ -83,9 +84,7 @@ def _token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
             f"prompts: {prompt.prompt_id} has messages, but the target's tokenizer has no chat template; "
             "pass rows with a 'text', or a target trained to chat"
         )
-    text = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
-    # The template has written the special tokens.
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return tuple(chat_token_ids(write_chat(prompt.messages, tokenizer, ask=True), tokenizer))
 
 
 def cut_prompts(prompts: Sequence[TokenPrompt], num_tokens: int | None) -> tuple[TokenPrompt, ...]:

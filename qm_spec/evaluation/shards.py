@@ -125,6 +125,7 @@ class RequestResult:
         tpot_s: seconds per further token; None for a single token.
         counts: what vLLM counted for this request.
         arrival_s: when it was handed in, in seconds of its pass.
+        finish_reason: vLLM's own: "stop" at an end-of-text token, "length" at the limit; None where it was not asked.
     """
 
     prompt_id: str
@@ -134,6 +135,7 @@ class RequestResult:
     tpot_s: float | None
     counts: DraftCounts = field(default_factory=DraftCounts)
     arrival_s: float | None = None
+    finish_reason: str | None = None
 
     @property
     def latency_s(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qm_spec.data.json_lines import read_rows
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXT_SUFFIXES = (".jsonl", ".md", ".py", ".txt")
+LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
+TEXT_SUFFIXES = (*LINES_SUFFIXES, ".md", ".py", ".txt")
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
@@ -29,7 +31,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"data: {path} does not exist; pass a text file or a folder of them")
-        found = [path] if path.is_file() else [f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES]
+        found = [path] if path.is_file() else [f for f in path.rglob("*") if f.name.endswith(TEXT_SUFFIXES)]
         files.extend(sorted(found))
     if not files:
         raise FileNotFoundError(f"data: no {', '.join(TEXT_SUFFIXES)} file below {', '.join(map(str, paths))}")
@@ -37,21 +39,19 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_documents(files: Iterable[Path]) -> Iterator[str]:
-    """Yield one document per text file, and one per line of a `.jsonl` file (its `text` field).
+    """Yield one document per text file, and one per line of JSON lines, packed or not (its `text` field).
 
     Raises:
-        ValueError: a `.jsonl` line has no `text`.
+        ValueError: a line is not a JSON object with a `text`; the message has its number.
     """
     for file in files:
-        if file.suffix != ".jsonl":
+        if not file.name.endswith(LINES_SUFFIXES):
             yield file.read_text(encoding="utf-8", errors="replace")
             continue
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                row = json.loads(line)
-                if "text" not in row:
-                    raise ValueError(f"data: {file}:{number} has no 'text' field, only {sorted(row)}")
-                yield row["text"]
+        for number, row in read_rows(file):
+            if "text" not in row:
+                raise ValueError(f"data: {file}:{number} has no 'text' field, only {sorted(row)}")
+            yield row["text"]
 
 
 def sha256_of(files: Iterable[Path]) -> str:
