@@ -54,6 +54,22 @@ def to_offsets(token_ids: Tensor) -> Tensor:
     return token_ids.long() - torch.arange(len(token_ids), device=token_ids.device)
 
 
+def check_token_ids(token_ids: Tensor, vocab_size: int) -> Tensor:
+    """Return a draft vocabulary `[Vd]` after checking that it is one of the target's V tokens.
+
+    Raises:
+        ValueError: the ids do not rise, or are out of range.
+    """
+    if not bool((token_ids.diff() > 0).all()):
+        raise ValueError("draft vocabulary: token ids must rise, each of them once, but those of d2t do not")
+    if int(token_ids[0]) < 0 or int(token_ids[-1]) >= vocab_size:
+        raise ValueError(
+            f"draft vocabulary: token ids must be in 0..{vocab_size - 1}, the target's, but those of d2t are in "
+            f"{int(token_ids[0])}..{int(token_ids[-1])}"
+        )
+    return token_ids
+
+
 def choose_tokens(counts: Tensor, size: int, required: Iterable[int] = ()) -> Tensor:
     """Return the ids `[size]` of the most frequent tokens, rising; of two that are as frequent the lower id.
 
