@@ -78,7 +78,7 @@ class DraftCase:
     def replay(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the logits `[B, K, Vd]` of draft steps fed with `ids` `[B, K]`, by the reference in `dtype`."""
         floats = (weight.to(dtype) for weight in self.weights[:-1])
-        weights = DraftWeights(*floats, self.weights.token_ids)
+        weights = DraftWeights._make([*floats, self.weights.token_ids])
         layer = DenseLayer(weights, self.eps)
         entries = gather_entries(self.cache, self.block_table, self.num_tokens, layer.head_dim, self.config)
         logits: list[Tensor] = []

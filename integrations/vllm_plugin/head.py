@@ -13,6 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.utils import set_weight_attrs
 
 from qm_spec.drafter.vocabulary import check_token_ids, to_token_ids
 
@@ -45,7 +46,7 @@ class DraftRows(nn.Module):
                 raise RuntimeError("another number of tokens")
             parameter.data.copy_(check_token_ids(to_token_ids(offsets), vocab_size))
 
-        self.token_ids.weight_loader = load
+        set_weight_attrs(self.token_ids, {"weight_loader": load})
 
     @torch.no_grad()
     def gather(self, head: Tensor) -> Tensor:

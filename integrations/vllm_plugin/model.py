@@ -127,7 +127,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         """Fuse the target's auxiliary states: `[T, 3 D]` to `[T, D]`."""
         return self.model.layer.fuse(hidden_states)
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Return logits `[T, V]` of the target's vocabulary, -inf for what is not in the draft vocabulary."""
         rows = self.draft_rows
         if rows is None:

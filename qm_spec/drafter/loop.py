@@ -28,7 +28,7 @@ def dense_weights(layer: PriorLayer, embedding: Tensor, head: Tensor, token_ids:
     modules = [getattr(layer, name) for name in DraftWeights._fields[2:-3]]
     own = [nothing if module is None else module.weight for module in modules]
     ids = head.new_empty(0, dtype=torch.int64) if token_ids is None else token_ids
-    return DraftWeights(embedding, head, *own, layer.slopes, layer.far_bias, ids)
+    return DraftWeights._make([embedding, head, *own, layer.slopes, layer.far_bias, ids])
 
 
 class DraftLoop:

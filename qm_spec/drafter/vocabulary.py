@@ -9,7 +9,7 @@ Source: FR-Spec, Zhao et al. 2025, arXiv 2502.14856; the format is EAGLE-3's, Li
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ class DraftVocabulary(nn.Module):
     """A base of drafters that hold `d2t` where their vocabulary is smaller than the target's."""
 
     d2t: Tensor | None
+    # Of transformers' class, which stands beside this one.
+    post_init: Callable[[], None]
 
     def init_draft_vocabulary(self, draft_vocab_size: int, vocab_size: int) -> None:
         """Make room for the draft vocabulary of a checkpoint; the first tokens until it is set."""
