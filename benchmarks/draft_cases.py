@@ -20,7 +20,10 @@ from qm_spec.ops.page import slot_elements
 
 @dataclass(frozen=True)
 class PriorSizes:
-    """Of a prior and its target's vocabulary; as defaults those of the shipped pair."""
+    """Of a prior and its target's vocabulary; as defaults those of the shipped pair.
+
+    With a draft vocabulary the head has rows for so many of the tokens.
+    """
 
     hidden: int = 192
     num_heads: int = 6
@@ -28,12 +31,18 @@ class PriorSizes:
     head_dim: int = 32
     intermediate: int = 768
     vocabulary: int = 4096
+    draft_vocabulary: int | None = None
+
+    @property
+    def head_rows(self) -> int:
+        """Tokens that may be drafted."""
+        return self.draft_vocabulary or self.vocabulary
 
     @property
     def num_weights(self) -> int:
         """Weights that every draft step multiplies with; the first one needs no keys and values."""
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        rows = 2 * self.hidden + 3 * query_size + 3 * self.intermediate + 2 * kv_size + self.vocabulary
+        rows = 2 * self.hidden + 3 * query_size + 3 * self.intermediate + 2 * kv_size + self.head_rows
         return self.hidden * rows
 
 
@@ -67,8 +76,9 @@ class DraftCase:
         return *inputs, num_drafts, self.eps, *merging, temperature, uniform
 
     def replay(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the logits `[B, K, V]` of draft steps fed with `ids` `[B, K]`, by the reference in `dtype`."""
-        weights = DraftWeights(*(weight.to(dtype) for weight in self.weights))
+        """Return the logits `[B, K, Vd]` of draft steps fed with `ids` `[B, K]`, by the reference in `dtype`."""
+        floats = (weight.to(dtype) for weight in self.weights[:-1])
+        weights = DraftWeights._make([*floats, self.weights.token_ids])
         layer = DenseLayer(weights, self.eps)
         entries = gather_entries(self.cache, self.block_table, self.num_tokens, layer.head_dim, self.config)
         logits: list[Tensor] = []
@@ -89,6 +99,10 @@ class DraftCase:
             ids.shape[1],
         )
         return torch.stack(logits, 1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the rows of the head of token ids that may be drafted."""
+        return torch.searchsorted(self.weights.token_ids, ids) if len(self.weights.token_ids) else ids
 
     def request(self, number: int) -> DraftCase:
         """Return the case of one request alone."""
@@ -120,7 +134,7 @@ def random_weights(sizes: PriorSizes, dtype: torch.dtype) -> DraftWeights:
     return DraftWeights(
         embedding=torch.randn(sizes.vocabulary, hidden).to(dtype),
         # Logits of a model that is sure of some tokens.
-        head=matrix(sizes.vocabulary, hidden, 3.0),
+        head=matrix(sizes.head_rows, hidden, 3.0),
         embed_norm=norm(),
         state_norm=norm(),
         in_proj=matrix(hidden, 2 * hidden),
@@ -136,6 +150,7 @@ def random_weights(sizes: PriorSizes, dtype: torch.dtype) -> DraftWeights:
         norm=norm(),
         slopes=(2.0 ** (-8.0 * heads / sizes.num_heads)).to(dtype),
         far_bias=torch.randn(sizes.num_heads).to(dtype),
+        token_ids=torch.randperm(sizes.vocabulary)[: sizes.draft_vocabulary or 0].sort().values,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed: run ./install.sh")
 
-from tiny_pair import NUM_WEIGHTS, edit_json, write_drafter, write_target
+from tiny_pair import NUM_WEIGHTS, edit_json, write_drafter, write_json, write_target
 
 import qm_spec
 from qm_spec.config import ARCHITECTURE
@@ -121,6 +122,59 @@ def test_settings_of_the_merged_cache_that_make_no_sense(quickmerge: Any, drafte
     edit_json(drafter / "config.json", quickmerge=quickmerge)
     with pytest.raises(ValueError, match=r"config\.json.*quickmerge"):
         check_drafter(drafter, target)
+
+
+# Tokens 0, 2, 5 and 31 of 32.
+D2T = [0, 1, 3, 28]
+
+
+def test_a_draft_vocabulary_that_is_one_passes(tmp_path: Path, target: Path) -> None:
+    assert check_drafter(write_drafter(tmp_path / "d", target, D2T, draft_vocab_size=4), target) == 4
+
+
+@pytest.mark.parametrize(
+    ("d2t", "size", "message"),
+    [
+        (D2T, 0, r"draft_vocab_size must be an integer in 1\.\.vocab_size \(32\), got 0"),
+        (D2T, 33, "got 33"),
+        (D2T, "4", "got '4'"),
+        (None, 4, "must hold d2t of 4 tokens.*got none"),
+        (D2T, 5, r"must hold d2t of 5 tokens.*shape \[4\]"),
+        (D2T, 32, "must hold no d2t, for the whole vocabulary"),
+        (D2T, None, "must hold no d2t"),
+        ([0, 1, 3, 29], 4, r"in 0\.\.31.*in 0\.\.32"),
+        ([-1, 1, 3, 28], 4, r"in -1\.\.31"),
+        ([0, 1, 0, 28], 4, "must rise"),
+    ],
+)
+def test_a_draft_vocabulary_that_fits_neither_weights_nor_target(
+    d2t: list[int] | None, size: Any, message: str, tmp_path: Path, target: Path
+) -> None:
+    drafter = write_drafter(tmp_path / "d", target, d2t, draft_vocab_size=size)
+    with pytest.raises(ValueError, match=message):
+        check_drafter(drafter, target)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("ends", "missing"),
+    [(2, None), (31, None), ([2, 5], None), (None, None), (7, "lacks token 7"), ([1, 5, 3], r"lacks tokens \[1, 3\]")],
+)
+def test_a_draft_vocabulary_without_the_end_of_answers_works_with_a_warning(
+    file: str, ends: Any, missing: str | None, tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    drafter = write_drafter(tmp_path / "d", target, D2T, draft_vocab_size=4)
+    if file == "generation_config.json":
+        # It counts where both say something.
+        edit_json(target / "config.json", eos_token_id=9 if ends is not None else 2)
+        write_json(target / file, {"eos_token_id": ends})
+    elif ends is not None:
+        edit_json(target / file, eos_token_id=ends)
+    check_drafter(drafter, target)
+    if missing is None:
+        assert not caplog.records
+    else:
+        assert re.search(missing, caplog.text) and "outputs are right" in caplog.text
 
 
 def test_the_drafter_of_another_target(drafter: Path, tmp_path: Path, target: Path) -> None:

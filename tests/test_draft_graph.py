@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,9 +74,10 @@ def test_the_loop_errs_at_most_twice_as_much_as_plain_pytorch(dtype: torch.dtype
     assert error <= 2 * plain_error + 1e-5, f"{error:.1e} against {plain_error:.1e}"
 
 
+@pytest.mark.parametrize("draft_vocabulary", [None, 37])
 @pytest.mark.parametrize("num_drafts", [1, 5])
-def test_the_loop_drafts_what_the_operator_drafts(num_drafts: int) -> None:
-    case = make_case(LENGTHS, SIZES, config=CONFIG)
+def test_the_loop_drafts_what_the_operator_drafts(num_drafts: int, draft_vocabulary: int | None) -> None:
+    case = make_case(LENGTHS, replace(SIZES, draft_vocabulary=draft_vocabulary), config=CONFIG)
     for sampled in (False, True):
         inputs = inputs_of(case, len(LENGTHS), num_drafts, sampled)
         case.state, case.next_ids = inputs.state, inputs.next_ids.long()
@@ -116,13 +118,17 @@ def test_a_drawn_token_has_the_distribution_it_is_returned_with() -> None:
 # Nothing is read on the host
 
 
+@pytest.mark.parametrize("draft_vocabulary", [None, 37])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_the_loop_reads_no_value_on_the_host_and_copies_none_from_it(sampled: bool) -> None:
-    case = make_case(LENGTHS, SIZES, torch.bfloat16, config=CONFIG)
+def test_the_loop_reads_no_value_on_the_host_and_copies_none_from_it(
+    sampled: bool, draft_vocabulary: int | None
+) -> None:
+    sizes = replace(SIZES, draft_vocabulary=draft_vocabulary)
+    case = make_case(LENGTHS, sizes, torch.bfloat16, config=CONFIG)
     cache, weights, inputs = without_values(case.cache, case.weights, inputs_of(case, len(LENGTHS), 4, sampled))
     with WithoutHost():
         ids, probs = PagedLoop(weights, case.eps, cache, CONFIG).draft(inputs, 4)
-    assert ids.shape == (9, 4) and probs.shape == (9, 4 if sampled else 0, SIZES.vocabulary)
+    assert ids.shape == (9, 4) and probs.shape == (9, 4 if sampled else 0, sizes.head_rows)
 
 
 def test_what_a_graph_could_not_hold_would_be_noticed() -> None:

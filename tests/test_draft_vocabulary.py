@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
+from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.vocabulary import choose_tokens, coverage, to_offsets, to_token_ids
 
@@ -68,6 +71,54 @@ def test_eagle3_keeps_its_tokens_and_their_rows_of_the_head_for_vllm(tmp_path):
     loaded = Eagle3Drafter.from_pretrained(tmp_path)
     assert torch.equal(loaded.draft_token_ids, IDS)
     assert torch.equal(loaded.lm_head.weight, drafter.lm_head.weight) and loaded.lm_head.weight.shape == (6, 32)
+
+
+# At run time
+
+
+def make_pair(kind=QuickMergePrior, config=QuickMergeConfig):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 64}
+    target = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).eval().requires_grad_(False)
+    drafter = kind(config(draft_vocab_size=6, **sizes))
+    drafter.draft_token_ids = IDS
+    return drafter, target
+
+
+def test_the_head_has_the_targets_rows_of_the_draft_vocabulary():
+    drafter, target = make_pair()
+    output = torch.randn(2, 5, 32)
+    whole, head = target.lm_head(output), draft_head(drafter, target)
+    torch.testing.assert_close(head.logits(output), whole[..., IDS])
+    assert torch.equal(head.best_tokens(output), IDS[whole[..., IDS].argmax(-1)])
+    spread_out = head.vocabulary_logits(output)
+    assert spread_out.shape == whole.shape and (spread_out.isfinite().sum(-1) == 6).all()
+    assert torch.equal(spread_out[..., IDS], head.logits(output))
+
+
+def test_a_head_with_a_bias_or_of_another_class_gives_the_same():
+    drafter, target = make_pair()
+    output = torch.randn(3, 32)
+    for head in (nn.Linear(32, 64), nn.Sequential(nn.Linear(32, 64))):
+        weight = head.weight if isinstance(head, nn.Linear) else head[0].weight
+        head.weight = weight
+        target.set_output_embeddings(head)
+        torch.testing.assert_close(draft_head(drafter, target).logits(output), head(output)[:, IDS])
+
+
+def test_eagle3_reads_the_rows_of_its_checkpoint():
+    drafter, target = make_pair(Eagle3Drafter, Eagle3Config)
+    output = torch.randn(3, 32)
+    assert torch.equal(draft_head(drafter, target).logits(output), drafter.lm_head(output))
+    assert not torch.allclose(drafter.lm_head(output), target.lm_head(output)[:, IDS])
+
+
+def test_without_a_draft_vocabulary_the_targets_head_is_called_as_it_is():
+    _, target = make_pair()
+    drafter, output = QuickMergePrior(QuickMergeConfig(vocab_size=64, **SIZES)), torch.randn(3, 32)
+    head = draft_head(drafter, target.bfloat16())
+    assert torch.equal(head.vocabulary_logits(output), target.lm_head(output.bfloat16()))
+    assert torch.equal(head.best_tokens(output), target.lm_head(output.bfloat16()).argmax(-1))
 
 
 def test_a_draft_vocabulary_larger_than_the_targets_is_refused():

@@ -43,6 +43,8 @@ CASES: dict[str, Callable[[torch.dtype], DraftCase]] = {
     # More columns than are added in a row, and a tail.
     "many columns": lambda dtype: make_case([20], replace(SMALL, hidden=1040, intermediate=2100), dtype),
     "many tokens to choose from": lambda dtype: make_case([20], replace(SMALL, vocabulary=262_144), dtype),
+    "draft vocabulary": lambda dtype: make_case([77, 9, 300], replace(SMALL, draft_vocabulary=37), dtype),
+    "one token to choose": lambda dtype: make_case([20, 5], replace(SMALL, draft_vocabulary=1), dtype),
     "large pages": lambda dtype: make_case([300, 20], SMALL, dtype, page_size=128),
     "stale words": lambda dtype: make_case([460, 3, 70], SMALL, dtype, config=SHORT_WINDOW, stale=stale_words),
     "no far memory": lambda dtype: make_case([90], SMALL, dtype, config=MergeConfig(24, 8, (0,))),
@@ -93,7 +95,7 @@ def test_greedy_drafts_are_the_best_tokens_but_for_near_ties(make, dtype, num_dr
     ids, probs = case.draft(num_drafts)
     assert ids.shape == (len(case.state), num_drafts) and probs.shape[1] == 0
     exact, plain_error = errors(case, ids, lambda logits: logits)
-    behind = exact.max(-1).values - exact.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    behind = exact.max(-1).values - exact.gather(-1, case.rows(ids).unsqueeze(-1)).squeeze(-1)
     assert behind.max().item() <= 4 * plain_error + 1e-5
     if dtype == torch.float32:
         best = exact.topk(2).values
@@ -210,6 +212,26 @@ def test_any_strides_of_cache_table_and_lengths_will_do():
     assert torch.equal(strided.draft(4)[0], expected)
 
 
+def test_a_draft_vocabulary_drafts_the_best_or_drawn_of_its_tokens_as_the_targets_ids():
+    """The head of the whole vocabulary drafts the same once all other tokens are out of the question."""
+    case = make_case([40, 300, 7], replace(SMALL, draft_vocabulary=37))
+    token_ids = case.weights.token_ids
+    head = torch.zeros(SMALL.vocabulary, SMALL.hidden)
+    head[token_ids] = case.weights.head
+    whole = replace(case, weights=case.weights._replace(head=head, token_ids=token_ids[:0]))
+    greedy, _ = case.draft(4)
+    assert torch.isin(greedy, token_ids).all()
+    best = whole.replay(greedy, torch.float32)[..., token_ids].argmax(-1)
+    assert torch.equal(greedy, token_ids[best])
+    uniform = torch.rand(3, 4, dtype=torch.float64)
+    ids, probs = case.draft(4, torch.tensor([0.0, 0.7, 1.3]), uniform)
+    assert probs.shape == (3, 4, 37) and torch.equal(ids[0], greedy[0])
+    assert (probs.gather(-1, case.rows(ids).unsqueeze(-1)) > 0).all()
+    reference = draft_tokens_reference(*case.arguments(4, torch.tensor([0.0, 0.7, 1.3]), uniform))
+    assert torch.equal(ids, reference[0])
+    torch.testing.assert_close(probs, reference[1], rtol=1e-4, atol=1e-6)
+
+
 def test_rows_of_the_embedding_behind_the_vocabulary_are_padding():
     case = make_case([40], SMALL)
     expected, _ = case.draft(4)
@@ -267,6 +289,8 @@ def test_wrong_arguments_are_refused_by_name():
             _with(case, **{name: getattr(weights, name)[:16] for name in ("k_proj", "v_proj", "next_proj")}),
             (2,),
         ),
+        (ValueError, r"token_ids must be \[200\]", _with(case, token_ids=torch.arange(7)), (2,)),
+        (TypeError, "token_ids must be torch.int64", _with(case, token_ids=torch.arange(200).int()), (2,)),
         (TypeError, "head must be torch.float32", _with(case, head=weights.head.half()), (2,)),
         (ValueError, "both be given, or neither", case, (2, torch.ones(2))),
         (ValueError, r"uniform \[2, 2\]", case, (2, torch.ones(2), torch.rand(2, 3, dtype=torch.float64))),
@@ -287,6 +311,7 @@ def test_numbers_out_of_range_raise_and_do_not_crash():
     table[0, 0] = len(case.cache)
     for wrong in (
         replace(case, next_ids=torch.tensor([0, SMALL.vocabulary])),
+        _with(case, token_ids=torch.full((SMALL.vocabulary,), SMALL.vocabulary)),
         replace(case, block_table=table),
     ):
         with pytest.raises((RuntimeError, IndexError)):

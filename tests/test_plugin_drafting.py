@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,9 +33,11 @@ from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.suffix_index import Lookup
+from qm_spec.drafter.vocabulary import to_offsets
 from qm_spec.integrations.vllm_plugin import cuda_graphs
 from qm_spec.integrations.vllm_plugin import proposer as plugin
 from qm_spec.integrations.vllm_plugin.attention import QuickMergeImpl, QuickMergeMetadata, QuickMergeMetadataBuilder
+from qm_spec.integrations.vllm_plugin.head import DraftRows
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
 from qm_spec.ops.draft_tokens import draft_tokens
 from qm_spec.ops.page import slot_elements
@@ -90,7 +93,20 @@ def model() -> Any:
         logits_processor=processor,
         combine_hidden_states=layer.fuse,
         compute_logits=lambda hidden: hidden @ weights[1][: SIZES.vocabulary].T,
+        draft_rows=None,
     )
+
+
+TOKEN_IDS = torch.arange(3, 200, 5)
+
+
+@pytest.fixture
+def reduced(model) -> Any:
+    """The same with a draft vocabulary."""
+    model.draft_rows = DraftRows(len(TOKEN_IDS), SIZES.vocabulary, SIZES.hidden)
+    model.draft_rows.token_ids.weight_loader(model.draft_rows.token_ids, to_offsets(TOKEN_IDS))
+    model.compute_logits = partial(QuickMergeForCausalLM.compute_logits, model)
+    return model
 
 
 def test_plain_weights_are_taken_without_their_padding(model):
@@ -99,6 +115,32 @@ def test_plain_weights_are_taken_without_their_padding(model):
     assert weights.head.shape == weights.embedding.shape == (SIZES.vocabulary, SIZES.hidden)
     assert weights.head.data_ptr() == model.lm_head.weight.data_ptr(), "not copied"
     assert weights.q_proj is model.model.layer.q_proj.weight and weights.norm is model.model.layer.norm.weight
+
+
+def test_of_a_draft_vocabulary_its_rows_are_gathered_once_and_again_from_another_head(reduced):
+    head = reduced.lm_head.weight
+    weights = plugin.plain_weights(reduced)
+    assert torch.equal(weights.head, head[TOKEN_IDS]) and torch.equal(weights.token_ids, TOKEN_IDS)
+    reduced.draft_rows.weight.zero_()
+    assert not plugin.plain_weights(reduced).head.any(), "gathered anew at every step"
+    reduced.lm_head.weight = 2 * head
+    assert torch.equal(plugin.plain_weights(reduced).head, 2 * head[TOKEN_IDS])
+    assert weights.head.data_ptr() == plugin.plain_weights(reduced).head.data_ptr(), "a graph's weights have moved"
+
+
+@pytest.mark.parametrize(
+    ("offsets", "error"),
+    [
+        (to_offsets(TOKEN_IDS)[1:], "another number"),
+        (torch.zeros(len(TOKEN_IDS), dtype=torch.int64) - 1, r"0\.\.199.*in -1\.\.38"),
+        (to_offsets(TOKEN_IDS) + 5, r"in 8\.\.203"),
+        (-2 * torch.arange(len(TOKEN_IDS)), "must rise"),
+    ],
+)
+def test_a_draft_vocabulary_that_makes_no_sense_is_not_loaded(reduced, offsets, error):
+    parameter = reduced.draft_rows.token_ids
+    with pytest.raises((ValueError, RuntimeError), match=error):
+        parameter.weight_loader(parameter, offsets)
 
 
 class LoRAEmbedding(VocabParallelEmbedding):
@@ -222,6 +264,38 @@ def test_one_operator_drafts_what_vllms_layers_draft(model):
     assert torch.equal(propose(model, 4, None)[0], drafted)
 
 
+def test_a_draft_vocabulary_drafts_the_same_by_operator_by_graph_and_by_vllms_layers(reduced):
+    sampling = sampled(0.0, 0.8, 1.2)
+    drafted, _ = propose(reduced, 4, None)
+    assert torch.isin(drafted, TOKEN_IDS).all()
+    by_operator, probs = propose(reduced, 4, sampling)
+    assert torch.equal(by_operator[0], drafted[0]) and torch.isin(by_operator, TOKEN_IDS).all()
+    assert probs.shape == (3, 4, SIZES.vocabulary) and probs.dtype == torch.float32
+    outside = torch.ones(SIZES.vocabulary, dtype=torch.bool).index_fill(0, TOKEN_IDS, False)
+    assert (probs[..., outside] == 0).all()
+    torch.testing.assert_close(probs.sum(-1), torch.ones(3, 4))
+    replayed, replayed_probs = propose(reduced, 4, sampling, DraftGraphs(Recorder(), [4]))
+    assert torch.equal(replayed, by_operator)
+    torch.testing.assert_close(replayed_probs, probs)
+    head = reduced.lm_head.weight[: SIZES.vocabulary]
+    for change in (wrapped, capped):
+        # Of the head: first its rows are plain, then vLLM's layers compute all logits.
+        change(reduced)
+        reduced.logits_processor = reduced.logits_processor if change is wrapped else lambda _, hidden: hidden @ head.T
+        assert plugin.plain_weights(reduced) is None
+        assert torch.equal(propose(reduced, 4, None)[0], drafted)
+        by_layers, layer_probs = propose(reduced, 4, sampling)
+        assert torch.equal(by_layers, by_operator)
+        torch.testing.assert_close(layer_probs, probs)
+        assert (layer_probs[..., outside] == 0).all()
+
+
+def test_what_is_looked_up_need_not_be_in_the_draft_vocabulary(reduced):
+    found = [Lookup((), 0), Lookup((5, 6), 2), Lookup((), 0)]
+    joined, probs = propose(reduced, 2, sampled(1.0, 1.0, 1.0), found=found)
+    assert joined[1].tolist() == [5, 6] and probs[1].argmax(-1).tolist() == [5, 6]
+
+
 def test_no_draft_asked_for_still_fills_the_cache(model):
     before = model.case.cache.clone()
     drafted, _ = propose(model, 0, None)
@@ -322,11 +396,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def vllm_config(device: str = "cuda", mode: Any = CUDAGraphMode.FULL_AND_PIECEWISE, **settings: Any) -> Any:
-    drafter = QuickMergeConfig(hidden_size=192, num_attention_heads=6, num_key_value_heads=2, head_dim=32)
-    settings = {"vocabulary": 100_000, "max_num_seqs": 64, "shards": 1, "replicas": 1} | settings
+    settings = {"vocabulary": 100_000, "max_num_seqs": 64, "shards": 1, "replicas": 1, "drafted": None} | settings
+    drafter = QuickMergeConfig(
+        hidden_size=192,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=settings["vocabulary"],
+        draft_vocab_size=settings["drafted"],
+    )
     return SimpleNamespace(
         device_config=SimpleNamespace(device_type=device),
-        model_config=SimpleNamespace(dtype=torch.bfloat16, get_vocab_size=lambda: settings["vocabulary"]),
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=settings["shards"], data_parallel_size=settings["replicas"]
         ),
@@ -380,7 +461,8 @@ def test_vllm_may_capture_the_attention_where_a_try_on_this_gpu_worked(gpu, monk
 def test_the_sizes_that_vllm_captures_are_taken_up_to_the_batch_and_what_memory_allows(gpu, monkeypatch):
     tries(monkeypatch, True)
     assert cuda_graphs.graph_sizes(vllm_config()) == [1, 2, 4, 8, 16, 24]
-    assert cuda_graphs.graph_sizes(vllm_config(vocabulary=1000)) == [1, 2, 4, 8, 16, 24, 128]
+    for smaller in ({"vocabulary": 1000}, {"drafted": 1000}):
+        assert cuda_graphs.graph_sizes(vllm_config(**smaller)) == [1, 2, 4, 8, 16, 24, 128]
     assert cuda_graphs.graph_sizes(vllm_config(max_num_seqs=5)) == [1, 2, 4, 8]
     assert cuda_graphs.graph_sizes(vllm_config(max_num_seqs=8)) == [1, 2, 4, 8]
     assert cuda_graphs.graph_sizes(vllm_config(mode=CUDAGraphMode.NONE)) == []

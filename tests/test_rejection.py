@@ -105,6 +105,19 @@ def cached_case():
     return target, prior
 
 
+def reduced_case():
+    """The same with a draft vocabulary: most of what the target may write is never drafted."""
+    target, _ = cached_case()
+    config = untrained_config(target)
+    config.draft_vocab_size = 3
+    torch.manual_seed(1)
+    prior = QuickMergePrior(config)
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    prior.draft_token_ids = torch.tensor([0, 2, 3])
+    return target, prior
+
+
 def bare_case():
     return BareModel(VOCAB), MemoryDraftModel(VOCAB, 24, quickmerge_dim=16, seed=1)
 
@@ -121,7 +134,7 @@ def sample_counts(case, temperature=TEMPERATURE):
     return observed, expected, stats
 
 
-@pytest.mark.parametrize("case", [cached_case, bare_case])
+@pytest.mark.parametrize("case", [cached_case, reduced_case, bare_case])
 def test_the_joint_distribution_of_four_tokens_is_the_targets(case):
     observed, expected, stats = sample_counts(case)
     assert expected.sum() == pytest.approx(SAMPLES)

@@ -15,6 +15,7 @@ from qm_spec.discovery import target_fingerprint
 from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
+from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.loop import DraftLoop
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.rows import read_target
@@ -46,8 +47,10 @@ SIZES = {
 }
 DRAFTERS = {
     "merged": {"schedule": (4, 2, 1), "next_token_values": True},
+    "draft vocabulary": {"schedule": (4, 2, 1), "next_token_values": True, "draft_vocab_size": 3},
     "emptied": {"schedule": (0,), "next_token_values": False},
     "eagle3": {},
+    "eagle3-vocabulary": {"draft_vocab_size": 3},
     "eagle3-window": {"sliding_window": 20},
     "eagle3-sinks": {"sliding_window": 16, "attention_sinks": 4},
 }
@@ -78,13 +81,16 @@ def make_drafter(kind):
     if "schedule" in settings:
         merge = MergeConfig(window=24, group_size=8, schedule=settings["schedule"])
         following = settings["next_token_values"]
-        drafter = QuickMergePrior(QuickMergeConfig(quickmerge=merge.to_dict(), next_token_values=following, **SIZES))
+        sizes = {**SIZES, "draft_vocab_size": settings.get("draft_vocab_size")}
+        drafter = QuickMergePrior(QuickMergeConfig(quickmerge=merge.to_dict(), next_token_values=following, **sizes))
     else:
         drafter = Eagle3Drafter(Eagle3Config(**settings, **SIZES))
     for name, parameter in drafter.named_parameters():
         if "norm" not in name:
             # Small beside the embedding: the drafts must depend on the tokens that rows are fed with.
             torch.nn.init.normal_(parameter, std=0.02 if "fc" in name else 0.4)
+    if drafter.d2t is not None:
+        drafter.draft_token_ids = torch.tensor([0, 1, 3])
     if "schedule" in settings:
         torch.nn.init.constant_(drafter.layer.far_bias, 0.5)
         torch.nn.init.uniform_(drafter.layer.slopes, 0.0, 0.05)
@@ -98,7 +104,8 @@ def paged_draft(prior, target, token_ids):
     num_pages = -(-len(fused) // 16) + 1
     cache = torch.full((num_pages, 2, 16, slot_elements(8, torch.float32)), float("nan"))
     table = torch.arange(1, num_pages, dtype=torch.int32)[None]
-    loop = DraftLoop(layer, target.get_input_embeddings(), target.lm_head, prior.config.merge)
+    head = draft_head(prior, target).vocabulary_logits
+    loop = DraftLoop(layer, target.get_input_embeddings(), head, prior.config.merge)
     for position in range(len(fused)):
         here = slice(position, position + 1)
         loop.remember(cache, fused[here], token_ids[position + 1 : position + 2], torch.tensor([16 + position]))
@@ -114,9 +121,9 @@ def plain_draft(eagle3, target, token_ids):
     # The state of the newest token is not known to a drafter; its value must not matter.
     aux[:, -1] = float("nan")
     drafts = eagle3.read(aux, embed(token_ids[None])).rows(torch.tensor([[len(token_ids) - 2]]))
-    drafted, next_id = [], token_ids[-1]
+    drafted, next_id, head = [], token_ids[-1], draft_head(eagle3, target)
     for _ in range(STEPS):
-        next_id = target.lm_head(drafts.step(embed(next_id)[None, None]))[0, 0].argmax()
+        next_id = head.best_tokens(drafts.step(embed(next_id)[None, None]))[0, 0]
         drafted.append(int(next_id))
     return drafted
 
@@ -289,6 +296,7 @@ def texts(novels):
 # How EAGLE-3 is trained to be compared with vLLM: its window, the layers it reads, and whether it norms them.
 IN_VLLM = {
     "eagle3": (None, [6, 13, 19], False),
+    "eagle3-vocabulary": {"draft_vocab_size": 3},
     "eagle3-window": (24, [6, 13, 19], False),
     "eagle3-normed": (None, [0, 13, 19], True),
 }

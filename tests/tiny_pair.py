@@ -47,7 +47,7 @@ def write_target(folder: Path, words: str = "abcdefgh", **config: Any) -> Path:
     return folder
 
 
-def write_drafter(folder: Path, target: Path, **config: Any) -> Path:
+def write_drafter(folder: Path, target: Path, d2t: list[int] | None = None, **config: Any) -> Path:
     """Write a drafter's config.json and a model.safetensors that is sound and means nothing."""
     from safetensors.torch import save_file
 
@@ -68,7 +68,10 @@ def write_drafter(folder: Path, target: Path, **config: Any) -> Path:
         "quickmerge": {"window": 32, "group_size": 8, "schedule": [4, 2, 1]},
     }
     write_json(folder / "config.json", {**settings, **config})
-    save_file({"weight": torch.zeros(NUM_WEIGHTS)}, folder / "model.safetensors")
+    tensors = {"weight": torch.zeros(NUM_WEIGHTS)}
+    if d2t is not None:
+        tensors["d2t"] = torch.tensor(d2t)
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 

@@ -4,9 +4,9 @@
 //   x = [norm(e); norm(f)]                               [B, 2 D]
 //   a = attention of W_q x to the request's entries and to the tokens drafted before   [B, H d]
 //   s = f + W_in x + W_o a,   s = s + W_down(silu(W_gate norm(s)) * W_up norm(s))      [B, D]
-//   logits = W_head norm(s)                              [B, V]
+//   logits = W_head norm(s)                              [B, Vd], of the tokens that may be drafted
 //
-// The next step has f = s and the token chosen from the logits; its key is W_k norm(f), its value
+// The next step has f = s and the target's id of the token chosen from the logits; its key is W_k norm(f), its value
 // W_v norm(f) + W_next norm(e).
 // Source: ours; reference in qm_spec/ops/draft_tokens.py.
 //
@@ -124,12 +124,21 @@ struct Weights {
         down_proj(at(all, 13), kOp),
         norm(at(all, 14)),
         slopes(at(all, 15)),
-        far_bias(at(all, 16)) {}
+        far_bias(at(all, 16)),
+        num_token_ids(at(all, 17).numel()),
+        token_ids(integers(at(all, 17), kOp)) {
+    STD_TORCH_CHECK(
+        num_token_ids == 0 || num_token_ids == head.rows,
+        kOp, ": token_ids must name each of the head's ", head.rows, " rows, got ", num_token_ids);
+  }
 
   static const Tensor& at(const std::vector<Tensor>& all, size_t i) {
-    STD_TORCH_CHECK(all.size() == 17, kOp, ": weights must be 17 tensors, got ", all.size());
+    STD_TORCH_CHECK(all.size() == 18, kOp, ": weights must be 18 tensors, got ", all.size());
     return all[i];
   }
+
+  // The target's token id of a row of the head.
+  int64_t token_id(int64_t row) const { return num_token_ids > 0 ? token_ids[row] : row; }
 
   const Tensor& embedding;
   Matrix head;
@@ -138,6 +147,8 @@ struct Weights {
   Vector mlp_norm;
   Matrix gate_proj, up_proj, down_proj;
   Vector norm, slopes, far_bias;
+  int64_t num_token_ids;
+  Integers token_ids;
 };
 
 std::tuple<Tensor, Tensor> draft_tokens(
@@ -242,7 +253,7 @@ std::tuple<Tensor, Tensor> draft_tokens(
         const float* row = logits + b * vocabulary;
         int64_t* id = ids_out + b * num_drafts + step;
         if (!temperature.has_value()) {
-          *id = argmax(row, vocabulary);
+          *id = w.token_id(argmax(row, vocabulary));
           continue;
         }
         const float t = static_cast<const float*>(temperature->data_ptr())[b];
@@ -250,7 +261,8 @@ std::tuple<Tensor, Tensor> draft_tokens(
         const bool greedy = t < kLeastTemperature;
         const double total = exponentials(row, largest_of(row, vocabulary), greedy ? 1.0f : 1.0f / t, vocabulary, p);
         const double* u = static_cast<const double*>(uniform->data_ptr());
-        *id = greedy ? argmax(row, vocabulary) : sample(p, vocabulary, total, u[b * num_drafts + step]);
+        *id = w.token_id(
+            greedy ? argmax(row, vocabulary) : sample(p, vocabulary, total, u[b * num_drafts + step]));
         scale(static_cast<float>(1.0 / total), vocabulary, p);
       }
     });

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
@@ -16,10 +17,12 @@ from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix, process_eagle_weight
 
 from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.head import spread
 from qm_spec.drafter.prior import PriorLayer, plain_linear
 from qm_spec.integrations.vllm_plugin import compat
 from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
+from qm_spec.integrations.vllm_plugin.head import DraftRows, plain_head
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length, warn_without_lookup
 
 _PARALLEL = {
@@ -27,6 +30,10 @@ _PARALLEL = {
     "row": RowParallelLinear,
     "none": ReplicatedLinear,
 }
+
+
+# Holds the tokens that a checkpoint's `d2t` names.
+_TOKEN_IDS = "draft_rows.token_ids"
 
 
 def _parallel_linear(inputs: int, outputs: int, split: str, name: str) -> nn.Module:
@@ -95,7 +102,10 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
             self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
         )
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        # vLLM's own name for a draft vocabulary; ours gives out logits and ids of the target's.
         self.draft_id_to_target_id = None
+        sizes = self.config.draft_vocab_size, self.config.vocab_size, self.config.hidden_size
+        self.draft_rows = DraftRows(*sizes) if self.config.draft_vocab_size < self.config.vocab_size else None
         self.use_parallel_drafting = False
         compat.apply(compat.DRAFT_LOOP)
         self.lookup_length, self.adapts = lookup_length(self.config), adapts()
@@ -117,6 +127,22 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         """Fuse the target's auxiliary states: `[T, 3 D]` to `[T, D]`."""
         return self.model.layer.fuse(hidden_states)
 
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Return logits `[T, V]` of the target's vocabulary, -inf for what is not in the draft vocabulary."""
+        rows = self.draft_rows
+        if rows is None:
+            return super().compute_logits(hidden_states)
+        head = plain_head(self)
+        if head is None:
+            logits = self.logits_processor(self.lm_head, hidden_states)[..., rows.token_ids]
+        else:
+            logits = F.linear(hidden_states, rows.gather(head))
+        return spread(logits, rows.token_ids, self.config.vocab_size, float("-inf"))
+
+    def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
+        """Return the target's ids `[T]` of the best tokens."""
+        return self.compute_logits(hidden_states).argmax(-1)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a drafter's `model.safetensors`.
 
@@ -126,7 +152,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
         for name, weight in weights:
-            own = name if name.startswith("lm_head.") else f"model.{name}"
+            own = _TOKEN_IDS if name == "d2t" else name if name.startswith("lm_head.") else f"model.{name}"
             if own not in parameters:
                 raise ValueError(
                     f"qm_spec: the drafter's weights hold {name!r}, which the prior does not have; "
@@ -136,7 +162,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
             self._load(parameters[own], name, weight)
             loaded.add(own)
         shared = {name for name in parameters if name.startswith(("model.embed_tokens.", "lm_head."))}
-        missing = sorted(set(parameters) - loaded - shared)
+        missing = sorted("d2t" if name == _TOKEN_IDS else name for name in set(parameters) - loaded - shared)
         if missing:
             raise ValueError(f"qm_spec: the drafter's weights lack {missing}; copy the folder again or train it anew")
         # The target's embedding and head replace ours after loading.

@@ -10,21 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    UnquantizedEmbeddingMethod,
-    VocabParallelEmbedding,
-)
 
 from qm_spec.drafter.cuda_graph import CudaCapture
 from qm_spec.drafter.draft_graphs import DraftGraphs
+from qm_spec.drafter.head import spread
 from qm_spec.drafter.loop import DraftLoop, dense_weights
 from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop, draw
 from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.integrations.vllm_plugin.adaptive import begin_step
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
+from qm_spec.integrations.vllm_plugin.head import plain_head, plain_table
 from qm_spec.integrations.vllm_plugin.lookup import draft_widths, join_drafts, look_up, warn_without_lookup
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
 from qm_spec.integrations.vllm_plugin.verification import without_seeds_of_unread_prompts
@@ -63,32 +58,17 @@ def _can_draft_on_gpu(proposer: Any) -> bool:
 def plain_weights(model: QuickMergeForCausalLM) -> DraftWeights | None:
     """Return the weights of a drafter whose target has plain ones, None where vLLM's own layers must draft.
 
-    They must for quantised or LoRA layers, a head of another type, scaled or capped logits.
+    Of the target's head only the rows of the draft vocabulary are there.
 
     Args:
         model: the drafter, with the target's embedding and head in place.
     """
-    embed, head, processor = model.model.embed_tokens, model.lm_head, model.logits_processor
-    dtype = model.model.layer.slopes.dtype
-    # Of these very classes: what wraps or replaces them computes something else.
-    if not (
-        {type(embed), type(head)} <= {VocabParallelEmbedding, ParallelLMHead}
-        and isinstance(embed.quant_method, UnquantizedEmbeddingMethod)
-        and isinstance(head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
-        and type(processor) is LogitsProcessor
-        and processor.scale == 1.0
-        and processor.soft_cap is None
-        and processor.head_dtype in (None, dtype)
-    ):
+    embedding, head, rows = plain_table(model, model.model.embed_tokens), plain_head(model), model.draft_rows
+    if embedding is None or head is None:
         return None
-    # Rows behind the vocabulary are padding.
-    vocabulary = processor.org_vocab_size
-    embedding, weight = embed.weight[:vocabulary], head.weight[:vocabulary]
-    for tensor in (embedding, weight):
-        # A layer that repacks its weight may leave an empty one behind.
-        if tensor.shape != (vocabulary, model.config.hidden_size) or tensor.dtype != dtype:
-            return None
-    return dense_weights(model.model.layer, embedding, weight)
+    if rows is None:
+        return dense_weights(model.model.layer, embedding, head)
+    return dense_weights(model.model.layer, embedding, rows.gather(head), rows.token_ids)
 
 
 def draft_graphs(proposer: Any) -> DraftGraphs | None:
@@ -196,6 +176,9 @@ def propose(
                     temperature,
                     uniform,
                 )
+            # What verifies drafts knows the target's vocabulary only.
+            if sampled and model.draft_rows is not None:
+                probs = spread(probs, weights.token_ids, model.config.vocab_size, 0.0)
         drafts, proposer._last_draft_probs = join_drafts(found, drafted, probs if sampled else None, widths)
     return drafts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from qm_spec.config import MergeConfig
@@ -13,14 +14,21 @@ from qm_spec.ops.draft_tokens import DraftWeights, draft_steps
 from qm_spec.ops.entries import gather_entries
 
 
-def dense_weights(layer: PriorLayer, embedding: Tensor, head: Tensor) -> DraftWeights:
-    """Return what `draft_tokens` needs of a prior on one rank and of its target's embedding and head."""
+def dense_weights(layer: PriorLayer, embedding: Tensor, head: Tensor, token_ids: Tensor | None = None) -> DraftWeights:
+    """Return what `draft_tokens` needs of a prior on one rank and of its target's embedding and head.
+
+    Args:
+        layer: the prior.
+        embedding: `[X, D]`.
+        head: `[Vd, D]`, contiguous.
+        token_ids: `[Vd]` int64 of the head's rows; None where they are the whole vocabulary.
+    """
     # Between the target's two and the biases of the heads the fields are the layer's own modules.
     nothing = layer.slopes.new_empty(0, embedding.shape[1])
-    modules = [getattr(layer, name) for name in DraftWeights._fields[2:-2]]
+    modules = [getattr(layer, name) for name in DraftWeights._fields[2:-3]]
     own = [nothing if module is None else module.weight for module in modules]
-    weights = [embedding, head, *own, layer.slopes, layer.far_bias]
-    return DraftWeights(*weights)
+    ids = head.new_empty(0, dtype=torch.int64) if token_ids is None else token_ids
+    return DraftWeights._make([embedding, head, *own, layer.slopes, layer.far_bias, ids])
 
 
 class DraftLoop:

@@ -42,7 +42,7 @@ class PagedLoop:
     the provisional keys join by the log-sum-exp of that attention.
 
     Attributes:
-        weights: all in the state's dtype.
+        weights: all but the token ids in the state's dtype.
         eps: of the norms.
         cache: `[pages, G, P, C]`.
         config: of the merged cache.
@@ -66,8 +66,8 @@ class PagedLoop:
             num_drafts: K, at least 1.
 
         Returns:
-            Token ids `[B, K]` int64, and the distributions that they were drawn from `[B, K, V]` float32, at
-            temperature 1 in greedy rows; `[B, 0, V]` without a temperature.
+            The target's token ids `[B, K]` int64, and the distributions over the head's rows that they were drawn from
+            `[B, K, Vd]` float32, at temperature 1 in greedy rows; `[B, 0, Vd]` without a temperature.
         """
         weights, layer = self.weights, DenseLayer(self.weights, self.eps)
         # Only verified tokens count here, so nothing provisional is merged. With no tokens, as in padding, nothing is.
@@ -88,10 +88,11 @@ class PagedLoop:
             output, state = layer.finish(self._attend(query, inputs, keys, values), residual)
             logits = F.linear(output, weights.head)
             if inputs.temperature is None or inputs.uniform is None:
-                token_ids = logits.argmax(-1)
+                row = logits.argmax(-1)
             else:
-                token_ids, distribution = draw(logits, inputs.temperature, inputs.uniform[:, step])
+                row, distribution = draw(logits, inputs.temperature, inputs.uniform[:, step])
                 probs.append(distribution)
+            token_ids = weights.to_token_ids(row)
             drafted.append(token_ids)
         no_probs = state.new_empty(len(state), 0, len(weights.head), dtype=torch.float32)
         return torch.stack(drafted, 1), torch.stack(probs, 1) if probs else no_probs

@@ -48,6 +48,11 @@ class Drafter(Protocol):
 
     config: Any
 
+    @property
+    def draft_token_ids(self) -> Tensor | None:
+        """The target's ids `[Vd]` of the tokens that it can propose; None for the whole vocabulary."""
+        ...
+
     def read(self, aux_states: Tensor, embeddings: Tensor) -> DraftSequences:
         """Read whole sequences: the target's states `[B, N, 3 D]` and the tokens' embeddings `[B, N, D]`."""
         ...

@@ -9,7 +9,7 @@ Source: FR-Spec, Zhao et al. 2025, arXiv 2502.14856; the format is EAGLE-3's, Li
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ class DraftVocabulary(nn.Module):
     """A base of drafters that hold `d2t` where their vocabulary is smaller than the target's."""
 
     d2t: Tensor | None
+    # Of transformers' class, which stands beside this one.
+    post_init: Callable[[], None]
 
     def init_draft_vocabulary(self, draft_vocab_size: int, vocab_size: int) -> None:
         """Make room for the draft vocabulary of a checkpoint; the first tokens until it is set."""
@@ -52,6 +54,22 @@ def to_offsets(token_ids: Tensor) -> Tensor:
     if not bool((token_ids.diff() > 0).all()):
         raise ValueError("draft vocabulary: token ids must rise, each of them once")
     return token_ids.long() - torch.arange(len(token_ids), device=token_ids.device)
+
+
+def check_token_ids(token_ids: Tensor, vocab_size: int) -> Tensor:
+    """Return a draft vocabulary `[Vd]` after checking that it is one of the target's V tokens.
+
+    Raises:
+        ValueError: the ids do not rise, or are out of range.
+    """
+    if not bool((token_ids.diff() > 0).all()):
+        raise ValueError("draft vocabulary: token ids must rise, each of them once, but those of d2t do not")
+    if int(token_ids[0]) < 0 or int(token_ids[-1]) >= vocab_size:
+        raise ValueError(
+            f"draft vocabulary: token ids must be in 0..{vocab_size - 1}, the target's, but those of d2t are in "
+            f"{int(token_ids[0])}..{int(token_ids[-1])}"
+        )
+    return token_ids
 
 
 def choose_tokens(counts: Tensor, size: int, required: Iterable[int] = ()) -> Tensor:

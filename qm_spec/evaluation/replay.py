@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.rows import Drafter, DraftRows, engine_steps, read_target
 from qm_spec.evaluation.metrics import DraftCounts
 
@@ -186,13 +187,13 @@ def accepted_everywhere(drafter: Drafter, text: ReadText, num_drafts: int) -> li
     Raises:
         ValueError: K is below 1 or not below C, or the drafter reads other layers.
     """
-    accepted = []
+    accepted, head = [], draft_head(drafter, text.target)
     for rows, drafts in _chunks(drafter, text, num_drafts):
         next_ids = text.token_ids[:, rows + 1]
         agreed = torch.ones_like(next_ids, dtype=torch.bool)
         count = torch.zeros_like(next_ids)
         for step in range(num_drafts):
-            next_ids = _draft_logits(text, drafts, next_ids).argmax(-1)
+            next_ids = head.best_tokens(_draft(text, drafts, next_ids))
             agreed &= next_ids == text.token_ids[:, rows + 2 + step]
             count += agreed
         accepted += count[0].tolist()
@@ -263,11 +264,11 @@ def chances_everywhere(drafter: Drafter, text: ReadText, num_drafts: int, temper
     # p of x_{t+2}, the first token that the first row's drafts are compared with, and of those behind it.
     compared = text.token_ids[0, text.num_prompt + 1 :]
     log_p = _log_probability(text.logits[:-1], compared, temperature)
-    chances = []
+    chances, head = [], draft_head(drafter, text.target)
     for rows, drafts in _chunks(drafter, text, num_drafts):
         log_chance, row_chances = log_p.new_zeros(len(rows)), []
         for step in range(num_drafts):
-            logits = _draft_logits(text, drafts, text.token_ids[:, rows + 1 + step])[0]
+            logits = head.vocabulary_logits(_draft(text, drafts, text.token_ids[:, rows + 1 + step]))[0]
             place = rows + 1 + step - text.num_prompt
             log_q = _log_probability(logits, compared[place], temperature)
             log_chance = log_chance + (log_q - log_p[place]).clamp_max(0)
@@ -293,10 +294,9 @@ def expected_walk(chances: Tensor) -> ExpectedReplay:
     return ExpectedReplay(float(visited.sum()), tuple((visited @ chances).tolist()))
 
 
-def _draft_logits(text: ReadText, drafts: DraftRows, token_ids: Tensor) -> Tensor:
-    """Feed rows their next tokens `[1, T]`; return logits `[1, T, V]`."""
-    embed, head = text.target.get_input_embeddings(), text.target.get_output_embeddings()
-    return head(drafts.step(embed(token_ids).float()).to(head.weight.dtype))
+def _draft(text: ReadText, drafts: DraftRows, token_ids: Tensor) -> Tensor:
+    """Feed rows their next tokens `[1, T]`; return the head's input `[1, T, D]`."""
+    return drafts.step(text.target.get_input_embeddings()(token_ids).float())
 
 
 def _log_probability(logits: Tensor, token_ids: Tensor, temperature: float) -> Tensor:

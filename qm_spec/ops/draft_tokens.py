@@ -28,8 +28,8 @@ class DraftWeights(NamedTuple):
     """The prior's weights with its target's embedding and vocabulary head, in the order of the operator.
 
     Attributes:
-        embedding: `[X, D]`, X at least V: of each token id.
-        head: `[V, D]`.
+        embedding: `[X, D]`, X at least V: of each of the target's token ids.
+        head: `[Vd, D]`, of the tokens that may be drafted.
         embed_norm: `[D]`.
         state_norm: `[D]`.
         in_proj: `[D, 2 D]`.
@@ -45,6 +45,7 @@ class DraftWeights(NamedTuple):
         norm: `[D]`.
         slopes: `[H]`.
         far_bias: `[H]`.
+        token_ids: `[Vd]` int64, the target's token id of each row of the head, or `[0]` where row and id are the same.
     """
 
     embedding: Tensor
@@ -64,6 +65,11 @@ class DraftWeights(NamedTuple):
     norm: Tensor
     slopes: Tensor
     far_bias: Tensor
+    token_ids: Tensor
+
+    def to_token_ids(self, rows: Tensor) -> Tensor:
+        """Return the target's token ids of rows of the head, int64."""
+        return self.token_ids[rows] if len(self.token_ids) else rows
 
 
 class DraftLayer(Protocol):
@@ -113,8 +119,8 @@ def draft_steps(
     Args:
         layer: the prior.
         embed: token ids `[B]` to embeddings `[B, D]`.
-        compute_logits: `[B, D]` to logits `[B, V]`.
-        sample: logits `[B, V]` to token ids `[B]`.
+        compute_logits: `[B, D]` to logits, `[B, V]` or of the tokens that may be drafted.
+        sample: these logits to token ids `[B]` of the target.
         entries: of the B requests.
         num_tokens: `[B]` int, verified tokens; a request without any attends to its drafted tokens alone.
         state: `[B, D]`, fused state of the newest verified token.
@@ -225,7 +231,7 @@ def draft_tokens_reference(
 
     def sample(logits: Tensor) -> Tensor:
         if temperature is None or uniform is None:
-            return logits.argmax(-1)
+            return w.to_token_ids(logits.argmax(-1))
         greedy = temperature < LEAST_TEMPERATURE
         scaled = logits.double() / torch.where(greedy, 1.0, temperature).unsqueeze(-1)
         distribution = scaled.softmax(-1).float()
@@ -233,7 +239,7 @@ def draft_tokens_reference(
         # The first token up to which the shares add to more than the number drawn.
         drawn = (shares <= uniform[:, len(probs), None] * shares[:, -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)
         probs.append(distribution)
-        return torch.where(greedy, logits.argmax(-1), drawn)
+        return w.to_token_ids(torch.where(greedy, logits.argmax(-1), drawn))
 
     drafted = draft_steps(
         layer,
@@ -297,7 +303,7 @@ def draft_tokens(
         num_tokens: `[B]` int32, verified tokens in the cache; 0 marks padding, whose drafts mean nothing.
         state: `[B, D]`, fused state of the newest of them.
         next_ids: `[B]`, the token that follows it.
-        weights: all in the state's dtype.
+        weights: all but the token ids in the state's dtype.
         num_drafts: K, at least 1.
         eps: of the norms.
         config: of the merged cache.
@@ -305,8 +311,8 @@ def draft_tokens(
         uniform: `[B, K]` float64 in 0..1 without 1, what to sample with; None with no temperature.
 
     Returns:
-        Token ids `[B, K]` int64, and the distributions that they were drawn from `[B, K, V]` float32, at
-        temperature 1 in greedy rows; `[B, 0, V]` without a temperature.
+        The target's token ids `[B, K]` int64, and the distributions over the head's rows that they were drawn from
+        `[B, K, Vd]` float32, at temperature 1 in greedy rows; `[B, 0, Vd]` without a temperature.
 
     Raises:
         TypeError: weights or numbers of another dtype.
@@ -359,6 +365,7 @@ def _check_weights(weights: DraftWeights, dtype: torch.dtype, hidden: int, num_k
     middle, vocabulary = weights.gate_proj.shape[0], weights.head.shape[0]
     matrices = {
         "embedding": (max(vocabulary, len(weights.embedding)), hidden),
+        "token_ids": (vocabulary if len(weights.token_ids) else 0,),
         "head": (vocabulary, hidden),
         "in_proj": (hidden, 2 * hidden),
         "q_proj": (query_size, 2 * hidden),
@@ -375,8 +382,9 @@ def _check_weights(weights: DraftWeights, dtype: torch.dtype, hidden: int, num_k
         shape = matrices.get(name, (length,))
         if weight.shape != shape:
             raise ValueError(f"draft_tokens: {name} must be {list(shape)}, got {list(weight.shape)}")
-        if weight.dtype != dtype:
-            raise TypeError(f"draft_tokens: {name} must be {dtype} as the state is, got {weight.dtype}")
+        expected, why = (torch.int64, "") if name == "token_ids" else (dtype, " as the state is")
+        if weight.dtype != expected:
+            raise TypeError(f"draft_tokens: {name} must be {expected}{why}, got {weight.dtype}")
     if num_heads % num_kv_heads or query_size * num_kv_heads != kv_size * num_heads:
         raise ValueError(
             f"draft_tokens: q_proj and k_proj must have rows for {num_heads} and {num_kv_heads} heads of one size, "

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from qm_spec.config import MergeConfig
 from qm_spec.discovery import check_drafter, find_drafter
 from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.loop import DraftLoop
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.ops.page import slot_elements
@@ -39,6 +40,7 @@ class PriorDrafter:
         embedding = target.get_input_embeddings()
         self.module = prior.to(embedding.weight.device, embedding.weight.dtype)
         self.target = target
+        self.head = draft_head(self.module, target)
 
     @property
     def max_draft_len(self) -> int:
@@ -56,7 +58,7 @@ class PriorRun:
     def __init__(self, drafter: PriorDrafter, batch: int, capacity: int) -> None:
         layer, merge = drafter.module.layer, drafter.module.config.merge
         target = drafter.target
-        self.loop = DraftLoop(layer, target.get_input_embeddings(), target.get_output_embeddings(), merge)
+        self.loop = DraftLoop(layer, target.get_input_embeddings(), drafter.head.vocabulary_logits, merge)
         self.page_size = merge.group_size
         columns = -(-capacity // self.page_size)
         weight = layer.slopes
