@@ -20,9 +20,11 @@ _LEAST_WORTH = 1.2
 # What drafting may lose against plain decoding: so much at once, in seconds, and so much of the time after that. Over
 # any minute that is 2 %, which leaves something for what is known too late.
 _ALLOWANCE_S, _ALLOWANCE_SHARE = 0.75, 0.008
-# Plain decoding is timed again where its estimate is less sure than so many standard deviations of the decision need,
-# and after so many steps in any case.
-_SURE_DEVIATIONS, _MOST_UNSURE, _PLAIN_EVERY = 2.0, 0.1, 500
+# Trials leave so much of that for what turns out worse than expected.
+_LEAST_FOR_TRIALS = 0.2
+# Plain decoding is timed again where what drafts gain is less than so many standard deviations of its estimate, and
+# after so many steps in any case; nothing is tried while the estimate is less sure than that.
+_SURE_DEVIATIONS, _PLAIN_EVERY, _MOST_UNSURE = 2.0, 500, 0.1
 # Of a step that took longer than expected so many times over, the rest was the machine's doing.
 _MOST_LATE = 3.0
 # Drafts of one request that its own acceptance must outweigh, and steps after which they are forgotten.
@@ -299,7 +301,7 @@ class Controller:
         """
         size = len(self._candidates)
         assert self._step_cost is not None
-        token_s, plain_s = self._step_cost.slope(1), self._plain_s(size)
+        token_s, plain_s = self._token_s(), self._plain_s(size)
         draft_s = [max(self._draft_s(number, size) - self._draft_s(0, size), 0.0) for number in range(self._longest)]
         rate = size / plain_s
         copies, reaches = self._reaches(upper, _LEAST_WORTH * token_s * rate)
@@ -367,6 +369,10 @@ class Controller:
     def _rates(self, candidate: Candidate, copies: bool) -> AcceptanceRates:
         return self._copies[min(candidate.match, MAX_LENGTH)] if copies else self._prior[candidate.sampled]
 
+    def _token_s(self) -> float:
+        assert self._step_cost is not None
+        return self._step_cost.slope(1)
+
     def _step_s(self, num_rows: int, num_requests: int) -> float:
         assert self._step_cost is not None
         return max(self._step_cost.predict((1, num_rows, num_requests, self._num_tokens)), 1e-6)
@@ -384,16 +390,13 @@ class Controller:
         plain, best = estimates.plain(), estimates.best()
         gain = best.num_tokens / best.seconds / (plain.num_tokens / plain.seconds)
         drafts = gain > _LEAST_GAIN
-        self._note_regime(plain, best, drafts)
+        self._note_regime(plain, best, drafts and self._allowance > 0)
         unsure = estimates.unsure()
-        if unsure > _MOST_UNSURE or (
-            drafts and (self._number - self._plain_number > _PLAIN_EVERY or gain - 1 < _SURE_DEVIATIONS * unsure)
-        ):
-            return plain
         if drafts:
-            return best if self._allowance > 0 else plain
+            sure = self._number - self._plain_number < _PLAIN_EVERY and gain - 1 > _SURE_DEVIATIONS * unsure
+            return best if sure and self._allowance > 0 else plain
         # Texts change, so drafts are tried where the allowance pays for them if none is accepted.
-        if self._allowance < 0.2 * _ALLOWANCE_S:
+        if unsure > _MOST_UNSURE or self._allowance < _LEAST_FOR_TRIALS * _ALLOWANCE_S:
             return plain
         trial = estimates.best(upper=True)
         return trial if trial.seconds - plain.seconds < self._allowance else plain
@@ -407,9 +410,19 @@ class Controller:
             return
         self._regime, self._reported = regime, now
         size = len(self._candidates)
-        self._report(
-            f"drafting {'on' if regime else 'off'} with {size} request{'s' * (size != 1)}: the best plan drafts "
-            f"{sum(best.widths)} tokens, {sum(w for w, copy in zip(best.widths, best.copies, strict=True) if copy)} of "
-            f"them copied, for {best.num_tokens / size:.2f} tokens a step and request in {1e3 * best.seconds:.1f} ms; "
-            f"plain decoding takes {1e3 * plain.seconds:.1f} ms for 1"
-        )
+        load = f"{size} request{'s' * (size != 1)}"
+        if regime:
+            num_copied = sum(width for width, copies in zip(best.widths, best.copies, strict=True) if copies)
+            self._report(
+                f"drafting on with {load}: {sum(best.widths)} tokens, {num_copied} of them copied, for "
+                f"{best.num_tokens / size:.2f} tokens a step and request in {1e3 * best.seconds:.1f} ms; plain "
+                f"decoding takes {1e3 * plain.seconds:.1f} ms for 1"
+            )
+        else:
+            rate = sum(self._prior[one.sampled].expected[0] for one in self._candidates) / size
+            draft_s = self._draft_s(1, size) - self._draft_s(0, size)
+            self._report(
+                f"drafting off with {load}: one draft token each would bring {rate:.2f} tokens a step and request and "
+                f"take {1e3 * (draft_s + size * self._token_s()):.1f} ms; plain decoding takes "
+                f"{1e3 * plain.seconds:.1f} ms for 1"
+            )
