@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -164,7 +165,8 @@ class Steps:
         rows = [1 + width for width in self.widths]
         verified = [1 + min(accepted, width) for width in self.widths]
         self.controller.begin(self.requests, rows, verified, [newest] * len(rows))
-        self.candidates = [replace(one, **candidate) for one in self.candidates]
+        if candidate:
+            self.candidates = [replace(one, **candidate) for one in self.candidates]
         self.plan = self.controller.plan(self.candidates, 100)
         self.widths = list(self.plan.widths)
         self.now += 0.01 * (0.01 + self.cost["draft"] * self.plan.num_drafts)
@@ -242,6 +244,24 @@ def test_what_drafting_may_lose_is_bounded() -> None:
     for _ in range(6000):
         steps.step()
     assert 60 * 1.005 < steps.now < 60 * 1.03 * 1.01
+
+
+@pytest.mark.parametrize(("num_requests", "most_calls"), [(1, 250), (32, 1500)])
+@pytest.mark.parametrize("accepted", [0, 4])
+def test_a_decision_takes_few_calls(num_requests: int, most_calls: int, accepted: int) -> None:
+    """At some 0.1 us a call, as times would depend on how busy the machine is."""
+    steps = Steps(num_requests)
+    for _ in range(50):
+        steps.step(accepted)
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event) if "call" in event else None)
+    try:
+        for _ in range(20):
+            steps.step(accepted)
+    finally:
+        sys.setprofile(None)
+    # The engine's own are among them.
+    assert len(calls) / 20 < most_calls, len(calls) / 20
 
 
 def test_a_change_of_mind_is_reported_with_its_numbers() -> None:

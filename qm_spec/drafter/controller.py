@@ -221,16 +221,17 @@ class Controller:
     def _note_times(self, num_rows: int, num_requests: int, num_verified: int, now: float) -> None:
         assert self._last is not None
         step_s, draft_s = now - self._ended, self._ended - self._began
-        num_drafts = self._last.num_drafts
+        # Of the requests that were drafted for some have ended since.
+        num_drafts, num_drafting = self._last.num_drafts, len(self._candidates)
         if self._step_cost is None or self._draft_cost is None:
             self._first.append((num_requests, self._num_tokens, step_s, draft_s))
             if len(self._first) == _FIRST_STEPS:
                 self._start()
             return
         plain_s = self._plain_s(num_requests)
-        expected_s = self._step_s(num_rows, num_requests) + self._draft_s(num_drafts, num_requests)
+        expected_s = self._step_s(num_rows, num_requests) + self._draft_s(num_drafts, num_drafting)
         self._step_cost.measure((1, num_rows, num_requests, self._num_tokens), step_s)
-        self._draft_cost.measure((1, num_requests, num_drafts, num_drafts * num_requests), draft_s)
+        self._draft_cost.measure((1, num_drafting, num_drafts, num_drafts * num_drafting), draft_s)
         seconds = min(step_s + draft_s, _MOST_LATE * expected_s)
         self._allowance += _ALLOWANCE_SHARE * seconds
         if num_rows > num_requests or num_drafts:
