@@ -34,7 +34,7 @@ from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.drafter.vocabulary import to_offsets
-from qm_spec.integrations.vllm_plugin import cuda_graphs
+from qm_spec.integrations.vllm_plugin import cuda_graphs, seeds
 from qm_spec.integrations.vllm_plugin import proposer as plugin
 from qm_spec.integrations.vllm_plugin.attention import QuickMergeImpl, QuickMergeMetadata, QuickMergeMetadataBuilder
 from qm_spec.integrations.vllm_plugin.head import DraftRows
@@ -92,6 +92,7 @@ def model() -> Any:
         lm_head=head,
         logits_processor=processor,
         combine_hidden_states=layer.fuse,
+        seeds_by_position=False,
         compute_logits=lambda hidden: hidden @ weights[1][: SIZES.vocabulary].T,
         draft_rows=None,
     )
@@ -352,12 +353,27 @@ def test_a_request_with_a_seed_takes_as_many_numbers_whatever_is_looked_up(model
 def test_a_request_with_a_seed_draws_its_drafts_from_it():
     def draw(seed: int) -> torch.Tensor:
         sampling = sampled(1.0, 1.0, 1.0, row1=torch.Generator().manual_seed(seed))
-        return plugin._random_numbers(sampling, torch.empty(3, 8))
+        return plugin._random_numbers(sampling.generators, torch.empty(3, 8))
 
     first, second, other = draw(5), draw(5), draw(6)
     assert torch.equal(first[1], second[1]) and not torch.equal(first[1], other[1])
     assert not torch.equal(first[0], second[0]) and not torch.equal(first[2], second[2])
     assert first.dtype == torch.float64 and first.min() >= 0 and first.max() < 1
+
+
+def test_by_position_a_seeds_drafts_are_the_same_whatever_else_is_drafted(model):
+    model.seeds_by_position = True
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    drafted, probs = propose(model, 4, sampled(1.0, 1.0, 0.0, row1=generator))
+    assert torch.equal(generator.get_state(), state), "verification takes the numbers, by position"
+    assert probs.shape == (3, 4, SIZES.vocabulary), "for the request without a seed"
+    shorter, _ = propose(model, 2, sampled(0.5, 1.0, 1.0, row1=generator))
+    assert shorter[1].tolist() == drafted[1, :2].tolist()
+    seeds.draw_numbers(generator, 1)
+    later, _ = propose(model, 4, sampled(1.0, 1.0, 0.0, row1=generator))
+    assert later[1].tolist() != drafted[1].tolist()
+    assert torch.equal(later[2], drafted[2]), "greedy"
 
 
 # On a GPU

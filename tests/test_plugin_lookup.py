@@ -181,9 +181,9 @@ def test_looked_up_drafts_come_with_distributions_that_are_sure_of_them() -> Non
 
 def test_more_is_looked_up_than_drafted_the_longer_the_match() -> None:
     found = [Lookup((7, 0, 1, 2, 3, 4, 5, 6), 3), Lookup((), 0), Lookup((2, 2, 2, 3, 3, 3, 4, 4), 1)]
-    assert plugin.draft_widths(found, 3, 2) == [[6, 2, 2], [2, 2, 2]]
-    assert plugin.draft_widths(found, 3, 8) == [[8, 8, 8]]
-    assert plugin.draft_widths([Lookup((), 0)] * 3, 3, 2) == plugin.draft_widths([], 3, 2) == [[2, 2, 2]]
+    assert plugin.draft_widths(found, 3, 2) == [6, 2, 2]
+    assert plugin.draft_widths(found, 3, 8) == [8, 8, 8]
+    assert plugin.draft_widths([Lookup((), 0)] * 3, 3, 2) == plugin.draft_widths([], 3, 2) == [2, 2, 2]
     drafted, probs = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.rand(3, 2, 8)
     joined, sure = plugin.join_drafts(found, drafted, probs, [6, 2, 2])
     assert joined == [[7, 0, 1, 2, 3, 4], [3, 4], [2, 2]]

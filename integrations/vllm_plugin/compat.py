@@ -104,7 +104,7 @@ REQUEST_STATES = Patch(
     parameters=("self", "sampled_token_ids", "requests", "gpu_input_batch", "discard_request_mask"),
     replacement="qm_spec.integrations.vllm_plugin.lookup:with_request_states",
     why="suffix lookup (lookup_length), for which a request's earlier tokens must be found again, and drafting only "
-    "where it pays (QM_SPEC_ADAPT), for which steps of the same requests are timed",
+    "where it pays (QM_SPEC_ADAPT), for which each request's acceptance is followed",
     how="notes which requests the rows are, which `propose` is not told; applied only where one of the two is on",
     upstream="none",
     delete_when="vLLM tells a proposer's `propose` the requests of the batch",
@@ -130,6 +130,40 @@ CPU_SEEDS = Patch(
     "the draw back, which ends the engine on a CPU. Applied when our model is built, and by our benchmarks",
     upstream="none",
     delete_when="vLLM does not turn back a CPU's generators",
+)
+
+SEED_NUMBERS = Patch(
+    target="vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
+    parameters=("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+    replacement="qm_spec.integrations.vllm_plugin.seeds:with_numbers",
+    why="a request with a seed has the same sample whatever is drafted for it, so drafts may follow the load",
+    how="gives each token of a seeded request the number of its position, as plain decoding does; on a CPU, applied "
+    "when our model is built",
+    upstream="none",
+    delete_when="vLLM's verification keeps a seed's sample whatever is drafted",
+)
+
+SEEDED_ROWS = Patch(
+    target="vllm.v1.sample.rejection_sampler:rejection_sample",
+    parameters=(
+        "draft_token_ids",
+        "num_draft_tokens",
+        "max_spec_len",
+        "cu_num_draft_tokens",
+        "draft_probs",
+        "target_logits",
+        "bonus_token_ids",
+        "sampling_metadata",
+        "synthetic_mode",
+        "synthetic_conditional_rates",
+        "use_fp64_gumbel",
+    ),
+    replacement="qm_spec.integrations.vllm_plugin.seeds:with_numbered_rows",
+    why="a request with a seed has the same sample whatever is drafted for it, so drafts may follow the load",
+    how="samples the target's tokens of seeded requests by those numbers and accepts the drafts that equal them; "
+    "applied when our model is built",
+    upstream="none",
+    delete_when="with SEED_NUMBERS",
 )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
 
 from qm_spec.drafter.config import QuickMergeConfig, check_lookup_length
 from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup, SuffixIndex
@@ -143,17 +143,15 @@ def _token_ids(state: Any, start: int, end: int) -> list[int] | None:
     return None if min(token_ids) < 0 else token_ids
 
 
-def draft_widths(found: Sequence[Lookup], num_requests: int, num_drafts: int) -> list[list[int]]:
-    """Return the ways to draft, the most tokens first: how many for each request.
+def draft_widths(found: Sequence[Lookup], num_requests: int, num_drafts: int) -> list[int]:
+    """Return how many tokens to draft for each request where nothing decides about it.
 
     Args:
         found: one per request, of as many tokens as a step may draft; none at all where lookup is off.
         num_requests: B.
         num_drafts: K, of the prior; what is looked up may be more.
     """
-    alike = [num_drafts] * num_requests
-    wide = [max(num_drafts, len(lookup.likely)) for lookup in found]
-    return [wide, alike] if any(width > num_drafts for width in wide) else [alike]
+    return [max(num_drafts, len(lookup.likely)) for lookup in found] or [num_drafts] * num_requests
 
 
 def join_drafts(
@@ -165,7 +163,7 @@ def join_drafts(
         found: one per row; none at all where lookup is off.
         drafted: `[B, K]` int64.
         probs: `[B, K, V]` distributions that the drafts were drawn from, or None.
-        widths: tokens of each row, at most K without a lookup.
+        widths: tokens of each row, at most K without a lookup; 0 drafts nothing for it.
 
     Returns:
         Drafts, a tensor `[B, W]` where all rows are W wide, else a list for each row; and distributions `[B, W, V]` for
@@ -178,7 +176,7 @@ def join_drafts(
         copied = drafted.new_tensor([found[row].drafts[:width] for row in rows])
         drafted = pad(drafted, (0, more)).index_copy(0, places, copied)
         if probs is not None:
-            sure = one_hot(copied, probs.shape[-1]).to(probs.dtype)
+            sure = probs.new_zeros(*copied.shape, probs.shape[-1]).scatter_(-1, copied.unsqueeze(-1), 1.0)
             probs = pad(probs, (0, 0, 0, more)).index_copy(0, places, sure)
     if len(set(widths)) == 1:
         return drafted, probs

@@ -19,7 +19,7 @@ from vllm.model_executor.models.utils import maybe_prefix, process_eagle_weight
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.head import spread
 from qm_spec.drafter.prior import PriorLayer, plain_linear
-from qm_spec.integrations.vllm_plugin import compat
+from qm_spec.integrations.vllm_plugin import compat, seeds
 from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
 from qm_spec.integrations.vllm_plugin.head import DraftRows, plain_head
@@ -112,6 +112,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         # Lookup may draft more than the prior, where the number may change from step to step.
         on_cpu, most = vllm_config.device_config.device_type == "cpu", vllm_config.num_speculative_tokens
         self.num_drafts = min(self.config.num_speculative_tokens, most) if on_cpu else most
+        self.most_drafts = most
         # A GPU's step is still running when drafting begins, and other schedulers ask for drafts at other times.
         one_at_a_time = vllm_config.parallel_config.pipeline_parallel_size == 1
         one_at_a_time = one_at_a_time and not vllm_config.scheduler_config.async_scheduling
@@ -122,6 +123,14 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
             warn_without_lookup()
         compat.apply(compat.CPU_EXPANSION)
         compat.apply(compat.CPU_SEEDS)
+        # Whether a seed's sample is the same whatever is drafted.
+        self.seeds_by_position = (
+            on_cpu
+            and not vllm_config.model_config.use_fp64_gumbel
+            and seeds.supported()
+            and compat.apply(compat.SEEDED_ROWS)
+            and compat.apply(compat.SEED_NUMBERS)
+        )
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
         """Fuse the target's auxiliary states: `[T, 3 D]` to `[T, D]`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -17,11 +17,13 @@ from qm_spec.drafter.head import spread
 from qm_spec.drafter.loop import DraftLoop, dense_weights
 from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop, draw
 from qm_spec.drafter.suffix_index import Lookup
-from qm_spec.integrations.vllm_plugin.adaptive import begin_step
+from qm_spec.integrations.vllm_plugin.adaptive import begin_step, plan_step
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
 from qm_spec.integrations.vllm_plugin.head import plain_head, plain_table
 from qm_spec.integrations.vllm_plugin.lookup import draft_widths, join_drafts, look_up, warn_without_lookup
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
+from qm_spec.integrations.vllm_plugin.seeds import next_numbers
+from qm_spec.integrations.vllm_plugin.seeds import sample as sample_by_number
 from qm_spec.integrations.vllm_plugin.verification import without_seeds_of_unread_prompts
 from qm_spec.ops import backend, merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
@@ -96,8 +98,8 @@ def propose(
 
     Args:
         proposer: vLLM's EAGLE proposer, whose `propose` this stands in for.
-        widths: tokens to draft for each of the B requests, the same K for all that have no lookup; 0 for all keeps the
-            cache in step and drafts nothing.
+        widths: tokens to draft for each of the B requests; the prior drafts as many for all as the most of those
+            without a lookup. 0 for all still writes the cache.
         target_token_ids: `[T]`, what the target read in this step, rejected rows included.
         target_hidden_states: `[T, 3 D]`, of these.
         next_token_ids: `[B]`, the token after each request's last verified one.
@@ -122,14 +124,15 @@ def propose(
     # The token after each one that was read; what follows a rejected one does not matter.
     following = target_token_ids.roll(-1).index_put((rows.long(),), next_token_ids.to(target_token_ids.dtype))
     loop.remember(cache, states, following, common.slot_mapping[: len(states)])
-    num_drafts = min(widths)
-    if num_drafts == 0:
-        return next_token_ids.new_empty((len(next_token_ids), 0), dtype=torch.int64)
     sampled = proposer._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
-    if found and all(lookup.length for lookup in found) and not (sampled and sampling_metadata.generators):
-        # A later step merges what this one leaves. Without distributions drafts count as sure; a request's own seed
-        # gives the same text in any batch only if every step takes as many numbers from it.
-        nothing = next_token_ids.new_empty((len(found), 0), dtype=torch.int64)
+    seeded = sampling_metadata.generators if sampled else {}
+    num_drafts = max((width for row, width in enumerate(widths) if not (found and found[row].length)), default=0)
+    if seeded and not model.seeds_by_position:
+        # The same sample again only if every step takes as many numbers from the seed.
+        num_drafts = min(widths)
+    if num_drafts == 0:
+        # A later step merges what this one leaves. Without distributions drafts count as sure.
+        nothing = next_token_ids.new_empty((len(next_token_ids), 0), dtype=torch.int64)
         return join_drafts(found, nothing, None, widths)[0]
     state, table, verified = states[rows.long()], common.block_table_tensor, common.seq_lens
     if num_rejected_tokens_gpu is not None:
@@ -141,7 +144,12 @@ def propose(
     temperature = uniform = None
     if sampled:
         temperature = sampling_metadata.temperature
-        uniform = _random_numbers(sampling_metadata, state.new_empty(len(state), num_drafts))
+        uniform = _random_numbers({} if model.seeds_by_position else seeded, state.new_empty(len(state), num_drafts))
+    numbers = None
+    if seeded and model.seeds_by_position:
+        # The operator draws by other numbers.
+        weights, seeded_rows = None, list(seeded)
+        numbers = torch.stack([next_numbers(generator, num_drafts) for generator in seeded.values()])
     with torch.inference_mode():
         probs: Tensor | None
         if weights is None:
@@ -151,6 +159,9 @@ def propose(
                 if temperature is None or uniform is None:
                     return logits.argmax(-1)
                 token_ids, distribution = draw(logits, temperature, uniform[:, len(step_probs)])
+                if numbers is not None:
+                    own = logits[seeded_rows].float() / temperature[seeded_rows].unsqueeze(-1)
+                    token_ids[seeded_rows] = sample_by_number(own, numbers[:, len(step_probs)])
                 step_probs.append(distribution)
                 return token_ids
 
@@ -183,10 +194,10 @@ def propose(
     return drafts
 
 
-def _random_numbers(sampling_metadata: Any, like: Tensor) -> Tensor:
-    """Return float64 numbers in 0..1, shape `[B, K]`; those of a request with a seed come from its own generator."""
+def _random_numbers(generators: Mapping[int, torch.Generator], like: Tensor) -> Tensor:
+    """Return float64 numbers in 0..1, shape `[B, K]`; those of rows with a generator come from that."""
     uniform = torch.rand_like(like, dtype=torch.float64)
-    for row, generator in sampling_metadata.generators.items():
+    for row, generator in generators.items():
         uniform[row] = torch.rand(like.shape[1:], dtype=torch.float64, device=like.device, generator=generator)
     return uniform
 
@@ -204,7 +215,7 @@ def draft_step(
 ) -> Tensor | list[list[int]]:
     """Decide how many tokens to draft behind this step, and draft them; see `propose`."""
     proposer.num_speculative_tokens = num_speculative_tokens
-    payoff = begin_step(proposer, common_attn_metadata, num_rejected_tokens_gpu)
+    controller = begin_step(proposer, next_token_ids, common_attn_metadata, num_rejected_tokens_gpu)
     found = look_up(
         proposer,
         num_speculative_tokens,
@@ -213,15 +224,23 @@ def draft_step(
         common_attn_metadata,
         num_rejected_tokens_gpu,
     )
-    ways = draft_widths(found, len(next_token_ids), min(num_speculative_tokens, proposer.model.num_drafts))
-    widths = ways[0]
-    # A request's own seed must give the same text again, and each draft takes random numbers from it.
-    if sampling_metadata.generators:
-        widths = ways[-1]
-    elif payoff is not None and num_speculative_tokens:
-        num_found = sum(lookup.length > 0 for lookup in found)
-        how = num_found > 0, num_found == len(widths)
-        widths = payoff.choose(how, ways, int(common_attn_metadata.seq_lens.sum()))
+    num_drafts = min(num_speculative_tokens, proposer.model.num_drafts)
+    if sampling_metadata.generators and not proposer.model.seeds_by_position:
+        # A request's own seed must give the same text again, and each draft takes random numbers from it.
+        widths = [num_drafts] * len(next_token_ids)
+        controller = None
+    elif controller is not None:
+        widths, found = plan_step(
+            controller,
+            proposer,
+            num_speculative_tokens,
+            found,
+            common_attn_metadata,
+            num_rejected_tokens_gpu,
+            sampling_metadata,
+        )
+    else:
+        widths = draft_widths(found, len(next_token_ids), num_drafts)
     drafted = propose(
         proposer,
         widths,
@@ -234,8 +253,8 @@ def draft_step(
         num_rejected_tokens_gpu,
         found,
     )
-    if payoff is not None:
-        payoff.end()
+    if controller is not None:
+        controller.end()
     return drafted
 
 
