@@ -106,7 +106,7 @@ def test_a_shard_that_always_fails_is_named_and_in_no_number(benchmark_settings,
     # Both over the two prompts.
     assert ngram["speedup"] == 2.0
     (failure,) = benchmark.results["failures"]
-    assert failure["error"].startswith("tried 3 times; engine ended with exit code 1 with 0 of 1 settings measured")
+    assert failure["error"].startswith("tried 3 times; engine ended with exit code 1 with 0 of 1 parts measured")
     assert failure["prompt_ids"] == ["p2", "p3", "p4"]
     assert "no such layer" in (asked.out / "logs" / "ngram.1.log").read_text()
     assert [start[0] for start in starts()].count("ngram") == 1 + 3
@@ -148,7 +148,7 @@ def test_a_worker_reports_how_its_engine_ended(benchmark_settings, engine_comman
     assert events[-1]["reason"] is None
     faults(none="crash")
     ended = list(EngineWorker().run(job, engine_command))[-1]
-    assert ended["reason"] == "engine ended with exit code 1 with 0 of 1 settings measured"
+    assert ended["reason"] == "engine ended with exit code 1 with 0 of 1 parts measured"
     assert b"no such layer" in ended["log"]
 
 
