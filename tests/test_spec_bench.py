@@ -174,7 +174,7 @@ def test_passes_of_different_speed_are_reported(settings, engine_command, faults
     benchmark = Benchmark(settings())
     benchmark.run(quiet, engine_command)
     (note,) = benchmark.notes
-    assert note.startswith("ngram at 20 tokens of context, concurrency 1, temperature 0: the speed-up was 0.20 to 2.00")
+    assert note.startswith("ngram at 20 tokens of context, concurrency 1, temperature 0: speed-up 0.20 to 2.00 from")
 
 
 def test_an_interruption_ends_the_engine_and_keeps_the_results(settings, engine_command, faults, starts):
@@ -213,7 +213,8 @@ def test_drafter_methods_ask_for_the_drafter_with_and_without_far_memory(setting
     Benchmark(asked).run(quiet, engine_command)
     runs = written(asked)["runs"]
     assert [run["method"] for run in runs] == ["none", "qm_spec", "qm_spec-window"]
-    # As many tokens as the engine counts, since no number was asked for, and the drafter that was asked for rather than the temporary copy.
+    # As many tokens as the engine counts, since no number was asked for, and the drafter that was asked for rather than
+    # the temporary copy.
     assert [run["num_speculative_tokens"] for run in runs] == [0, 2, 2]
     assert [run["draft"] for run in runs] == [None, str(drafter), str(drafter)]
     models = []
@@ -319,7 +320,7 @@ def test_the_table_is_all_that_goes_to_stdout(settings, engine_command, faults, 
     rows = output.splitlines()
     assert all(row.startswith("| ") for row in rows)
     assert len(rows) == 4 - len(told)
-    assert "none: starting the engine" in messages and "8 of 8 requests after" in messages or told
+    assert ("none: starting the engine" in messages and "8 of 8 requests after" in messages) or told
     assert ("no such layer" in messages) == bool(told)
 
 

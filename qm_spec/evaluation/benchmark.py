@@ -56,7 +56,8 @@ class Benchmark:
     """Prepares a comparison, so that bad input is refused before an engine starts, and runs it.
 
     Args:
-        prompts: what is decoded, for each of the settings' prompt lengths; None for the settings' workload.
+        prompts: what is decoded, for each of the settings' prompt lengths; None for the settings' workload, whose name
+            they else have.
 
     Attributes:
         results: what `results.json` holds so far.
@@ -81,6 +82,7 @@ class Benchmark:
         self._drafters = self._find_drafters()
         self.model_length: int | None = getattr(self._config, "max_position_embeddings", None)
         self._left_out: list[dict[str, Any]] = []
+        given = prompts is not None
         if prompts is None:
             workload_path(settings.prompts, settings.data)
             tokenizer = AutoTokenizer.from_pretrained(settings.target)
@@ -93,8 +95,8 @@ class Benchmark:
             "provenance": {
                 "commit": git_commit(),
                 "seed": settings.seed,
-                "prompts": settings.prompts if settings.prompts in WORKLOADS else Path(settings.prompts).name,
-                "prompts_sha256": self._prompts_hash(),
+                "prompts": settings.prompts if given or settings.prompts in WORKLOADS else Path(settings.prompts).name,
+                "prompts_sha256": self._prompts_hash(given),
                 "prompt_ids": [prompt.prompt_id for prompt in self.shard_prompts[0]],
                 "repeats": settings.repeats,
                 "in_turns": ray is None,
@@ -186,8 +188,8 @@ class Benchmark:
             )
         return fitting
 
-    def _prompts_hash(self) -> str:
-        path = workload_path(self.settings.prompts, self.settings.data)
+    def _prompts_hash(self, given: bool) -> str:
+        path = None if given else workload_path(self.settings.prompts, self.settings.data)
         if path is not None and path.is_file():
             return sha256_of(path)
         token_ids = [[prompt.token_ids for prompt in prompts] for prompts in self.shard_prompts]
