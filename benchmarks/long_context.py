@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from qm_spec.drafter.rows import Drafter
     from qm_spec.evaluation.long_context import LongContextRow
-    from qm_spec.evaluation.long_speed import LongSpeedRow
     from qm_spec.evaluation.statistics import Estimate
 
 # A pair that uses its context, EAGLE-3 beside it, and text that neither was trained on.
@@ -73,7 +72,9 @@ def main(
     ),
     num_prompts: Annotated[int, typer.Option(metavar="N", help="Of each domain and length.")] = 12,
     num_tokens: Annotated[int, typer.Option(metavar="M", help="Tokens written behind each.")] = 64,
-    num_speculative_tokens: Annotated[int, typer.Option(metavar="K", help="Drafted tokens per step.")] = 4,
+    num_speculative_tokens: Annotated[
+        int, typer.Option(metavar="K", help="Drafted tokens per step; --speed leaves it to methods.")
+    ] = 4,
     num_looked_up: Annotated[
         int | None,
         typer.Option(
@@ -101,8 +102,8 @@ def main(
     """Measure acceptance over the length of the context by replaying drafters on what the target writes.
 
     Writes long_context.json, .md and .png; after each length, so that an interruption loses nothing. With
-    --speed it writes speed.json and .md: plain decoding, n-gram lookup of K and of 16 tokens and the drafters, each in
-    an engine of its own, and every prompt by all of them in turn. Ours drafts as for a user who names no number.
+    --speed it measures as qm-spec eval does, and writes what that writes: plain decoding, n-gram lookup of 4 and of 16
+    tokens and the drafters, each with its own number of tokens, on prompts of these domains.
     """
     drafter = drafter or [f"{name}={ZOO / folder}" for name, folder in SHIPPED.items()]
     text = text or [ZOO / "text"]
@@ -112,7 +113,7 @@ def main(
             if given := [option for option, value in others.items() if value]:
                 raise ValueError(f"--speed decodes greedily with the drafters as they are, without {', '.join(given)}")
             sizes = [int(length) for length in lengths.split(",")]
-            time_methods(
+            code = time_methods(
                 target,
                 _folders(drafter),
                 text,
@@ -120,13 +121,12 @@ def main(
                 sizes,
                 num_prompts,
                 num_tokens,
-                num_speculative_tokens,
                 ngram,
                 repeats,
                 seed,
                 out,
             )
-            return
+            raise typer.Exit(code)
         measure(
             target,
             drafter,
@@ -231,108 +231,47 @@ def time_methods(
     lengths: Sequence[int],
     num_prompts: int,
     num_tokens: int,
-    num_drafts: int,
     ngram: bool,
     repeats: int,
     seed: int,
     out: Path,
-) -> None:
-    """Measure speed in vLLM and keep `speed.json` and `speed.md` in `out` up to date."""
-    from rich.progress import Progress
+) -> int:
+    """Measure speed in vLLM as `qm-spec eval` does, on prompts of all domains; return its exit code."""
     from transformers import AutoTokenizer
 
-    from qm_spec import provenance
-    from qm_spec.evaluation.environment import describe_environment
+    from qm_spec.evaluation.benchmark import Benchmark
+    from qm_spec.evaluation.command import run_with_progress
     from qm_spec.evaluation.long_context import PromptWriter
-    from qm_spec.evaluation.long_speed import measure_speed
-    from qm_spec.training.data import find_files, sha256_of
+    from qm_spec.evaluation.methods import METHODS, OURS, REFERENCE_METHOD
+    from qm_spec.evaluation.settings import BenchmarkSettings
+    from qm_spec.evaluation.shards import TokenPrompt
 
+    # The shipped drafter has the name of a method that finds it by the target.
+    own = {name: folder for name, folder in drafters.items() if name in METHODS and METHODS[name].drafter == OURS}
+    if len(own) > 1:
+        raise ValueError(f"--speed: give all drafters but one names of their own, got {', '.join(own)}")
+    settings = BenchmarkSettings(
+        target=target,
+        out=out,
+        draft=str(next(iter(own.values()), "")),
+        methods=(REFERENCE_METHOD, *(("ngram", "ngram-16") if ngram else ()), *own),
+        baselines={name: folder for name, folder in drafters.items() if name not in own},
+        prompts=",".join(domains),
+        max_tokens=num_tokens,
+        context_lengths=tuple(lengths),
+        seed=seed,
+        repeats=repeats,
+    )
     writer = PromptWriter(AutoTokenizer.from_pretrained(target), text, max(lengths))
-    prompts = {
-        n: [writer.write(domain, n, seed + number) for domain in domains for number in range(num_prompts)]
-        for n in lengths
-    }
-    record: dict[str, Any] = {
-        "command": provenance.command(),
-        "commit": provenance.git_commit(),
-        "environment": describe_environment(),
-        "text_sha256": sha256_of(find_files(text)),
-        "domains": domains,
-        "num_speculative_tokens": num_drafts,
-        "tokens_per_prompt": num_tokens,
-        "prompts_per_domain": num_prompts,
-        "repeats": 0,
-        "seed": seed,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    rows: list[LongSpeedRow] = []
-    with Progress() as progress:
-        total = (1 + 2 * ngram + len(drafters)) * repeats * sum(map(len, prompts.values()))
-        task = progress.add_task("engines start", total=total)
-        for rows in measure_speed(
-            target,
-            drafters,
-            prompts,
-            out,
-            num_tokens=num_tokens,
-            num_drafts=num_drafts,
-            ngram=ngram,
-            repeats=repeats,
-            seed=seed,
-            on_progress=lambda length, method: progress.update(task, advance=1, description=f"{length} {method}"),
-        ):
-            record["repeats"] += 1
-            record["rows"] = [dataclasses.asdict(row) for row in rows]
-            (out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
-    tables = speed_table(rows, next(iter(drafters)), repeats)
-    (out / "speed.md").write_text(tables)
-    print(tables)
-
-
-def speed_table(rows: Sequence[LongSpeedRow], first: str, repeats: int) -> str:
-    """Return a Markdown table of all rows, and one of how many times as fast `first` is as each other method."""
-    lines = [
-        "| context | method | tokens/s | speed-up | of decoding alone | first token, ms | over none | AL | identical |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for row in rows:
-        accepted = "-" if row.acceptance_length is None else f"{row.acceptance_length:.2f}"
-        lines.append(
-            f"| {row.context} | {row.method} | {row.tokens_per_s:.1f} | {_cell(row.speedup)} "
-            f"| {_cell(row.decode_speedup)} | {row.ttft_ms:.0f} | {row.ttft_overhead_ms:+.1f} | {accepted} "
-            f"| {'yes' if row.identical else 'NO'} |"
+    prompts = [
+        tuple(
+            TokenPrompt(f"{domain}-{number}", tuple(writer.write(domain, length, seed + number)), domain)
+            for number in range(num_prompts)
+            for domain in domains
         )
-    found = {(row.context, row.method): row for row in rows}
-    lengths, methods = (list(dict.fromkeys(some)) for some in zip(*found, strict=True))
-    lines += ["", f"| {first} over | " + " | ".join(map(str, lengths)) + " |", "| --- |" + " ---: |" * len(lengths)]
-    for method in methods:
-        if method != first:
-            ratios = [found[length, first].over(found[length, method], repeats) for length in lengths]
-            lines.append(f"| {method} | " + " | ".join(map(_cell, ratios)) + " |")
-    return "\n".join(lines) + "\n\n" + first_token_table(rows, first, repeats)
-
-
-def first_token_table(rows: Sequence[LongSpeedRow], first: str, repeats: int) -> str:
-    """Return a Markdown table of how much later first tokens come than plain decoding's, and `first`'s by others'."""
-    from qm_spec.evaluation.long_speed import LONG_NGRAM, NGRAM
-
-    found = {(row.context, row.method): row for row in rows}
-    lengths, methods = (list(dict.fromkeys(some)) for some in zip(*found, strict=True))
-    plain, *others = methods
-    lines = ["| first token | " + " | ".join(map(str, lengths)) + " |", "| --- |" + " ---: |" * len(lengths)]
-    for method in others:
-        delays = [found[length, method].delay_ms(found[length, plain], repeats) for length in lengths]
-        lines.append(f"| {method}, ms later | " + " | ".join(map(_delay_cell, delays)) + " |")
-    for method in others:
-        # Lookup leaves prompts alone, and a share of nothing says nothing.
-        if method not in (first, NGRAM, LONG_NGRAM):
-            shares = [
-                found[length, first].delay_share(found[length, method], found[length, plain], repeats)
-                for length in lengths
-            ]
-            cells = ["-" if share is None else _cell(share) for share in shares]
-            lines.append(f"| {first}'s by {method}'s | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        for length in lengths
+    ]
+    return run_with_progress(Benchmark(settings, prompts))
 
 
 def load_drafters(named: Sequence[str], merges: Sequence[str], target_dir: Path) -> dict[str, Drafter]:
@@ -441,11 +380,6 @@ def table(rows: Sequence[LongContextRow]) -> str:
 def _cell(estimate: Estimate) -> str:
     spread = f" ({estimate.low:.2f}-{estimate.high:.2f})" if estimate.has_interval else ""
     return f"{estimate.value:.2f}{spread}"
-
-
-def _delay_cell(estimate: Estimate) -> str:
-    spread = f" ({estimate.low:+.1f} to {estimate.high:+.1f})" if estimate.has_interval else ""
-    return f"{estimate.value:+.1f}{spread}"
 
 
 def without_seed(name: str) -> str:

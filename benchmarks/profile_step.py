@@ -58,11 +58,15 @@ def main(
 
     Example: python benchmarks/profile_step.py --method none
     """
-    from qm_spec.evaluation.methods import method_environment
+    from qm_spec.evaluation.methods import find_method
 
     # The engine's libraries are loaded with the process, so it starts once more with their environment.
     if os.environ.get("QM_SPEC_PROFILE") != "1":
-        environment = {"VLLM_LOGGING_LEVEL": "ERROR", **method_environment(method, "cpu"), "QM_SPEC_PROFILE": "1"}
+        environment = {
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            **find_method(method).engine_environment("cpu"),
+            "QM_SPEC_PROFILE": "1",
+        }
         if cpu_time:
             environment["OMP_NUM_THREADS"] = "1"
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)

@@ -69,8 +69,11 @@ def smollm2() -> Path:
 
 
 @pytest.fixture
-def engine_command(tmp_path: Path) -> tuple[str, ...]:
+def engine_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """The command of the engines, with a folder of its own for what they are told and what they leave."""
+    # These need no rest between turns.
+    monkeypatch.setattr("qm_spec.evaluation.jobs.REST_S", 0)
+    monkeypatch.setattr("qm_spec.evaluation.process._POLL_S", 0.01)
     folder = tmp_path / "engine"
     folder.mkdir()
     script = Path(shutil.copy(ROOT / "tests" / "fake_engine.py", folder))
@@ -87,6 +90,13 @@ def faults(engine_command: tuple[str, ...]) -> Callable[..., None]:
 def starts(engine_command: tuple[str, ...]) -> Callable[[], list[list[str]]]:
     """Return for each engine started so far its method, process, parent process and first prompt."""
     file = Path(engine_command[1]).with_name("starts")
+    return lambda: [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def turns(engine_command: tuple[str, ...]) -> Callable[[], list[list[str]]]:
+    """Return for each measured shard so far its method, prompts and process."""
+    file = Path(engine_command[1]).with_name("turns")
     return lambda: [line.split() for line in file.read_text().splitlines()] if file.exists() else []
 
 

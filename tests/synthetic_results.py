@@ -92,6 +92,7 @@ def made_up_run(method, rows, plain=None, *, concurrency=1, temperature=0.0, con
         "context_cut": context_cut,
         "num_speculative_tokens": K if counts.drafts else 0,
         "num_prompts": num_prompts or len(rows),
+        "num_passes": 2,
         "max_tokens": OUTPUT_TOKENS,
         "num_output_tokens": tokens,
         "num_steps": steps,

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from qm_spec.config import ARCHITECTURE
 from qm_spec.evaluation.engine import read_counts, run_requests
 from qm_spec.evaluation.environment import available_cores, cpu_engine_environment, engine_environment
-from qm_spec.evaluation.methods import method_environment, speculative_config, without_far_memory
+from qm_spec.evaluation.methods import METHODS, find_method, without_far_memory
 from qm_spec.evaluation.metrics import DraftCounts, OutputDifference, compare_outputs
 from qm_spec.evaluation.prompts import BUILTIN_FILE, cut_prompts, read_prompts, tokenize_prompts
-from qm_spec.evaluation.results import run_record, write_results
+from qm_spec.evaluation.records import run_record
+from qm_spec.evaluation.results import write_results
 from qm_spec.evaluation.settings import BenchmarkSettings
 from qm_spec.evaluation.shards import (
     EngineSpec,
@@ -32,9 +33,9 @@ from qm_spec.evaluation.shards import (
     ShardResult,
     ShardSpec,
     TokenPrompt,
-    merge_shards,
 )
 from qm_spec.evaluation.table import format_table
+from qm_spec.evaluation.turns import Turn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,36 +140,9 @@ def test_shards_survive_json():
 
 
 def test_the_median_pass_is_reported():
-    passes = tuple(one_pass(elapsed, (1,)) for elapsed in (3.0, 1.0, 2.0))
-    assert ShardResult("cpu", "float32", passes).median_pass.elapsed_s == 2.0
-    assert ShardResult("cpu", "float32", passes[:2]).median_pass.elapsed_s == 1.0
-
-
-def test_different_repeats_are_noticed():
-    same = ShardResult("cpu", "float32", (one_pass(1.0, (1, 2)), one_pass(2.0, (1, 2))))
-    other = replace(same, passes=(*same.passes, one_pass(1.0, (1, 3))))
-    assert same.repeats_identical
-    assert not other.repeats_identical
-
-
-def test_merging_shards_adds_sums_and_divides_once():
-    few = DraftCounts(1, 4, 4, (1, 1, 1, 1))
-    left = ShardResult("cpu", "float32", (one_pass(1.0, (1, 2), counts=few),))
-    right = ShardResult("cpu", "float32", (one_pass(3.0, (3,), (4,)),))
-    merged = merge_shards([left, right]).median_pass
-    assert merged.elapsed_s == 4.0
-    assert merged.outputs == [(1, 2), (3,), (4,)]
-    # The mean of the two shards' lengths, 5 and 2.5, would be wrong.
-    assert merged.counts.acceptance_length == 1 + 19 / 11
-    assert merged.counts.accepted_per_position == (9, 5, 3, 2)
-
-
-def test_shards_of_different_settings_do_not_merge():
-    left = ShardResult("cpu", "float32", (one_pass(1.0, (1,)),))
-    with pytest.raises(ValueError, match="must agree in device, dtype"):
-        merge_shards([left, replace(left, dtype="bfloat16")])
-    with pytest.raises(ValueError, match="got no shards"):
-        merge_shards([])
+    passes = tuple((one_pass(elapsed, (1,)), None) for elapsed in (3.0, 1.0, 2.0))
+    assert Turn((prompt("a"),), passes).median_pass.elapsed_s == 2.0
+    assert Turn((prompt("a"),), passes[:2]).median_pass.elapsed_s == 1.0
 
 
 # The request loop
@@ -363,22 +337,40 @@ def test_the_builtin_prompts_are_what_the_script_makes(tmp_path, shared):
 
 
 def test_what_each_method_asks_of_vllm(tmp_path):
-    assert speculative_config("none", 3, None) is None
-    assert speculative_config("ngram", 3, None) == {
-        "method": "ngram",
-        "num_speculative_tokens": 3,
-        "prompt_lookup_max": 4,
-    }
+    def asked(method, depth):
+        return find_method(method).speculative_config(depth, tmp_path)
+
+    assert asked("none", 3) is asked("none-again", 3) is None
+    assert asked("ngram", 3) == {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    # Each method has a number of its own where none is asked for.
+    assert [asked(method, None)["num_speculative_tokens"] for method in ("ngram", "ngram-16")] == [4, 16]
+    assert asked("suffix", None) == {"method": "suffix"}
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [ARCHITECTURE]}))
-    for method in ("qm_spec", "qm_spec-window", "qm_spec-lookup"):
-        asked = speculative_config(method, 3, tmp_path)
-        assert (asked["method"], asked["model"], asked["num_speculative_tokens"]) == (
-            "eagle3",
-            str(tmp_path),
-            3,
-        )
-    assert method_environment("qm_spec-lookup", "cpu")["QM_SPEC_LOOKUP"] == "4"
-    assert method_environment("qm_spec", "cpu").get("QM_SPEC_LOOKUP") == os.environ.get("QM_SPEC_LOOKUP")
+    ours = [one.name for one in METHODS.values() if one.name.startswith("qm_spec")]
+    # A folder of ours may stand as a baseline, too.
+    for method in (*ours, "eagle3"):
+        found = asked(method, 3)
+        assert (found["method"], found["model"], found["num_speculative_tokens"]) == ("eagle3", str(tmp_path), 3)
+        # The plug-in chooses, as for a user who names no number.
+        assert "num_speculative_tokens" not in asked(method, None)
+    assert find_method("qm_spec-lookup").engine_environment("cpu")["QM_SPEC_LOOKUP"] == "4"
+    assert find_method("qm_spec-prior").engine_environment("cpu")["QM_SPEC_LOOKUP"] == "0"
+    own = find_method("qm_spec").engine_environment("cpu")
+    assert own.get("QM_SPEC_LOOKUP") == os.environ.get("QM_SPEC_LOOKUP")
+
+
+def test_eagle3_drafts_as_many_tokens_as_its_config_says(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLMEagle3"], "num_speculative_tokens": 5}')
+    method = find_method("eagle3-window")
+    assert method.speculative_config(None, tmp_path) == {
+        "method": "eagle3",
+        "model": str(tmp_path),
+        "num_speculative_tokens": 5,
+    }
+    assert method.speculative_config(2, tmp_path)["num_speculative_tokens"] == 2
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="must name num_speculative_tokens, names none"):
+        method.speculative_config(None, tmp_path)
 
 
 def test_the_window_drafter_differs_in_its_schedule_alone(tmp_path):
@@ -400,14 +392,16 @@ def test_the_window_drafter_differs_in_its_schedule_alone(tmp_path):
 # Records and table
 
 
-def record(method="qm_spec", result=None, reference=None, **changes):
-    result = result or ShardResult("cpu", "float32", (one_pass(2.0, (1, 2, 3), (4, 5, 6)),))
-    return run_record(method, shard_spec(**changes), result, reference, target="t", draft=None, context_cut=True)
+def record(method="qm_spec", ours=None, plain=None, **changes):
+    """Make the record of one turn of two prompts, beside plain decoding where it is given."""
+    spec = shard_spec(**changes)
+    turn = Turn(spec.prompts, ((ours or one_pass(2.0, (1, 2, 3), (4, 5, 6)), plain),))
+    return run_record(method, spec, [turn], target="t", draft=None, dtype="float32", context_cut=True)
 
 
 def test_a_record_has_the_issue_fields_and_consistent_numbers():
-    plain = ShardResult("cpu", "float32", (one_pass(4.0, (1, 2, 3), (4, 5, 6), counts=DraftCounts()),))
-    run = record(reference=plain)
+    plain = one_pass(4.0, (1, 2, 3), (4, 5, 6), counts=DraftCounts())
+    run = record(plain=plain)
     assert {
         "method", "target", "draft", "temperature", "concurrency", "context_tokens", "num_prompts",
         "num_output_tokens", "num_drafts", "num_draft_tokens", "num_accepted_tokens", "acceptance_rate",
@@ -423,29 +417,30 @@ def test_a_record_has_the_issue_fields_and_consistent_numbers():
 
 
 def test_a_record_counts_prompts_that_differ():
-    plain = ShardResult("cpu", "float32", (one_pass(4.0, (1, 2, 3), (4, 5, 9)),))
-    run = record(reference=plain)
+    plain = one_pass(4.0, (1, 2, 3), (4, 5, 9))
+    run = record(plain=plain)
     assert (run["lossless"], run["num_prompts_different"], run["first_difference"]) == (False, 1, 2)
     assert "no: 1 of 2 prompts, first at token 2" in format_table([run])
 
 
 def test_sampling_has_no_lossless_and_a_missing_reference_no_speedup():
-    plain = ShardResult("cpu", "float32", (one_pass(4.0, (7, 7, 7), (7, 7, 7)),))
-    sampled = record(reference=plain, temperature=0.7)
+    plain = one_pass(4.0, (7, 7, 7), (7, 7, 7))
+    sampled = record(plain=plain, temperature=0.7)
     assert (sampled["lossless"], sampled["repeats_identical"], sampled["speedup"]) == (None, None, 2.0)
-    alone = record(reference=None)
+    alone = record()
     assert (alone["lossless"], alone["speedup"]) == (None, None)
 
 
 def test_the_table_is_aligned_markdown():
-    plain = ShardResult("cpu", "float32", (one_pass(4.0, (1, 2, 3), (4, 5, 6), counts=DraftCounts()),))
-    lines = format_table([record("none", plain, plain), record(reference=plain)]).splitlines()
+    plain = one_pass(4.0, (1, 2, 3), (4, 5, 6), counts=DraftCounts())
+    lines = format_table([record("none", plain, plain), record(plain=plain)]).splitlines()
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert dict(zip(cells[0], cells[2], strict=True)) == {
-        "method": "none", "context": "4", "tokens/s": "1.5", "speedup": "1.00", "accept length": "-",
-        "accept rate": "-", "tokens/step": "1.00", "TTFT ms": "500.0", "TPOT ms": "250.0", "lossless": "yes",
+        "method": "none", "context": "4", "tokens/s": "1.5", "speedup": "1.00", "95% interval": "-",
+        "decode only": "1.00", "accept length": "-", "tokens/step": "1.00",
+        "TTFT ms": "500.0", "TPOT ms": "250.0", "lossless": "yes",
     }  # fmt: skip
     assert dict(zip(cells[0], cells[3], strict=True))["accept length"] == "2.50"
 
@@ -463,11 +458,11 @@ def test_plots_are_drawn_of_any_runs(tmp_path, contexts, reference):
     pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'qm_spec[eval]'")
     from qm_spec.evaluation.plots import write_plots
 
-    plain = ShardResult("cpu", "float32", (one_pass(4.0, (1, 2, 3), (4, 5, 6), counts=DraftCounts()),))
+    plain = one_pass(4.0, (1, 2, 3), (4, 5, 6), counts=DraftCounts())
     runs = [
-        {**record(method, result, plain if reference else None), "context_tokens": context}
+        {**record(method, ours, plain if reference else None), "context_tokens": context}
         for context in contexts
-        for method, result in (("none", plain), ("ngram", plain), ("qm_spec", None))
+        for method, ours in (("none", plain), ("ngram", plain), ("qm_spec", None), ("someone's", plain))
     ]
     write_plots(runs, tmp_path)
     for name in ("acceptance.png", "speedup.png"):
@@ -492,8 +487,8 @@ def target(tmp_path):
     [
         (
             {"methods": ("none", "medusa")},
-            "methods: must be some of ngram, none, none-again, qm_spec, qm_spec-lookup, qm_spec-reference, "
-            "qm_spec-window, got medusa",
+            "methods: must be some of eagle3, eagle3-window, ngram, ngram-16, none, none-again, qm_spec, "
+            "qm_spec-lookup, qm_spec-prior, qm_spec-reference, qm_spec-window, suffix, got medusa",
         ),
         ({"methods": ()}, "got none at all"),
         ({"methods": ("ngram", "ngram")}, "each may be named once"),
@@ -501,6 +496,10 @@ def target(tmp_path):
         ({"concurrency": 0}, "concurrency: must be at least 1, got 0"),
         ({"max_tokens": 0}, "max_tokens: must be at least 1, got 0"),
         ({"num_prompts": 0}, "num_prompts: must be at least 1, got 0"),
+        ({"num_prompts": 2, "per_category": 3}, "per_category: must come without num_prompts, got 3 and 2"),
+        ({"engines_at_once": 1}, "engines_at_once: must be at least 2"),
+        ({"methods": ("eagle3",)}, "eagle3 needs its drafter's folder; pass --baseline eagle3=DIR"),
+        ({"baselines": {"ngram": Path("x")}}, "baseline: must not have the name of another method, got ngram"),
         ({"repeats": 0}, "repeats: must be at least 1, got 0"),
         ({"temperature": -0.5}, "temperature: must be 0 .greedy. or above, got -0.5"),
         ({"temperature": float("nan")}, "temperature: must be"),
@@ -528,6 +527,19 @@ def test_the_reference_runs_first_and_is_added(target, tmp_path):
     assert (asked.ordered_methods, asked.adds_reference) == (("none", "ngram"), False)
     added = BenchmarkSettings(target=target, out=tmp_path, methods=("ngram",))
     assert (added.ordered_methods, added.adds_reference) == (("none", "ngram"), True)
+
+
+def test_a_baseline_that_is_given_is_run(target, tmp_path):
+    asked = BenchmarkSettings(target=target, out=tmp_path, methods=("none",), baselines={"theirs": tmp_path})
+    assert asked.ordered_methods == ("none", "theirs")
+
+
+def test_a_method_whose_module_is_not_installed_is_refused(target, tmp_path, monkeypatch):
+    monkeypatch.setattr("qm_spec.evaluation.methods.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match="suffix needs arctic-inference; pip install arctic-inference, or leave suffix"
+    ):
+        BenchmarkSettings(target=target, out=tmp_path, methods=("none", "suffix"))
 
 
 def test_prompts_of_a_file_stay_whole_unless_lengths_are_given(target, tmp_path):
@@ -565,3 +577,13 @@ def test_a_gpu_engine_gets_no_cpu_settings(monkeypatch):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     assert engine_environment("cuda") == dict(os.environ)
     assert engine_environment("cpu")["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+def test_an_engine_as_served_has_processes_of_its_own_and_the_cache_that_it_asks_for(monkeypatch):
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    served = engine_environment("cpu", as_served=True)
+    assert served["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1" and "VLLM_CPU_KVCACHE_SPACE" not in served
+    # What the user sets stays.
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert engine_environment("cpu", as_served=True)["VLLM_CPU_KVCACHE_SPACE"] == "1"

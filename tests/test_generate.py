@@ -95,7 +95,7 @@ def test_rows_of_a_dead_engine_get_its_error_and_resume_generates_them(settings,
     generation = Generation(asked)
     generation.run(quiet, engine_command)
     assert generation.num_errors == 40
-    assert written(asked)[0]["error"].startswith("engine ended with exit code 1 with 0 of 3 settings measured")
+    assert written(asked)[0]["error"].startswith("engine ended with exit code 1 with 0 of 3 parts measured")
     faults()
     Generation(settings(resume=True)).run(quiet, engine_command)
     assert sum("error" in row for row in written(asked)) == 3
@@ -138,7 +138,7 @@ def test_actors_take_contiguous_rows_and_leave_the_order(settings, engine_comman
     [
         (
             {"method": "qm_spec-window"},
-            "method: must be one of ngram, none, qm_spec, qm_spec-lookup, got qm_spec-window",
+            "method: must be one of ngram, ngram-16, none, qm_spec, qm_spec-lookup, qm_spec-prior, suffix, got ",
         ),
         ({"max_tokens": 0}, "max_tokens: must be at least 1, got 0"),
         ({"concurrency": 0}, "concurrency: must be at least 1"),

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.evaluation.long_context import LOOKUP, LongContextRow, PromptWriter, measure_acceptance
-from qm_spec.evaluation.long_speed import LongSpeedRow
 from qm_spec.evaluation.lookup import lookup_drafts
 from qm_spec.evaluation.replay import expected_replay, read_text, replay, write_continuations
 from qm_spec.evaluation.statistics import Estimate
@@ -173,48 +172,31 @@ def test_the_plot_shows_what_is_asked_for() -> None:
         long_context.chosen_to_draw(["ours", "eagle3"], ["ours", "eagle"])
 
 
-def speed_row(method: str, *seconds: float) -> LongSpeedRow:
-    return LongSpeedRow(40, method, 1.0, Estimate(1.0), Estimate(1.0), 1.0, 0.0, None, True, seconds, seconds)
-
-
-def test_speed_is_of_the_prompts_of_all_domains_together(tmp_path: Path, monkeypatch) -> None:
+def test_speed_is_measured_by_the_shared_harness_on_prompts_of_all_domains(tmp_path: Path, monkeypatch) -> None:
     import long_context
 
-    def measure(target, drafters, prompts, log_dir, *, repeats, on_progress, **settings):
-        assert {length: len(some) for length, some in prompts.items()} == {40: 4}
-        assert list(drafters) == ["qm_spec", "eagle3", "eagle3-window"]
-        for number in range(1, repeats + 1):
-            # The drafter takes a second for each of four prompts, plain decoding three.
-            yield [speed_row(method, *number * 4 * (s,)) for method, s in {"none": 3.0, "qm_spec": 1.0}.items()]
+    from qm_spec.evaluation import command
 
-    monkeypatch.setattr("qm_spec.evaluation.long_speed.measure_speed", measure)
-    long_context.main(speed="novels,code", lengths="40", num_prompts=2, repeats=2, out=tmp_path)
-    record = json.loads((tmp_path / "speed.json").read_text())
-    assert (record["domains"], record["prompts_per_domain"], record["repeats"]) == (["novels", "code"], 2, 2)
-    tables = (tmp_path / "speed.md").read_text()
-    assert "| qm_spec over | 40 |\n| --- | ---: |\n| none | 3.00 |\n" in tables
-    assert tables.endswith("| first token | 40 |\n| --- | ---: |\n| qm_spec, ms later | -2000.0 |\n")
-
-
-def test_first_tokens_are_compared_pass_by_pass() -> None:
-    import long_context
-
-    # Two passes of three prompts each.
-    rows = [
-        speed_row("none", 1, 1, 1, 2, 2, 2),
-        speed_row("ngram", 1, 1, 1, 2, 2, 2),
-        speed_row("ours", 1.003, 1.001, 9, 1.999, 1.999, 1.999),
-        speed_row("eagle3", 1.01, 1.01, 1.01, 2.01, 2.01, 9),
-        speed_row("faster", 0.9, 0.9, 0.9, 1.9, 1.9, 1.9),
-    ]
-    assert long_context.first_token_table(rows, "ours", 2).splitlines()[2:] == [
-        "| ngram, ms later | +0.0 |",
-        "| ours, ms later | +1.0 |",
-        "| eagle3, ms later | +10.0 |",
-        "| faster, ms later | -100.0 |",
-        "| ours's by eagle3's | 0.10 |",
-        "| ours's by faster's | - |",
-    ]
+    asked = []
+    monkeypatch.setattr(command, "run_with_progress", lambda benchmark: asked.append(benchmark) or 0)
+    with pytest.raises(typer.Exit) as ended:
+        long_context.main(speed="novels,code", lengths="40,60", num_prompts=2, repeats=2, out=tmp_path)
+    assert ended.value.exit_code == 0
+    (benchmark,) = asked
+    methods = ["none", "ngram", "ngram-16", "qm_spec", "eagle3", "eagle3-window"]
+    assert [one.name for one in benchmark.methods] == methods
+    lengths = [[len(prompt.token_ids) for prompt in prompts] for prompts in benchmark.shard_prompts]
+    assert lengths == [[40] * 4, [60] * 4]
+    # In turn, so that what disturbs a part of the measurement disturbs all domains.
+    assert [prompt.category for prompt in benchmark.shard_prompts[0]] == 2 * ["novels", "code"]
+    depths = {
+        one.method: (one.shard.engine.speculative_config or {}).get("num_speculative_tokens")
+        for one in benchmark._measurements
+    }
+    assert [depths[name] for name in methods] == [None, 4, 16, None, 4, 4]
+    with pytest.raises(typer.Exit):
+        long_context.main(speed="novels", lengths="40", num_prompts=1, ngram=False, out=tmp_path)
+    assert [one.name for one in asked[1].methods] == ["none", "qm_spec", "eagle3", "eagle3-window"]
 
 
 def test_speed_refuses_what_it_would_ignore(tmp_path: Path, capsys) -> None:

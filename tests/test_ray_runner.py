@@ -16,7 +16,7 @@ from qm_spec.evaluation.jobs import EngineJob, run_jobs
 from qm_spec.evaluation.metrics import DraftCounts
 from qm_spec.evaluation.ray_runner import EngineWorker, RayRunner
 from qm_spec.evaluation.settings import RaySettings, Sweep
-from qm_spec.evaluation.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt, merge_shards, split_shard
+from qm_spec.evaluation.shards import EngineSpec, PassResult, ShardResult, ShardSpec, TokenPrompt, split_shard
 
 ray = pytest.importorskip("ray", reason="the runner needs Ray: pip install 'qm_spec[eval]'")
 
@@ -106,7 +106,7 @@ def test_a_shard_that_always_fails_is_named_and_in_no_number(benchmark_settings,
     # Both over the two prompts.
     assert ngram["speedup"] == 2.0
     (failure,) = benchmark.results["failures"]
-    assert failure["error"].startswith("tried 3 times; engine ended with exit code 1 with 0 of 1 settings measured")
+    assert failure["error"].startswith("tried 3 times; engine ended with exit code 1 with 0 of 1 parts measured")
     assert failure["prompt_ids"] == ["p2", "p3", "p4"]
     assert "no such layer" in (asked.out / "logs" / "ngram.1.log").read_text()
     assert [start[0] for start in starts()].count("ngram") == 1 + 3
@@ -148,7 +148,7 @@ def test_a_worker_reports_how_its_engine_ended(benchmark_settings, engine_comman
     assert events[-1]["reason"] is None
     faults(none="crash")
     ended = list(EngineWorker().run(job, engine_command))[-1]
-    assert ended["reason"] == "engine ended with exit code 1 with 0 of 1 settings measured"
+    assert ended["reason"] == "engine ended with exit code 1 with 0 of 1 parts measured"
     assert b"no such layer" in ended["log"]
 
 
@@ -161,7 +161,7 @@ def test_two_actors_count_what_one_worker_counts(tmp_path):
     )
     whole = ShardSpec(engine, prompts, 32, 0.0, 1, 0, 1)
 
-    def measured(run, *shards) -> ShardResult:
+    def measured(run, *shards) -> list[PassResult]:
         found = {}
 
         def keep(number, event):
@@ -170,13 +170,14 @@ def test_two_actors_count_what_one_worker_counts(tmp_path):
                 found[number] = ShardResult.from_json(event["result"])
 
         run([EngineJob(f"qm_spec.{i}", "qm_spec", "cpu", (one,)) for i, one in enumerate(shards)], tmp_path, keep)
-        return merge_shards([found[number] for number in range(len(shards))])
+        return [found[number].passes[0] for number in range(len(shards))]
 
-    one = measured(run_jobs, whole).median_pass
-    two = measured(RayRunner(TWO).run_jobs, *split_shard(whole, 2)).median_pass
-    assert two.outputs == one.outputs
-    assert two.counts == one.counts
+    (one,) = measured(run_jobs, whole)
+    two = measured(RayRunner(TWO).run_jobs, *split_shard(whole, 2))
+    assert [output for part in two for output in part.outputs] == one.outputs
+    assert sum((part.counts for part in two), DraftCounts()) == one.counts
     assert one.counts.accepted_tokens > 0
-    assert [request.counts for request in two.requests] == [request.counts for request in one.requests]
+    both = [request for part in two for request in part.requests]
+    assert [request.counts for request in both] == [request.counts for request in one.requests]
     # vLLM's counts of requests add up to its counters.
     assert sum((request.counts for request in one.requests), DraftCounts()) == one.counts

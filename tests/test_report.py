@@ -215,7 +215,30 @@ def test_a_recommendation_comes_before_everything_else():
 def test_busy_machines_are_named():
     results = results_of(methods=("qm_spec",))
     results["runs"][2]["output_tokens_per_s_per_pass"] = [100.0, 130.0]
-    assert "passes ran at 100.0 to 130.0 tokens/s; the machine was busy" in " ".join(build_report(results).warnings)
+    assert "tokens/s 100.00 to 130.00 from pass to pass; the machine was busy" in " ".join(
+        build_report(results).warnings
+    )
+    # Side by side it is their ratio that counts.
+    results["runs"][2]["speedup_per_pass"] = [2.0, 2.1]
+    assert build_report(results).warnings == ()
+    results["runs"][2]["speedup_per_pass"] = [2.0, 2.6]
+    assert "speed-up 2.00 to 2.60 from pass to pass" in " ".join(build_report(results).warnings)
+    results["runs"][0].update(tpot_ms_p10=10.0, tpot_ms_p90=15.0)
+    assert "took 10.0 to 15.0 ms a token" in " ".join(build_report(results).warnings)
+
+
+def test_categories_have_a_table_with_the_slowest_at_its_end():
+    def category(name, speedup):
+        interval = {"speedup_low": speedup - 0.1, "speedup_high": speedup + 0.1}
+        accepted = {"acceptance_length": 2.5, "tokens_per_step": 2.0, "num_prompts_different": 0}
+        return {"category": name, "num_prompts": 10, "speedup": speedup, **interval, **accepted}
+
+    results = results_of(methods=("qm_spec",), again=False, categories=(None,))
+    results["runs"][1]["categories"] = [category("qa", 1.5), category("rag", 0.9), category("math", 2.0)]
+    (table,) = section(build_report(results), "Categories").tables
+    assert table.header == ["category", "prompts", "qm_spec"]
+    assert table.rows[0] == ["qa", "10", "1.50 (1.40 to 1.60), 2.50 / 2.00"]
+    assert table.rows[-1] == ["(slowest)", "-", "0.90 rag"]
 
 
 def test_results_without_a_run_are_refused():
@@ -239,6 +262,17 @@ def test_the_task_table_is_computed_as_spec_bench_does():
     # Means of speeds: (10 + 30) / 2 by (5 + 10) / 2 for "qa"; sums would give 40/2 by 20/3.
     assert task_line("m", tasks, rows, plain) == ["m", "2.67x", "0.50x", "2.50", "1.80x"]
     assert task_line("m", ["qa", "other"], plain, plain) == ["m", "1.00x", "-", "1.00", "1.00x"]
+
+
+def test_categories_of_spec_bench_are_told_by_task_as_its_leaderboard_does():
+    results = results_of(methods=("qm_spec",), categories=("writing", "coding", "rag"))
+    results["provenance"]["prompts"] = "spec_bench"
+    (table,) = section(build_report(results), "Tasks").tables
+    assert table.header[1:3] == ["Multi-turn Conversation", "Retrieval-aug. Generation"]
+    # Elsewhere a category is what the file says.
+    results["provenance"]["prompts"] = "mine.jsonl"
+    (table,) = section(build_report(results), "Tasks").tables
+    assert table.header[1:4] == ["writing", "coding", "rag"]
 
 
 def request(prompt_id, category, tokens, latency, drafts=0, accepted=0):

@@ -123,6 +123,7 @@ def test_a_result_is_found_for_exactly_what_was_asked(tmp_path, results):
     store = ShardStore(tmp_path / "shards", resume=True)
     store.save("ngram", "cpu", shard(2), results)
     assert store.load("ngram", "cpu", shard(2)) == results
+    assert store.load("ngram", "cpu", shard(2), number=1) is None
     assert store.load("none", "cpu", shard(2)) is None
     assert store.load("ngram", "cuda", shard(2)) is None
     assert store.load("ngram", "cpu", shard(3)) is None
@@ -137,7 +138,7 @@ def results():
 
     from qm_spec.evaluation.shards import ShardResult
 
-    return ShardResult("cpu", "float32", (decode(shard(2), "ngram"),))
+    return [ShardResult("cpu", "float32", (decode(shard(2), method),)) for method in ("ngram", "none")]
 
 
 # Benchmarks
@@ -167,15 +168,38 @@ def test_a_resumed_benchmark_starts_no_engine_for_what_is_there(benchmark_settin
     before = len(starts())
     again = Benchmark(benchmark_settings(resume=True))
     second = again.run(quiet, engine_command)
-    assert [start[0] for start in starts()[before:]] == ["ngram"]
+    # Plain decoding is measured again beside it, but its own run stays what it was.
+    assert [start[0] for start in starts()[before:]] == 2 * ["none", "ngram"]
+    assert (second["runs"][1]["num_passes"], second["runs"][1]["speedup"]) == (2, pytest.approx(2.0))
     assert second["failures"] == []
     assert second["runs"][0] == first["runs"][0]
     assert [run["method"] for run in second["runs"]] == ["none", "ngram"]
-    assert any("1 of 2 shards were measured by an earlier run" in note for note in again.notes)
+    assert any("10 of 20 parts were measured by an earlier run" in note for note in again.notes)
     # Without --resume all is measured again.
     before = len(starts())
     Benchmark(benchmark_settings()).run(quiet, engine_command)
-    assert len(starts()) == before + 2
+    assert len(starts()) == before + 4
+
+
+def test_an_interrupted_benchmark_goes_on_with_the_turns_that_are_left(
+    benchmark_settings, engine_command, starts, turns
+):
+    def interrupt(name, state, done, total):
+        if (name, done) == ("ngram", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Benchmark(benchmark_settings(repeats=1)).run(interrupt, engine_command)
+    before = len(turns())
+    runs = Benchmark(benchmark_settings(repeats=1, resume=True)).run(quiet, engine_command)["runs"]
+    # Nobody had finished the third turn, so both take it again.
+    assert {(method, prompt) for method, prompt, _ in turns()[before:]} == {
+        (method, prompt) for method in ("none", "ngram") for prompt in ("p2", "p3", "p4")
+    }
+    assert [run["num_prompts"] for run in runs] == [5, 5]
+    before = len(starts())
+    assert Benchmark(benchmark_settings(repeats=1, resume=True)).run(quiet, engine_command)["runs"] == runs
+    assert len(starts()) == before
 
 
 def test_plain_decoding_twice_is_two_runs(benchmark_settings, engine_command):

@@ -16,72 +16,15 @@ from tiny_pair import edit_json, write_drafter, write_target
 from qm_spec.evaluation.benchmark import Benchmark
 from qm_spec.evaluation.command import run_with_progress
 from qm_spec.evaluation.environment import engine_environment
+from qm_spec.evaluation.methods import find_method
 from qm_spec.evaluation.process import EngineError, engine_events
 from qm_spec.evaluation.settings import BenchmarkSettings
 from qm_spec.evaluation.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
+from qm_spec.evaluation.store import ShardStore
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "benchmarks" / "spec.py"
 RECALL_TARGET = ROOT / "qm_spec" / "zoo" / "recall" / "target"
-
-# An engine without a model: output token i of a prompt is its first token plus i. How it misbehaves,
-# and for which method, is read from FAKE_ENGINE, such as {"ngram": "crash"}.
-FAKE_ENGINE = """
-import json, os, signal, sys, time
-from dataclasses import replace
-from pathlib import Path
-from qm_spec.evaluation.metrics import DraftCounts
-from qm_spec.evaluation.shards import PassResult, RequestResult, ShardResult, ShardSpec
-
-shards = [ShardSpec.from_json(fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
-events = open(sys.argv[2], "a", buffering=1)
-emit = lambda **event: print(json.dumps(event), file=events)
-config = shards[0].engine.speculative_config or {"method": "none"}
-method = config["method"]
-fault = json.loads(os.environ.get("FAKE_ENGINE", "{}")).get(method)
-print("engine of", method, "is process", os.getpid(), json.dumps(config), flush=True)
-emit(event="ready")
-if fault == "crash":
-    raise SystemExit("no such layer")
-if fault == "kill":
-    os.kill(os.getpid(), signal.SIGKILL)
-for number, shard in enumerate(shards):
-    if fault == "crash later" and number:
-        raise SystemExit("out of memory")
-    emit(event="progress", shard=number, done=1, total=2)
-    if fault == "hang":
-        time.sleep(600)
-    drafts = 0 if method == "none" else 4
-    counts = DraftCounts(drafts, 4 * drafts, 2 * drafts, (drafts, drafts, 0, 0) if drafts else ())
-
-    def decode(repeat):
-        start = 1000 * repeat if fault == "flaky" else 7 if fault == "differ" else 0
-        return tuple(
-            RequestResult(
-                one.prompt_id,
-                tuple(start + one.token_ids[0] + i for i in range(shard.max_tokens)),
-                shard.max_tokens,
-                0.01,
-                0.002,
-            )
-            for one in shard.prompts
-        )
-
-    elapsed = 2.0 if method == "none" else 1.0
-    slower = 0.5 if fault == "noisy" else 0.1
-    passes = tuple(
-        PassResult(elapsed * (1 + slower * repeat), counts, decode(repeat)) for repeat in range(shard.repeats)
-    )
-    result = ShardResult("cpu", shard.engine.dtype, passes)
-    emit(event="result", shard=number, result=result.to_json())
-"""
-
-
-@pytest.fixture
-def engine_command(tmp_path) -> tuple[str, ...]:
-    script = tmp_path / "fake_engine.py"
-    script.write_text(FAKE_ENGINE)
-    return (sys.executable, str(script))
 
 
 @pytest.fixture
@@ -144,16 +87,17 @@ def test_results_hold_every_method_and_setting(settings, engine_command):
         assert (run["num_prompts"], run["num_output_tokens"], run["dtype"]) == (2, 10, "float32")
         assert run["lossless"] is True
         assert run["speedup"] == {"none": 1.0, "ngram": 2.0}[run["method"]]
-    assert results["runs"][2]["acceptance_length"] == 3.0
+    assert results["runs"][2]["acceptance_length"] == 2.0
     assert {"versions", "cpu_model", "cpu_cores", "device", "dtype"} <= results["environment"].keys()
     assert {"commit", "seed", "prompts_sha256"} <= results["provenance"].keys()
     assert results["provenance"]["prompt_ids"] == ["a", "b"]
     assert results["failures"] == []
     for name in ("acceptance.png", "speedup.png"):
         assert (asked.out / name).read_bytes().startswith(b"\x89PNG")
-    # Two settings of two repeats of two prompts.
-    assert states[-1] == ("ngram", "done", 8, 8)
-    assert ("ngram", "decoding at 16 tokens of context", 5, 8) in states
+    # Two settings of two passes of two prompts.
+    assert states[:2] == [("none", "waiting", 0, 8), ("ngram", "waiting", 0, 8)]
+    assert ("ngram", "pass 2 of 2 at 16 tokens of context", 7, 8) in states
+    assert {("none", "done", 8, 8), ("ngram", "done", 8, 8)} <= set(states)
 
 
 def test_sampled_ngram_on_a_cpu_is_said_to_be_wrong(settings):
@@ -172,15 +116,13 @@ def test_whole_prompts_report_their_median_length(settings, engine_command):
 @pytest.mark.parametrize(
     ("fault", "error", "tail"),
     [
-        ("crash", "engine ended with exit code 1 with 0 of 1 settings measured", "no such layer"),
-        ("kill", "engine was ended by SIGKILL with 0 of 1", "engine of ngram"),
+        ("crash", "engine ended with exit code 1 with 0 of 3 parts measured", "no such layer"),
+        ("kill", "engine was ended by SIGKILL with 0 of 3", "engine of ngram"),
     ],
 )
-def test_a_dead_engine_is_reported_and_the_others_go_on(
-    settings, target, engine_command, monkeypatch, fault, error, tail
-):
+def test_a_dead_engine_is_reported_and_the_others_go_on(settings, target, engine_command, faults, fault, error, tail):
     write_drafter(target / "qm_spec", target)
-    monkeypatch.setenv("FAKE_ENGINE", json.dumps({"ngram": fault}))
+    faults(ngram=fault)
     asked = settings(methods=("none", "ngram", "qm_spec"))
     benchmark = Benchmark(asked)
     benchmark.run(quiet, engine_command)
@@ -188,71 +130,74 @@ def test_a_dead_engine_is_reported_and_the_others_go_on(
     assert [run["method"] for run in results["runs"]] == ["none", "qm_spec"]
     assert [failure["method"] for failure in results["failures"]] == ["ngram"]
     assert results["failures"][0]["error"].startswith(error)
-    note = benchmark.notes[-1]
+    (note,) = benchmark.notes
     assert str(asked.out / "logs" / "ngram.log") in note
     assert tail in note
 
 
-def test_settings_measured_before_a_crash_are_kept(settings, engine_command, monkeypatch):
-    monkeypatch.setenv("FAKE_ENGINE", json.dumps({"ngram": "crash later"}))
+def test_settings_measured_before_a_crash_are_kept(settings, engine_command, faults):
+    faults(ngram="crash later")
     asked = settings(context_lengths=(8, 16))
     Benchmark(asked).run(quiet, engine_command)
     results = written(asked)
-    assert [(run["method"], run["context_tokens"]) for run in results["runs"]][2:] == [("ngram", 8)]
-    assert "1 of 2 settings measured" in results["failures"][0]["error"]
+    assert [(run["method"], run["context_tokens"], run["num_passes"]) for run in results["runs"]][2:] == [
+        ("ngram", 8, 1)
+    ]
+    assert "3 of 6 parts measured" in results["failures"][0]["error"]
 
 
-def test_without_a_reference_there_is_no_comparison(settings, engine_command, monkeypatch):
-    monkeypatch.setenv("FAKE_ENGINE", json.dumps({"none": "crash"}))
+def test_without_a_reference_there_is_no_comparison(settings, engine_command, faults):
+    faults(none="crash")
     asked = settings()
     Benchmark(asked).run(quiet, engine_command)
     (run,) = written(asked)["runs"]
     assert (run["method"], run["speedup"], run["lossless"]) == ("ngram", None, None)
 
 
-def test_other_tokens_than_the_reference_are_not_lossless(settings, engine_command, monkeypatch):
-    monkeypatch.setenv("FAKE_ENGINE", json.dumps({"ngram": "differ"}))
+def test_other_tokens_than_the_reference_are_not_lossless(settings, engine_command, faults):
+    faults(ngram="differ")
     run = Benchmark(settings()).run(quiet, engine_command)["runs"][1]
     assert (run["lossless"], run["num_prompts_different"], run["first_difference"]) == (False, 2, 0)
 
 
-def test_repeats_that_differ_are_reported(settings, engine_command, monkeypatch):
-    monkeypatch.setenv("FAKE_ENGINE", json.dumps({"ngram": "flaky"}))
+def test_repeats_that_differ_are_reported(settings, engine_command, faults):
+    faults(ngram="flaky")
     benchmark = Benchmark(settings())
     runs = benchmark.run(quiet, engine_command)["runs"]
     assert [run["repeats_identical"] for run in runs] == [True, False]
-    assert "ngram at 20 tokens of context put out different tokens when repeated" in benchmark.notes[-1]
+    (note,) = benchmark.notes
+    assert note.startswith("ngram at 20 tokens of context, concurrency 1, temperature 0 put out different tokens")
 
 
-def test_passes_of_different_speed_are_reported(settings, engine_command, monkeypatch):
-    monkeypatch.setenv("FAKE_ENGINE", json.dumps({"ngram": "noisy"}))
+def test_passes_of_different_speed_are_reported(settings, engine_command, faults):
+    faults(ngram="slow first process")
     benchmark = Benchmark(settings())
     benchmark.run(quiet, engine_command)
     (note,) = benchmark.notes
-    assert note.startswith("ngram at 20 tokens of context ran at 6.7 to 10.0 tokens/s; the machine was busy")
+    assert note.startswith("ngram at 20 tokens of context, concurrency 1, temperature 0: speed-up 0.20 to 2.00 from")
 
 
-def test_an_interruption_ends_the_engine_and_keeps_the_results(settings, engine_command, monkeypatch):
-    monkeypatch.setenv("FAKE_ENGINE", json.dumps({"ngram": "hang"}))
+def test_an_interruption_ends_the_engine_and_keeps_the_results(settings, engine_command, faults, starts):
+    faults(ngram="hang")
     asked = settings()
 
     def interrupt(method, state, done, total):
-        if method == "ngram" and state == "decoding":
+        # The first of two prompts is decoded by both, the second by plain decoding alone.
+        if method == "ngram" and done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         Benchmark(asked).run(interrupt, engine_command)
-    assert [run["method"] for run in written(asked)["runs"]] == ["none"]
+    assert [(run["method"], run["num_prompts"]) for run in written(asked)["runs"]] == [("none", 1), ("ngram", 1)]
     assert (asked.out / "speedup.png").exists()
-    log = (asked.out / "logs" / "ngram.log").read_text()
-    assert not is_running(int(log.split("is process ")[1].split()[0]))
+    assert len(starts()) == 2 and not any(is_running(int(start[1])) for start in starts())
 
 
 def test_helpers_of_a_dead_engine_are_ended(tmp_path):
     spec = ShardSpec(EngineSpec("t", None, "float32", 8, 1, True, 0), (TokenPrompt("a", (1,)),), 1, 0.0, 1, 0, 1)
     script = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
     log = tmp_path / "engine.log"
-    with pytest.raises(EngineError, match=r"exit code 0 with 0 of 1 settings measured; its log is .*engine.log"):
+    with pytest.raises(EngineError, match=r"exit code 0 with 0 of 1 parts measured; its log is .*engine.log"):
         list(engine_events([spec], tmp_path, log, os.environ, (sys.executable, "-c", script)))
     pid = int(log.read_text())
     # The signal has been sent; the system may take a moment to act on it.
@@ -268,8 +213,9 @@ def test_drafter_methods_ask_for_the_drafter_with_and_without_far_memory(setting
     Benchmark(asked).run(quiet, engine_command)
     runs = written(asked)["runs"]
     assert [run["method"] for run in runs] == ["none", "qm_spec", "qm_spec-window"]
-    # The drafter's own depth, and the drafter that was asked for rather than the temporary copy.
-    assert [run["num_speculative_tokens"] for run in runs] == [0, 4, 4]
+    # As many tokens as the engine counts, since no number was asked for, and the drafter that was asked for rather than
+    # the temporary copy.
+    assert [run["num_speculative_tokens"] for run in runs] == [0, 2, 2]
     assert [run["draft"] for run in runs] == [None, str(drafter), str(drafter)]
     models = []
     for method in ("qm_spec", "qm_spec-window"):
@@ -292,7 +238,7 @@ def test_a_drafter_that_does_not_fit_is_refused_before_any_engine(settings, targ
     with pytest.raises(ValueError, match="was trained for the target with fingerprint 0000"):
         Benchmark(settings(methods=("qm_spec",), draft=str(drafter)))
     # Where no method drafts with it, nobody asks for it.
-    assert Benchmark(settings(draft=str(tmp_path / "nowhere"))).drafter is None
+    Benchmark(settings(draft=str(tmp_path / "nowhere")))
 
 
 def test_a_prompt_beyond_the_models_length_is_refused(settings):
@@ -303,10 +249,11 @@ def test_a_prompt_beyond_the_models_length_is_refused(settings):
 
 
 def test_an_engine_has_room_for_what_it_is_asked(settings):
-    ((shard, _),) = Benchmark(settings(concurrency=3, num_speculative_tokens=6))._shards("ngram", 6)
+    ngram = find_method("ngram")
+    ((shard, _),) = Benchmark(settings(concurrency=3, num_speculative_tokens=6))._shards(ngram, 6)
     assert (shard.engine.max_num_seqs, shard.engine.max_model_len) == (3, 20 + 5 + 6 + 1)
     assert (shard.engine.dtype, shard.engine.enforce_eager) == ("float32", True)
-    ((shard, _),) = Benchmark(settings(max_tokens=236))._shards("ngram", 4)
+    ((shard, _),) = Benchmark(settings(max_tokens=236))._shards(ngram, None)
     assert shard.engine.max_model_len == 256
 
 
@@ -336,8 +283,8 @@ def test_help_imports_nothing_heavy(tmp_path):
     [
         (
             ["--methods", "none,medusa"],
-            "methods: must be some of ngram, none, none-again, qm_spec, qm_spec-lookup, qm_spec-reference, "
-            "qm_spec-window, got medusa",
+            "methods: must be some of eagle3, eagle3-window, ngram, ngram-16, none, none-again, qm_spec, "
+            "qm_spec-lookup, qm_spec-prior, qm_spec-reference, qm_spec-window, suffix, got medusa",
         ),
         (["--target", "nowhere"], "target: nowhere is not a folder with a config.json"),
         (["--prompts", "gone.jsonl"], "workload: must be one of books, builtin, documents"),
@@ -364,31 +311,34 @@ def test_bad_input_ends_with_one_sentence(target, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("faults", "code"), [({}, 0), ({"ngram": "crash"}, 1)])
-def test_the_table_is_all_that_goes_to_stdout(settings, engine_command, monkeypatch, capsys, faults, code):
-    monkeypatch.setenv("FAKE_ENGINE", json.dumps(faults))
+@pytest.mark.parametrize(("told", "code"), [({}, 0), ({"ngram": "crash"}, 1)])
+def test_the_table_is_all_that_goes_to_stdout(settings, engine_command, faults, monkeypatch, capsys, told, code):
+    faults(**told)
     monkeypatch.setattr(Benchmark.run, "__defaults__", (engine_command,))
     assert run_with_progress(Benchmark(settings())) == code
     output, messages = capsys.readouterr()
     rows = output.splitlines()
     assert all(row.startswith("| ") for row in rows)
-    assert len(rows) == 4 - len(faults)
-    assert "none: starting the engine" in messages
-    assert ("no such layer" in messages) == bool(faults)
+    assert len(rows) == 4 - len(told)
+    assert ("none: starting the engine" in messages and "8 of 8 requests after" in messages) or told
+    assert ("no such layer" in messages) == bool(told)
 
 
-def test_an_interrupted_benchmark_says_where_the_results_are(settings, engine_command, monkeypatch, capsys):
-    monkeypatch.setenv("FAKE_ENGINE", json.dumps({"ngram": "hang"}))
+def test_an_interrupted_benchmark_says_where_the_results_are(settings, engine_command, faults, monkeypatch, capsys):
+    faults(ngram="hang")
     monkeypatch.setattr(Benchmark.run, "__defaults__", (engine_command,))
     asked = settings()
     benchmark = Benchmark(asked)
-    take = benchmark.take
+    save, saved = ShardStore.save, []
 
-    def take_then_interrupt(*arguments):
-        take(*arguments)
-        os.kill(os.getpid(), signal.SIGINT)
+    def save_then_interrupt(*arguments):
+        save(*arguments)
+        saved.append(1)
+        # Both methods have decoded the first prompt.
+        if len(saved) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(benchmark, "take", take_then_interrupt)
+    monkeypatch.setattr(ShardStore, "save", save_then_interrupt)
     # A shell starts background jobs with the signal ignored, and the hanging engine would hang the test.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -396,7 +346,7 @@ def test_an_interrupted_benchmark_says_where_the_results_are(settings, engine_co
     finally:
         signal.signal(signal.SIGINT, before)
     output, messages = capsys.readouterr()
-    assert len(output.splitlines()) == 3
+    assert len(output.splitlines()) == 4
     assert f"interrupted; what was measured is in {asked.out / 'results.json'}" in messages
 
 

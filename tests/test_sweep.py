@@ -62,7 +62,8 @@ def test_a_sweep_measures_every_combination_with_one_engine_per_depth(
         for concurrency in (1, 2)
     ]
     # Plain decoding drafts nothing, so it runs once for both depths; each run is compared under its own conditions.
-    assert [start[0] for start in starts()] == ["none", "ngram", "ngram"]
+    # New engines for each of two passes.
+    assert [start[0] for start in starts()] == 2 * ["none", "ngram", "ngram"]
     assert {run["speedup"] for run in results["runs"]} == {1.0, 2.0}
     best = results["recommendation"]
     assert (best["method"], best["speedup"], best["num_candidates"], best["num_conditions"]) == ("ngram", 2.0, 3, 4)

@@ -48,16 +48,12 @@ def spec_bench_rows():
 # Published files
 
 
-def test_spec_bench_has_its_six_tasks(tmp_path):
+def test_spec_bench_has_its_thirteen_categories(tmp_path):
     write_jsonl(tmp_path / "spec_bench.jsonl", spec_bench_rows())
     found = load_workload("spec_bench", WordTokenizer(), data=tmp_path)
     assert Counter(one.category for one in found) == {
-        "Multi-turn Conversation": 8,
-        "Translation": 8,
-        "Summarization": 8,
-        "Question Answering": 8,
-        "Mathematical Reasoning": 8,
-        "Retrieval-aug. Generation": 8,
+        **dict.fromkeys(MT_BENCH, 1),
+        **dict.fromkeys(("translation", "summarization", "qa", "math_reasoning", "rag"), 8),
     }
     assert found[0].prompt_id == "81"
     # The first turn alone: the second asks about an answer that is not there.
@@ -67,10 +63,28 @@ def test_spec_bench_has_its_six_tasks(tmp_path):
 def test_a_part_of_a_benchmark_holds_every_task(tmp_path):
     write_jsonl(tmp_path / "spec_bench.jsonl", spec_bench_rows())
     found = load_workload("spec_bench", WordTokenizer(), data=tmp_path, num_prompts=12)
-    assert set(Counter(one.category for one in found).values()) == {2}
+    assert set(Counter(SPEC_BENCH_TASKS[one.category] for one in found).values()) == {2}
     assert len({one.prompt_id for one in found}) == 12
     with pytest.raises(ValueError, match="spec_bench: must hold at least 49 prompts, got 48"):
         load_workload("spec_bench", WordTokenizer(), data=tmp_path, num_prompts=49)
+
+
+def test_the_first_of_each_category_come_in_turn(tmp_path):
+    rows = [{"id": f"{name}{number}", "category": name, "text": name} for name in "ab" for number in range(3)]
+    file = write_jsonl(tmp_path / "p.jsonl", rows)
+    found = load_workload(str(file), WordTokenizer(), per_category=2)
+    assert [one.prompt_id for one in found] == ["a0", "b0", "a1", "b1"]
+    write_jsonl(file, rows[:-2])
+    with pytest.raises(ValueError, match="every category must hold at least 2 prompts, got b 1; lower per_category"):
+        load_workload(str(file), WordTokenizer(), per_category=2)
+    with pytest.raises(ValueError, match="documents: per_category needs a file of prompts"):
+        load_workload("documents", WordTokenizer(), per_category=2, num_tokens=100)
+
+
+def test_conversations_of_spec_bench_go_through_the_chat_template(tmp_path):
+    write_jsonl(tmp_path / "spec_bench.jsonl", spec_bench_rows())
+    found = load_workload("spec_bench", WordTokenizer("template"), data=tmp_path)
+    assert found[0].token_ids == (len("user"), len("writing"), 1, 2)
 
 
 def test_mt_bench_keeps_its_eight_categories(tmp_path, monkeypatch):

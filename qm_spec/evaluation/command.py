@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qm_spec.evaluation.methods import METHODS
+from qm_spec.evaluation.settings import WAITING
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from qm_spec.evaluation.benchmark import Benchmark
     from qm_spec.evaluation.settings import RaySettings
 
@@ -17,6 +23,9 @@ SHIPPED_TARGET = Path(__file__).resolve().parents[1] / "zoo" / "novels" / "targe
 EXIT_ENGINE_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+# A log file is told of the progress each time that another such share is done.
+_LOGGED_SHARE = 0.1
 
 
 def evaluate(
@@ -34,14 +43,22 @@ def evaluate(
         str,
         typer.Option(
             metavar="M,...",
-            help="none (always run as the reference), none-again (shows the noise floor), ngram, qm_spec, "
-            "qm_spec-window (emptied far memory), qm_spec-reference (without the compiled operators), "
-            "qm_spec-lookup (suffix lookup where a request repeats itself).",
+            help="; ".join(f"{one.name}: {one.about}" for one in METHODS.values()) + ".",
         ),
-    ] = "none,ngram,qm_spec,qm_spec-window",
+    ] = "none,none-again,ngram,qm_spec",
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="Run a trained drafter as eagle3, eagle3-window or under a name of your own: a folder of EAGLE-3 in "
+            "vLLM's format, or of one of ours. May be repeated.",
+        ),
+    ] = None,
     num_speculative_tokens: Annotated[
         int | None,
-        typer.Option(metavar="K", help="Drafted tokens per step.", show_default="the drafter's, or 4"),
+        typer.Option(
+            metavar="K", help="Drafted tokens per step of every method.", show_default="each method's own number"
+        ),
     ] = None,
     prompts: Annotated[
         str,
@@ -61,10 +78,18 @@ def evaluate(
         int | None,
         typer.Option(metavar="N", help="So many of them.", show_default="8 built-in ones, or the whole file"),
     ] = None,
+    per_category: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="The first N of each category instead; then there is a table by category."),
+    ] = None,
     skip_long: Annotated[
         bool, typer.Option("--skip-long", help="Leave prompts out that the target has no room for, and name them.")
     ] = False,
     max_tokens: Annotated[int, typer.Option(metavar="M", help="Output tokens per prompt.")] = 128,
+    stop_at_eos: Annotated[
+        bool,
+        typer.Option("--stop-at-eos", help="End an answer at an end-of-text token, as a server does; else all have M."),
+    ] = False,
     temperature: Annotated[float, typer.Option(metavar="T", help="0 decodes greedily.")] = 0.0,
     concurrency: Annotated[int, typer.Option(metavar="C", help="Requests kept in flight by each engine.")] = 1,
     context_lengths: Annotated[
@@ -88,12 +113,24 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option(help="auto (float32 on CPU, the model's on GPU), bfloat16, float16 or float32.")
     ] = "auto",
-    repeats: Annotated[int, typer.Option(help="Measured passes; the median is reported.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Measured passes, each with new engines; medians are reported.")] = 3,
+    engines_at_once: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Engines that are alive together, none included; more methods run in groups, each with its own none.",
+            show_default="as many as fit the free memory",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what an interrupted run of the same command has measured.")
     ] = False,
     ray: Annotated[
-        int, typer.Option(metavar="N", help="Share the prompts among N Ray actors, an engine each; 0 does without Ray.")
+        int,
+        typer.Option(
+            metavar="N",
+            help="Share the prompts among N Ray actors, one engine each at a time and not in turn; 0: none.",
+        ),
     ] = 0,
     ray_address: Annotated[
         str | None,
@@ -106,8 +143,10 @@ def evaluate(
 ) -> None:
     """Compare speculation methods on one target: speed, acceptance, and whether the output stays the same.
 
-    Each method decodes the same prompts in an engine process of its own, after a warm-up. The table goes
-    to stdout; DIR gets results.json, acceptance.png, speedup.png and logs/METHOD.log.
+    Each method has an engine of its own, run as a server runs it. All engines are alive together, and each prompt is
+    decoded by one after the other (with several requests in flight: each few waves of them), so that speed-ups compare
+    times next to each other. The tables go to stdout; DIR gets results.json, acceptance.png, speedup.png and
+    logs/METHOD.log.
     """
     # An end asked for by the system is handled like Ctrl-C: the engine is ended, the results stay.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -122,11 +161,14 @@ def evaluate(
             out=out,
             draft=draft,
             methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+            baselines=parse_baselines(baseline or ()),
             num_speculative_tokens=num_speculative_tokens,
             prompts=prompts,
             data=data,
             num_prompts=num_prompts,
+            per_category=per_category,
             max_tokens=max_tokens,
+            stop_at_eos=stop_at_eos,
             temperature=temperature,
             concurrency=concurrency,
             context_lengths=None if context_lengths is None else parse_values(context_lengths, int, "context_lengths"),
@@ -135,6 +177,7 @@ def evaluate(
             repeats=repeats,
             sweep=parse_sweep([*(sweep or ()), *(more or ())]),
             ray=ray_settings(ray, ray_address, num_cpus, num_gpus),
+            engines_at_once=engines_at_once,
             resume=resume,
             skip_long=skip_long,
         )
@@ -146,6 +189,21 @@ def evaluate(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from error
     raise typer.Exit(code)
+
+
+def parse_baselines(entries: Sequence[str]) -> dict[str, Path]:
+    """Read entries such as `eagle3=DIR`.
+
+    Raises:
+        ValueError: one is not NAME=DIR, or a name stands twice.
+    """
+    found: dict[str, Path] = {}
+    for entry in entries:
+        name, _, folder = entry.partition("=")
+        if not name or not folder or name in found:
+            raise ValueError(f"baseline: must be NAME=DIR with each name once, got {entry!r}")
+        found[name] = Path(folder)
+    return found
 
 
 def ray_settings(num_actors: int, address: str | None, num_cpus: float, num_gpus: float | None) -> RaySettings | None:
@@ -176,7 +234,7 @@ def run_with_progress(benchmark: Benchmark) -> int:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from qm_spec.evaluation.recommend import format_front
-    from qm_spec.evaluation.table import format_table
+    from qm_spec.evaluation.table import format_categories, format_table
 
     console = Console(stderr=True)
     for note in benchmark.notes:
@@ -184,7 +242,7 @@ def run_with_progress(benchmark: Benchmark) -> int:
     num_notes = len(benchmark.notes)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     bars: dict[str, Any] = {}
-    states: dict[str, str] = {}
+    log = _ProgressLog(lambda line: console.print(line, highlight=False, markup=False))
     code = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
@@ -194,10 +252,9 @@ def run_with_progress(benchmark: Benchmark) -> int:
             progress.update(bars[name], description=f"{name}: {state}", completed=done)
             if state in ("done", "failed"):
                 progress.stop_task(bars[name])
-            # A log file gets a line per state instead of the moving bars.
-            if not console.is_terminal and states.get(name) != state:
-                console.print(f"{name}: {state}", highlight=False)
-            states[name] = state
+            # A log file gets lines instead of the moving bars.
+            if not console.is_terminal:
+                log(name, state, done, total)
 
         try:
             benchmark.run(on_progress)
@@ -206,6 +263,8 @@ def run_with_progress(benchmark: Benchmark) -> int:
     out = benchmark.settings.out
     if benchmark.results["runs"]:
         typer.echo(format_table(benchmark.results["runs"]))
+    if categories := format_categories(benchmark.results["runs"]):
+        typer.echo(f"\n{categories}")
     if benchmark.recommendation is not None:
         typer.echo(f"\n{format_front(benchmark.results)}\n\n{benchmark.recommendation}")
     for note in benchmark.notes[num_notes:]:
@@ -218,3 +277,26 @@ def run_with_progress(benchmark: Benchmark) -> int:
         typer.echo(f"results: {out / 'results.json'}, acceptance.png, speedup.png; logs: {out / 'logs'}", err=True)
         typer.echo(f"as a page: qm-spec report {out}", err=True)
     return code or (EXIT_ENGINE_FAILED if benchmark.results["failures"] else 0)
+
+
+class _ProgressLog:
+    """Prints a line where an engine does something else, and where another tenth of all requests is done."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._begin = time.monotonic()
+        self._states: dict[str, str] = {}
+        self._counts: dict[str, tuple[int, int]] = {}
+        self._said = 0
+
+    def __call__(self, name: str, state: str, done: int, total: int) -> None:
+        if state not in (self._states.get(name), WAITING):
+            self._say(f"{name}: {state}")
+        self._states[name] = state
+        self._counts[name] = done, total
+        finished, expected = (sum(column) for column in zip(*self._counts.values(), strict=True))
+        share = finished / expected if expected else 0.0
+        if int(share / _LOGGED_SHARE) > self._said:
+            self._said = int(share / _LOGGED_SHARE)
+            minutes = (time.monotonic() - self._begin) / 60
+            self._say(f"{finished} of {expected} requests after {minutes:.0f} min, {share:.0%}")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qm_spec.evaluation.methods import NOISE_METHOD, REFERENCE_METHOD, find_method
 from qm_spec.evaluation.results import RequestRow, request_rows
-from qm_spec.evaluation.settings import NOISE_METHOD, REFERENCE_METHOD
 from qm_spec.evaluation.statistics import (
     CONFIDENCE,
     METRICS,
@@ -52,7 +52,7 @@ class Setting:
         name = method or run["method"]
         return cls(
             method=name,
-            num_speculative_tokens=0 if name in (REFERENCE_METHOD, NOISE_METHOD) else run["num_speculative_tokens"],
+            num_speculative_tokens=0 if find_method(name).is_plain else run["num_speculative_tokens"],
             temperature=run["temperature"],
             concurrency=run["concurrency"],
             context_tokens=run["context_tokens"] if run["context_cut"] else None,

@@ -153,8 +153,15 @@ def open_engine(spec: EngineSpec) -> Any:
         enable_prefix_caching=False,
         # The counters are part of the statistics.
         disable_log_stats=False,
+        **_memory(spec),
         per_request_spec_decode_metrics="summary" if spec.speculative_config else "none",
     )
+
+
+def _memory(spec: EngineSpec) -> dict[str, Any]:
+    """Return vLLM's settings of memory, those that are left to it not among them."""
+    settings = {"kv_cache_memory_bytes": spec.kv_cache_bytes, "gpu_memory_utilization": spec.gpu_memory_share}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def read_counts(llm: Any) -> DraftCounts:
@@ -216,7 +223,9 @@ def evaluate_shard(
         )
 
     if spec.warm_up:
-        first = [replace(prompt, arrival_s=None) for prompt in spec.prompts[: spec.concurrency]]
+        # The longest ones: no prompt after them is the first of its size.
+        longest = sorted(spec.prompts, key=lambda prompt: len(prompt.token_ids), reverse=True)[: spec.concurrency]
+        first = [replace(prompt, arrival_s=None) for prompt in longest]
         run_requests(llm.llm_engine, first, sampling(min(WARM_UP_TOKENS, spec.max_tokens)), spec.concurrency)
     passes = []
     for _ in range(spec.repeats):

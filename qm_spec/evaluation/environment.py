@@ -10,11 +10,9 @@ from typing import Any
 
 from qm_spec.provenance import versions
 
-# What makes a benchmark's engine run as `vllm serve` and `vllm.LLM` run theirs: in processes beside the caller's.
-AS_SERVED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-
 # Memory that no allocation outgrows: freed activations then stay with the process between steps.
 _KEEP_FREED_BYTES = "10000000000"
+KV_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 
 
 def available_cores() -> int:
@@ -33,7 +31,7 @@ def cpu_engine_environment() -> dict[str, str]:
     """
     environment = dict(os.environ)
     defaults = {
-        "VLLM_CPU_KVCACHE_SPACE": "2",
+        KV_CACHE_GIB: "2",
         # Pinned threads of several engines would share the same cores.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(available_cores()),
@@ -49,12 +47,21 @@ def cpu_engine_environment() -> dict[str, str]:
     return environment
 
 
-def engine_environment(device: str) -> dict[str, str]:
-    """Return the environment of a benchmark's engine process on `device`, "cpu" or "cuda"."""
+def engine_environment(device: str, *, as_served: bool = False) -> dict[str, str]:
+    """Return the environment of an engine's process on `device`, "cpu" or "cuda".
+
+    Args:
+        as_served: run it as `vllm serve` and `vllm.LLM` do, in processes beside the caller's, and leave the size of its
+            KV cache to its settings. Else on a CPU all of it is in one process, since another one would share its few
+            cores, which suits work that nobody times.
+    """
     if device != "cpu":
         return dict(os.environ)
-    # The engine has a process of its own already; a second one beside it would share its few cores.
-    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **cpu_engine_environment()}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1" if as_served else "0", **cpu_engine_environment()}
+    if as_served and KV_CACHE_GIB not in os.environ:
+        # vLLM prefers it to what it is given.
+        del environment[KV_CACHE_GIB]
+    return environment
 
 
 def default_device() -> str:

@@ -17,18 +17,11 @@ from qm_spec.discovery import check_drafter, find_drafter
 from qm_spec.drafter.suffix_index import MOST_LIKELY
 from qm_spec.evaluation.environment import default_device
 from qm_spec.evaluation.jobs import Event, run_jobs, share_jobs
-from qm_spec.evaluation.methods import speculative_config
+from qm_spec.evaluation.methods import BASELINE, METHODS, OURS, find_method
 from qm_spec.evaluation.process import ENGINE_COMMAND
 from qm_spec.evaluation.prompts import tokenize_prompts
 from qm_spec.evaluation.ray_runner import RayRunner
-from qm_spec.evaluation.settings import (
-    DRAFTER_METHODS,
-    DTYPES,
-    FIND_DRAFT,
-    LOOKUP_METHOD,
-    REFERENCE_METHOD,
-    RaySettings,
-)
+from qm_spec.evaluation.settings import DTYPES, FIND_DRAFT, RaySettings
 from qm_spec.evaluation.shards import (
     EngineSpec,
     RequestResult,
@@ -42,7 +35,6 @@ from qm_spec.evaluation.store import ShardStore
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-METHODS = (REFERENCE_METHOD, "ngram", "qm_spec", LOOKUP_METHOD)
 # Prompts that reach the disk together: several rounds of those in flight, so that few engines run dry.
 _ROUNDS_PER_SHARD = 8
 _MIN_SHARD = 16
@@ -56,7 +48,7 @@ class GenerationSettings:
         target: folder of the target model.
         input: file of prompts, in the shapes that `prompt_from_row` reads.
         output: file of JSON lines, one for each row of the input and in its order.
-        method: "qm_spec", "qm_spec-lookup", "ngram", or "none" for plain decoding.
+        method: "qm_spec", "none" for plain decoding, or another one of `METHODS` that a server would be run with.
         draft: "qm_spec" for the drafter that belongs to the target, or a drafter's folder.
         num_speculative_tokens: K; None leaves it to the plug-in: the drafter's own, and up to 16 where a CPU looks up.
         max_tokens: most output tokens of a prompt; an end-of-text token ends it earlier.
@@ -87,9 +79,12 @@ class GenerationSettings:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", METHODS), ("dtype", DTYPES)):
+        served = [one.name for one in METHODS.values() if one.served and one.drafter != BASELINE]
+        for name, choices in (("method", served), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: must be one of {', '.join(sorted(choices))}, got {getattr(self, name)}")
+        if missing := METHODS[self.method].missing:
+            raise ValueError(f"method: {missing}")
         for name in ("num_speculative_tokens", "max_tokens", "concurrency"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -125,7 +120,7 @@ class Generation:
         ray = settings.ray
         self._device = default_device() if ray is None else "cuda" if ray.num_gpus else "cpu"
         drafter = None
-        if settings.method in DRAFTER_METHODS:
+        if find_method(settings.method).drafter == OURS:
             drafter = find_drafter(settings.target) if settings.draft == FIND_DRAFT else Path(settings.draft)
             check_drafter(drafter, settings.target, settings.num_speculative_tokens)
         self._tokenizer = AutoTokenizer.from_pretrained(settings.target)
@@ -177,7 +172,7 @@ class Generation:
         engine = EngineSpec(
             # An actor need not run in this process's folder.
             target=str(settings.target.absolute()),
-            speculative_config=speculative_config(settings.method, depth, drafter),
+            speculative_config=find_method(settings.method).speculative_config(depth, drafter),
             dtype=settings.dtype,
             max_model_len=min(needed, self._limit or needed),
             max_num_seqs=settings.concurrency,
@@ -211,7 +206,8 @@ class Generation:
         store = ShardStore(parts / "shards", resume=settings.resume)
         (parts / "logs").mkdir(exist_ok=True)
         method, device = settings.method, self._device
-        results = [store.load(method, device, shard) for shard in self._shards]
+        stored = [store.load(method, device, shard) for shard in self._shards]
+        results = [found[0] if found else None for found in stored]
         missing = [number for number, result in enumerate(results) if result is None]
         num_jobs = settings.ray.num_actors if settings.ray else 1
         jobs, places = share_jobs(self._shards, missing, num_jobs, method, device)
@@ -226,7 +222,7 @@ class Generation:
             elif event["event"] == "result":
                 number = places[job][event["shard"]]
                 results[number] = result = ShardResult.from_json(event["result"])
-                store.save(method, device, self._shards[number], result)
+                store.save(method, device, self._shards[number], [result])
                 under_way[number] = len(result.passes[0].requests)
             elif event["event"] == "failed":
                 engine_failed = True

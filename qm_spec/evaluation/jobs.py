@@ -1,25 +1,28 @@
-"""Shards that share an engine: run in a process of their own, one job after the other on this machine."""
+"""Shards that share an engine: in a process of their own, one job after the other or all in turn on this machine."""
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qm_spec.evaluation.methods import engine_without_far_memory, method_environment
+from qm_spec.evaluation.methods import find_method, without_far_memory
 from qm_spec.evaluation.process import ENGINE_COMMAND, EngineError, engine_events
-from qm_spec.evaluation.settings import WINDOW_METHOD
-from qm_spec.evaluation.shards import ShardSpec
+from qm_spec.evaluation.shards import ShardResult, ShardSpec
 
 Event = dict[str, Any]
 # Takes a job's number and what happened in it: the engine's own events (see `qm_spec.evaluation.engine`), "starting"
 # before them, "retried" with "error" where the rest of the job is tried again, and "failed" with "error" and "shards",
 # the numbers of those that are given up.
 OnEvent = Callable[[int, Event], None]
+
+# Threads of an engine that has just ended its work wait for more of it this long, and longer, at full speed.
+REST_S = 1.2
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class EngineJob:
         method: decides the engine's environment.
         device: "cpu" or "cuda".
         shards: measured in this order; their `engine` is the same.
+        as_served: see `environment.engine_environment`.
     """
 
     name: str
     method: str
     device: str
     shards: tuple[ShardSpec, ...]
+    as_served: bool = False
 
 
 def share_jobs(
@@ -67,12 +72,16 @@ def job_events(job: EngineJob, log: Path, command: Sequence[str] = ENGINE_COMMAN
     Raises:
         EngineError: the engine ended early.
     """
+    method = find_method(job.method)
     with tempfile.TemporaryDirectory(prefix="qm_spec-") as folder:
         shards = job.shards
-        if job.method == WINDOW_METHOD:
-            engine = engine_without_far_memory(shards[0].engine, Path(folder) / "drafter")
+        if method.without_far_memory:
+            asked = shards[0].engine.speculative_config
+            assert asked is not None
+            drafter = without_far_memory(Path(asked["model"]), Path(folder) / "drafter")
+            engine = replace(shards[0].engine, speculative_config={**asked, "model": str(drafter)})
             shards = tuple(replace(shard, engine=engine) for shard in shards)
-        environment = method_environment(job.method, job.device)
+        environment = method.engine_environment(job.device, as_served=job.as_served)
         with closing(engine_events(shards, Path(folder), log, environment, command)) as events:
             yield from events
 
@@ -94,3 +103,57 @@ def run_jobs(jobs: Sequence[EngineJob], logs: Path, on_event: OnEvent, command: 
                     on_event(number, event)
         except EngineError as error:
             on_event(number, {"event": "failed", "shards": waiting, "error": str(error)})
+
+
+def take_turns(
+    jobs: Sequence[EngineJob],
+    logs: Path,
+    on_event: OnEvent,
+    command: Sequence[str] = ENGINE_COMMAND,
+    *,
+    backwards: bool = False,
+) -> Generator[tuple[int, dict[int, ShardResult]]]:
+    """Run jobs at the same time: shard i by one engine after the other, before any engine begins shard i + 1.
+
+    The order is turned round from shard to shard, so that no engine always comes after the same one. One that fails
+    does not stop the others. Closing the iterator ends all engines.
+
+    Args:
+        jobs: with equally many shards.
+        logs: an existing folder for the engines' logs.
+        backwards: begin with the last job.
+
+    Yields:
+        After each turn its number and the results by job, of those that have not failed.
+    """
+    with ExitStack() as stack:
+        engines: dict[int, Generator[Event]] = {}
+
+        def wait_for(number: int, kind: str) -> Event | None:
+            """Let an engine go on to its next event of a kind; None if it fails on the way."""
+            try:
+                for event in engines[number]:
+                    on_event(number, event)
+                    if event["event"] == kind:
+                        return event
+            except EngineError as error:
+                del engines[number]
+                left = list(range(turn, len(jobs[number].shards)))
+                on_event(number, {"event": "failed", "shards": left, "error": str(error)})
+            return None
+
+        turn = 0
+        for number, job in enumerate(jobs):
+            on_event(number, {"event": "starting"})
+            engines[number] = stack.enter_context(closing(job_events(job, logs / f"{job.name}.log", command)))
+            wait_for(number, "ready")
+        for turn in range(len(jobs[0].shards)):
+            results = {}
+            for number in sorted(engines, reverse=(turn % 2 == 1) != backwards):
+                time.sleep(REST_S if len(engines) > 1 else 0)
+                event = wait_for(number, "result")
+                if event is not None:
+                    results[number] = ShardResult.from_json(event["result"])
+            if not engines:
+                return
+            yield turn, results

@@ -9,18 +9,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qm_spec.evaluation.settings import METHODS
+from qm_spec.evaluation.methods import line_style, method_order
 
 Run = dict[str, Any]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLOURS = dict(
-    zip(METHODS, ("#999999", "#CCCCCC", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#D55E00"), strict=True)
-)
-_MARKERS = dict(zip(METHODS, ("s", "x", "^", "o", "D", "v", "P"), strict=True))
-# The window's curve may lie on the full drafter's, which must show through.
-_STYLES = dict(zip(METHODS, ("-", "-", "-", "-", "--", ":", "-"), strict=True))
-_FILLS = dict(zip(METHODS, ("full", "full", "full", "full", "none", "none", "full"), strict=True))
 _DPI = 150
 
 
@@ -45,7 +37,7 @@ def _contexts(runs: Sequence[Run]) -> list[int]:
 
 
 def _methods(runs: Sequence[Run]) -> list[str]:
-    return [method for method in METHODS if any(run["method"] == method for run in runs)]
+    return sorted({run["method"] for run in runs}, key=lambda name: (method_order(name), name))
 
 
 def _conditions(runs: Sequence[Run]) -> str:
@@ -60,15 +52,6 @@ def _clean(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-
-
-def _line_style(method: str) -> dict[str, Any]:
-    return {
-        "color": _COLOURS[method],
-        "marker": _MARKERS[method],
-        "linestyle": _STYLES[method],
-        "fillstyle": _FILLS[method],
-    }
 
 
 def _acceptance_figure(runs: Sequence[Run]) -> Figure:
@@ -92,12 +75,13 @@ def _positions_panel(axes: Axes, runs: Sequence[Run], context: int) -> None:
     if not runs:
         axes.text(0.5, 0.5, "no method drafted a token", ha="center", transform=axes.transAxes)
         return
+    methods = _methods(runs)
     for run in runs:
         rates = run["acceptance_per_position"]
         axes.plot(
             range(1, len(rates) + 1),
             rates,
-            **_line_style(run["method"]),
+            **line_style(run["method"], methods),
             label=f"{run['method']} (length {run['acceptance_length']:.2f})",
         )
     axes.set_xticks(range(1, max(len(run["acceptance_per_position"]) for run in runs) + 1))
@@ -108,9 +92,10 @@ def _lengths_panel(axes: Axes, runs: Sequence[Run], contexts: Sequence[int]) -> 
     _clean(axes)
     axes.set(xlabel="context in tokens", ylabel="acceptance length", xscale="log")
     axes.set_title("by context, bonus token included", fontsize=9)
-    for method in _methods(runs):
+    methods = _methods(runs)
+    for method in methods:
         points = sorted((run["context_tokens"], run["acceptance_length"]) for run in runs if run["method"] == method)
-        axes.plot(*zip(*points, strict=True), **_line_style(method), label=method)
+        axes.plot(*zip(*points, strict=True), **line_style(method, methods), label=method)
     axes.set_xticks(contexts, [str(context) for context in contexts])
     axes.minorticks_off()
     axes.set_ylim(bottom=1)
@@ -130,7 +115,8 @@ def _speedup_figure(runs: Sequence[Run]) -> Figure:
     for i, method in enumerate(methods):
         mine = [run for run in runs if run["method"] == method and run[key] is not None]
         places = [contexts.index(run["context_tokens"]) + (i - (len(methods) - 1) / 2) * width for run in mine]
-        bars = axes.bar(places, [run[key] for run in mine], 0.92 * width, color=_COLOURS[method], label=method)
+        colour = line_style(method, methods)["color"]
+        bars = axes.bar(places, [run[key] for run in mine], 0.92 * width, color=colour, label=method)
         axes.bar_label(bars, fmt="%.2f" if key == "speedup" else "%.0f", fontsize=8, padding=2)
     if key == "speedup":
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--")

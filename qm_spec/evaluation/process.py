@@ -106,7 +106,7 @@ def engine_events(
             process.stdin.close()
     if process.returncode != 0 or num_results != len(shards):
         raise EngineError(
-            f"engine {_ending(process.returncode)} with {num_results} of {len(shards)} settings measured", log
+            f"engine {_ending(process.returncode)} with {num_results} of {len(shards)} parts measured", log
         )
 
 

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from qm_spec.drafter.suffix_index import SURE_LENGTH
+from qm_spec.evaluation.methods import REFERENCE_METHOD, find_method
 from qm_spec.evaluation.report.measurements import Measured, Measurements
-from qm_spec.evaluation.settings import LOOKUP_METHOD, REFERENCE_METHOD
 from qm_spec.evaluation.shards import EngineSpec
 from qm_spec.evaluation.statistics import CONFIDENCE, Estimate, Floats, Resamples, request_columns
 from qm_spec.evaluation.table import align_table
 
-# The other methods are there for comparison; no server offers them.
-SERVED_METHODS = (REFERENCE_METHOD, "ngram", "qm_spec", LOOKUP_METHOD)
+
+def served(measured: Sequence[Measured]) -> list[Measured]:
+    """Return the runs of methods that a server would be run with; others are there for comparison."""
+    return [one for one in measured if find_method(one.setting.method).served]
 
 
 def pareto_front(measured: Sequence[Measured]) -> list[Measured]:
@@ -42,7 +43,7 @@ def _traffic(one: Measured) -> tuple[int | None, float]:
 
 def format_front(results: dict[str, Any]) -> str:
     """Return the Pareto front of speed-up against concurrency as a table, with tokens/s of the whole engine."""
-    measured = [one for one in Measurements(results).all if one.setting.method in SERVED_METHODS]
+    measured = served(Measurements(results).all)
     rows = [
         [
             one.setting.method,
@@ -125,7 +126,7 @@ def recommend(
     Returns:
         None where nothing was measured under all conditions.
     """
-    measured = [one for one in Measurements(results).all if one.setting.method in SERVED_METHODS]
+    measured = served(Measurements(results).all)
     conditions = {_condition(one) for one in measured}
     ordered = sorted(measured, key=_candidate)
     candidates = {
@@ -193,5 +194,5 @@ def serve_command(method: str, engine: EngineSpec, target: str, dtype: str, max_
         words.append("--enforce-eager")
     if engine.speculative_config is not None:
         words += ["--speculative-config", json.dumps(engine.speculative_config)]
-    environment = f"QM_SPEC_LOOKUP={SURE_LENGTH} " if method == LOOKUP_METHOD else ""
-    return environment + shlex.join(words)
+    environment = [f"{name}={shlex.quote(value)}" for name, value in find_method(method).environment.items()]
+    return " ".join([*environment, shlex.join(words)])

@@ -1,9 +1,9 @@
 """`results.json`: what was measured, where, and with what.
 
 The file holds `schema_version`, `environment`, `command`, `provenance`, `runs` (one record per method and setting,
-see `run_record`) and `failures` (`{"method", "error"}`, with `"prompt_id"` where a single request failed, or
-`"prompt_ids"` where all of a shard's did). From version 2 on, every run lists its requests under `requests`, see
-`RequestRow`. What failed is in no number of a run. After a sweep there is a `recommendation`, see
+see `qm_spec.evaluation.records`) and `failures` (`{"method", "error"}`, with `"prompt_id"` where a single request
+failed, or `"prompt_ids"` where all of a shard's did). From version 2 on, every run lists its requests under
+`requests`, see `RequestRow`. What failed is in no number of a run. After a sweep there is a `recommendation`, see
 `qm_spec.evaluation.recommend`.
 """
 
@@ -11,14 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
-
-from qm_spec.evaluation.metrics import compare_outputs
-from qm_spec.evaluation.shards import RequestResult, ShardResult, ShardSpec, TokenPrompt
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -27,7 +22,7 @@ FILE_NAME = "results.json"
 
 @dataclass(frozen=True)
 class RequestRow:
-    """One finished request of a run's median pass, as `run["requests"]` lists it in the order of the prompts.
+    """One finished request, of its median pass, as `run["requests"]` lists it in the order of the prompts.
 
     Args:
         prompt_id: the same in every run of the prompt, so that runs can be compared pair by pair.
@@ -42,7 +37,8 @@ class RequestRow:
         ttft_s: seconds from handing in the request to its first token.
         tpot_s: seconds per further token; None for a single token.
         latency_s: seconds from handing in the request to its last token.
-        arrival_s: when the request was handed in, in seconds of its run; None where it was not recorded.
+        arrival_s: when the request was handed in, in seconds of its turn; None where it was not recorded.
+        speedup: its speed by that of plain decoding in the same turn, median over the passes; None where there is none.
     """
 
     prompt_id: str
@@ -58,6 +54,7 @@ class RequestRow:
     tpot_s: float | None
     latency_s: float
     arrival_s: float | None = None
+    speedup: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dict; `from_json` reads it back."""
@@ -71,101 +68,11 @@ class RequestRow:
             ValueError: a field is missing or unknown; the message names it.
         """
         known = {field.name for field in fields(cls)}
-        missing = sorted(known - set(row) - {"arrival_s"})
+        missing = sorted(known - set(row) - {"arrival_s", "speedup"})
         unknown = sorted(set(row) - known)
         if missing or unknown:
             raise ValueError(f"requests: a row must have the fields of RequestRow, lacks {missing}, has {unknown}")
         return cls(**{**row, "accepted_per_position": tuple(row["accepted_per_position"])})
-
-
-def run_record(
-    method: str,
-    shard: ShardSpec,
-    result: ShardResult,
-    reference: ShardResult | None,
-    *,
-    target: str,
-    draft: str | None,
-    context_cut: bool,
-    common: ShardResult | None = None,
-) -> dict[str, Any]:
-    """Return one entry of `runs`: the counts and times of the pass of median wall time.
-
-    Args:
-        shard: its prompts are those of `result`.
-        reference: the same prompts decoded without speculation; None where that failed.
-        common: the part of `result` that `reference` decoded; None for all of it.
-        context_cut: whether every prompt was cut to the same number of tokens; `context_tokens` is the
-            median length otherwise.
-    """
-    measured = result.median_pass
-    counts = measured.counts
-    speculative = shard.engine.speculative_config
-    greedy = shard.temperature == 0
-    speedup = difference = None
-    if reference is not None:
-        ours, theirs = (common or result).median_pass, reference.median_pass
-        speedup = ours.output_tokens_per_s / theirs.output_tokens_per_s
-        if greedy:
-            difference = compare_outputs(ours.outputs, theirs.outputs)
-    return {
-        "method": method,
-        "target": target,
-        "draft": draft,
-        "dtype": result.dtype,
-        "temperature": shard.temperature,
-        "concurrency": shard.concurrency,
-        "context_tokens": int(statistics.median(len(prompt.token_ids) for prompt in shard.prompts)),
-        "context_cut": context_cut,
-        "num_speculative_tokens": speculative["num_speculative_tokens"] if speculative else 0,
-        "num_prompts": len(shard.prompts),
-        "max_tokens": shard.max_tokens,
-        "num_output_tokens": measured.num_output_tokens,
-        "num_steps": measured.num_steps,
-        "num_drafts": counts.drafts,
-        "num_draft_tokens": counts.draft_tokens,
-        "num_accepted_tokens": counts.accepted_tokens,
-        "acceptance_rate": counts.acceptance_rate,
-        "acceptance_length": counts.acceptance_length,
-        "acceptance_per_position": counts.acceptance_per_position,
-        "tokens_per_step": measured.num_output_tokens / measured.num_steps,
-        "output_tokens_per_s": measured.output_tokens_per_s,
-        "output_tokens_per_s_per_pass": [one.output_tokens_per_s for one in result.passes],
-        "speedup": speedup,
-        "ttft_ms_p50": _median_ms(request.ttft_s for request in measured.requests),
-        "tpot_ms_p50": _median_ms(request.tpot_s for request in measured.requests),
-        "lossless": difference.num_prompts == 0 if difference else None,
-        "num_prompts_different": difference.num_prompts if difference else None,
-        "first_difference": difference.first_position if difference else None,
-        "repeats_identical": result.repeats_identical if greedy else None,
-        "requests": [
-            _request_row(prompt, request).to_json()
-            for prompt, request in zip(shard.prompts, measured.requests, strict=True)
-        ],
-    }
-
-
-def _request_row(prompt: TokenPrompt, request: RequestResult) -> RequestRow:
-    return RequestRow(
-        prompt_id=prompt.prompt_id,
-        category=prompt.category,
-        context_tokens=len(prompt.token_ids),
-        output_tokens=len(request.token_ids),
-        num_steps=request.num_steps,
-        num_drafts=request.counts.drafts,
-        num_draft_tokens=request.counts.draft_tokens,
-        num_accepted_tokens=request.counts.accepted_tokens,
-        accepted_per_position=request.counts.accepted_per_position,
-        ttft_s=request.ttft_s,
-        tpot_s=request.tpot_s,
-        latency_s=request.latency_s,
-        arrival_s=request.arrival_s,
-    )
-
-
-def _median_ms(seconds: Iterable[float | None]) -> float | None:
-    known = [value for value in seconds if value is not None]
-    return 1000 * statistics.median(known) if known else None
 
 
 def request_rows(run: dict[str, Any]) -> list[RequestRow]:

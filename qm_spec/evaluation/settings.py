@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REFERENCE_METHOD = "none"
-# Plain decoding measured a second time: what differs between the two is the noise floor.
-NOISE_METHOD = "none-again"
-WINDOW_METHOD = "qm_spec-window"
-# The drafter on the PyTorch references, without the compiled operators.
-UNCOMPILED_METHOD = "qm_spec-reference"
-# The drafter, and suffix lookup where the request repeats itself.
-LOOKUP_METHOD = "qm_spec-lookup"
-DRAFTER_METHODS = ("qm_spec", WINDOW_METHOD, UNCOMPILED_METHOD, LOOKUP_METHOD)
-METHODS = (REFERENCE_METHOD, NOISE_METHOD, "ngram", *DRAFTER_METHODS)
-# Of them, those that draft nothing.
-PLAIN_METHODS = (REFERENCE_METHOD, NOISE_METHOD)
+from qm_spec.evaluation.methods import BASELINE, METHODS, NOISE_METHOD, REFERENCE_METHOD, find_method
+
+DEFAULT_METHODS = (REFERENCE_METHOD, NOISE_METHOD, "ngram", "qm_spec")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FIND_DRAFT = "qm_spec"
 BUILTIN = "builtin"
+# The state of an engine that has not been started, in reports of progress.
+WAITING = "waiting"
 # Cut from running text, so the built-in prompts have no length of their own.
 BUILTIN_CONTEXT_TOKENS = 256
 
@@ -74,22 +68,26 @@ class BenchmarkSettings:
         target: folder of the target model.
         out: folder of the results.
         draft: "qm_spec" for the drafter that belongs to the target, or a drafter's folder.
-        methods: names out of `METHODS`, each once.
-        num_speculative_tokens: K; None for the drafter's own number.
+        methods: names out of `METHODS` or `baselines`, each once; a baseline that is not named runs as well.
+        baselines: drafters' folders by method: `eagle3`, `eagle3-window`, or a name that is no other method's.
+        num_speculative_tokens: K of every method; None for each method's own.
         prompts: a workload's name, or a file; see `qm_spec.evaluation.workloads`.
         data: folder of the files that workloads are read from.
         num_prompts: so many of them; None for 8 built-in ones or a whole file.
+        per_category: the first so many of each category instead.
         max_tokens: output tokens of each prompt.
+        stop_at_eos: end an output at an end-of-text token, as a server does; else all have `max_tokens`.
         temperature: 0 for greedy decoding.
         concurrency: requests kept in flight.
         context_lengths: prompt lengths in tokens to cut to, one run each; None for 256 with the
             built-in prompts and for whole prompts from a file.
         seed: of sampling.
         dtype: "auto" is float32 on CPU, where token identity is meaningful, and the model's own on GPU.
-        repeats: measured passes, of which the median is reported.
+        repeats: measured passes, each with new engines; of each prompt the median is reported.
         sweep: settings of which several values are measured.
-        ray: None for one engine after the other on this machine.
-        resume: keep the shards that an earlier run left in `out`.
+        ray: actors with one engine at a time; None for all engines on this machine, prompt by prompt in turn.
+        engines_at_once: engines that are alive together, plain decoding's included; None for as many as fit the memory.
+        resume: keep what an earlier run left in `out`.
         skip_long: leave prompts out, and name them, that are too long for the target, instead of refusing to start.
 
     Raises:
@@ -100,12 +98,15 @@ class BenchmarkSettings:
     target: Path
     out: Path
     draft: str = FIND_DRAFT
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    baselines: Mapping[str, Path] = field(default_factory=dict)
     num_speculative_tokens: int | None = None
     prompts: str = BUILTIN
     data: Path | None = None
     num_prompts: int | None = None
+    per_category: int | None = None
     max_tokens: int = 128
+    stop_at_eos: bool = False
     temperature: float = 0.0
     concurrency: int = 1
     context_lengths: tuple[int, ...] | None = None
@@ -114,19 +115,26 @@ class BenchmarkSettings:
     repeats: int = 3
     sweep: Sweep = field(default_factory=Sweep)
     ray: RaySettings | None = None
+    engines_at_once: int | None = None
     resume: bool = False
     skip_long: bool = False
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.methods) - set(METHODS))
-        if unknown or not self.methods:
-            given = ", ".join(unknown) or "none at all"
-            raise ValueError(f"methods: must be some of {', '.join(sorted(METHODS))}, got {given}")
-        if len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods: each may be named once, got {', '.join(self.methods)}")
+        self._check_methods()
+        if self.num_prompts is not None and self.per_category is not None:
+            raise ValueError(
+                f"per_category: must come without num_prompts, got {self.per_category} and {self.num_prompts}; "
+                "leave one out"
+            )
+        if self.engines_at_once is not None and self.engines_at_once < 2:
+            raise ValueError(
+                f"engines_at_once: must be at least 2, {REFERENCE_METHOD} and one to compare with it, got "
+                f"{self.engines_at_once}"
+            )
         counts = {
             "num_speculative_tokens": self.depths,
             "num_prompts": (self.num_prompts,),
+            "per_category": (self.per_category,),
             "max_tokens": (self.max_tokens,),
             "concurrency": self.concurrencies,
             "repeats": (self.repeats,),
@@ -153,10 +161,28 @@ class BenchmarkSettings:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out: {self.out} is a file; pass a folder for the results")
 
+    def _check_methods(self) -> None:
+        taken = sorted(name for name in self.baselines if name in METHODS and METHODS[name].drafter != BASELINE)
+        if taken:
+            raise ValueError(f"baseline: must not have the name of another method, got {', '.join(taken)}; rename it")
+        unknown = sorted(set(self.methods) - {*METHODS, *self.baselines})
+        if unknown or not self.methods:
+            given = ", ".join(unknown) or "none at all"
+            raise ValueError(f"methods: must be some of {', '.join(sorted(METHODS))}, got {given}")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods: each may be named once, got {', '.join(self.methods)}")
+        for name in self.ordered_methods:
+            method = find_method(name)
+            if method.drafter == BASELINE and name not in self.baselines:
+                raise ValueError(f"methods: {name} needs its drafter's folder; pass --baseline {name}=DIR")
+            if method.missing:
+                raise ValueError(f"methods: {method.missing}")
+
     @property
     def ordered_methods(self) -> tuple[str, ...]:
         """The methods to run: the reference first, and added where another is to be compared with it."""
-        return (REFERENCE_METHOD, *(name for name in self.methods if name != REFERENCE_METHOD))
+        asked = dict.fromkeys((*self.methods, *self.baselines))
+        return (REFERENCE_METHOD, *(name for name in asked if name != REFERENCE_METHOD))
 
     @property
     def adds_reference(self) -> bool:
@@ -165,7 +191,7 @@ class BenchmarkSettings:
 
     @property
     def depths(self) -> tuple[int | None, ...]:
-        """Numbers of drafted tokens; None for the drafter's own."""
+        """Numbers of drafted tokens; None for each method's own."""
         return self.sweep.num_speculative_tokens or (self.num_speculative_tokens,)
 
     @property

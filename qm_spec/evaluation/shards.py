@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
 from itertools import pairwise
-from operator import add
 from typing import Any
 
 from qm_spec.evaluation.metrics import DraftCounts
@@ -39,6 +36,8 @@ class EngineSpec:
         max_num_seqs: most requests in one step.
         enforce_eager: run without compiled or captured graphs.
         seed: of the engine; each request has its own (see `ShardSpec`).
+        kv_cache_bytes: size of the KV cache; None leaves it to vLLM.
+        gpu_memory_share: of a GPU's memory, for an engine that others share it with; None leaves it to vLLM.
     """
 
     target: str
@@ -48,6 +47,8 @@ class EngineSpec:
     max_num_seqs: int
     enforce_eager: bool
     seed: int
+    kv_cache_bytes: int | None = None
+    gpu_memory_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class ShardSpec:
         temperature: 0 for greedy decoding.
         concurrency: requests kept in flight.
         seed: request i samples with `seed + i`, whatever the method and the pass.
-        repeats: measured passes over all prompts.
+        repeats: measured passes over all prompts; 0 for a warm-up alone.
         stop_at_eos: end an output at an end-of-text token, too.
         warm_up: decode a few tokens first, which are not measured.
     """
@@ -192,17 +193,6 @@ class ShardResult:
     dtype: str
     passes: tuple[PassResult, ...]
 
-    @property
-    def median_pass(self) -> PassResult:
-        """The pass of median wall time, the faster of the middle two where their number is even."""
-        ordered = sorted(self.passes, key=lambda one: one.elapsed_s)
-        return ordered[(len(ordered) - 1) // 2]
-
-    @property
-    def repeats_identical(self) -> bool:
-        """Whether every pass put out the same token ids."""
-        return all(one.outputs == self.passes[0].outputs for one in self.passes)
-
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts and lists; `from_json` reads them back."""
         return asdict(self)
@@ -223,28 +213,3 @@ def _pass_from_json(fields: dict[str, Any]) -> PassResult:
 
 def _counts_from_json(fields: dict[str, Any]) -> DraftCounts:
     return DraftCounts(**{**fields, "accepted_per_position": tuple(fields["accepted_per_position"])})
-
-
-def merge_shards(shards: Sequence[ShardResult]) -> ShardResult:
-    """Join shards of one setting pass by pass: sums of counts and engine seconds, requests in shard order.
-
-    Shards that ran side by side took less wall time than the sum; who ran them measures it.
-
-    Raises:
-        ValueError: there are no shards, or they differ in device, dtype or number of passes.
-    """
-    kinds = {(shard.device, shard.dtype, len(shard.passes)) for shard in shards}
-    if len(kinds) != 1:
-        raise ValueError(
-            "merge_shards: shards must agree in device, dtype and number of passes, got "
-            f"{sorted(kinds) or 'no shards'}; merge each setting by itself"
-        )
-    passes = tuple(
-        PassResult(
-            elapsed_s=sum(one.elapsed_s for one in parts),
-            counts=reduce(add, (one.counts for one in parts)),
-            requests=tuple(request for one in parts for request in one.requests),
-        )
-        for parts in zip(*(shard.passes for shard in shards), strict=True)
-    )
-    return ShardResult(shards[0].device, shards[0].dtype, passes)

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qm_spec.evaluation.results import RequestRow
 from qm_spec.evaluation.workloads import SPEC_BENCH_TASKS
 
 _TASKS = tuple(dict.fromkeys(SPEC_BENCH_TASKS.values()))
+
+
+def with_tasks(rows: Sequence[RequestRow]) -> list[RequestRow]:
+    """Return requests of Spec-Bench with their tasks in place of their categories."""
+    return [
+        row if row.category is None else replace(row, category=SPEC_BENCH_TASKS.get(row.category, row.category))
+        for row in rows
+    ]
 
 
 def task_names(rows: Sequence[RequestRow]) -> list[str]:

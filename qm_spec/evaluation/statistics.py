@@ -23,8 +23,6 @@ RESAMPLES = 10_000
 NO_DIFFERENCE = "no difference shown"
 # With fewer prompts no interval keeps its promise.
 MIN_PROMPTS = 5
-# Slowest to fastest pass; a quiet machine stays well below.
-NOISY_SPREAD = 1.2
 # Resamples in which a ratio is not defined, such as those without a single draft, up to which the rest may stand.
 _MAX_UNDEFINED = 0.01
 # Weights held at once.

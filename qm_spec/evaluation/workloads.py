@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -23,7 +23,7 @@ DOCUMENTS = "documents"
 BOOKS = "books"
 
 _MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-# Spec-Bench's six tasks under the names of its leaderboard, in its order.
+# Spec-Bench's 13 categories, by the tasks of its leaderboard that they belong to, in its order.
 SPEC_BENCH_TASKS = {
     **dict.fromkeys(_MT_BENCH, "Multi-turn Conversation"),
     "translation": "Translation",
@@ -43,16 +43,10 @@ class _Published:
     Args:
         names: of the file below the folder of data, most likely first.
         origin: where its authors publish it.
-        category: the task of a prompt by the category in its row.
     """
 
     names: tuple[str, ...]
     origin: str
-    category: Callable[[str | None], str | None] = lambda name: name
-
-
-def _spec_bench_task(category: str | None) -> str | None:
-    return SPEC_BENCH_TASKS.get(category or "", category)
 
 
 _PUBLISHED = {
@@ -74,7 +68,6 @@ _PUBLISHED = {
     "spec_bench": _Published(
         ("spec_bench.jsonl", "spec_bench/question.jsonl"),
         "data/spec_bench/question.jsonl of github.com/hemingkx/Spec-Bench",
-        _spec_bench_task,
     ),
 }
 _BOOK_FOLDERS = ("books", "pg19")
@@ -133,6 +126,7 @@ def load_workload(
     *,
     data: Path | None = None,
     num_prompts: int | None = None,
+    per_category: int | None = None,
     num_tokens: int | None = None,
     seed: int = 0,
 ) -> list[TokenPrompt]:
@@ -145,25 +139,42 @@ def load_workload(
         source, data: see `workload_path`.
         num_prompts: of a published benchmark so many evenly spaced rows, so that every task has its share; of
             anything else the first so many. None for all, and for one generated document of each kind.
+        per_category: of a file the first so many rows of each category instead, one category after the other in turn,
+            so that what disturbs a part of a measurement disturbs all of them.
         num_tokens: length of generated documents and of the beginnings of books; other prompts stay whole.
         seed: of generated documents.
 
     Raises:
         FileNotFoundError, ValueError: see `workload_path`; or there are fewer prompts than asked for, or generated
-            documents without a length.
+            documents without a length, or a category is too small.
     """
     path = workload_path(source, data)
+    if per_category is not None and (path is None or path.is_dir()):
+        raise ValueError(f"workload {source}: per_category needs a file of prompts with categories; pass num_prompts")
     if path is None:
         if num_tokens is None:
             raise ValueError(f"workload {DOCUMENTS}: needs a length in tokens, got none; pass context_lengths")
         return generated_prompts(tokenizer, num_prompts or len(KINDS), num_tokens, seed)
     if path.is_dir():
         return book_prompts(path, tokenizer, num_prompts, num_tokens)
-    published = _PUBLISHED.get(source)
-    if published is None:
+    if per_category is not None:
+        return _tokenized(_of_each_category(read_prompts(path), per_category, source), tokenizer, seed)
+    if source not in _PUBLISHED:
         return _tokenized(read_prompts(path, num_prompts), tokenizer, seed)
-    prompts = [replace(prompt, category=published.category(prompt.category)) for prompt in read_prompts(path)]
-    return _tokenized(_spread(prompts, num_prompts, source), tokenizer, seed)
+    return _tokenized(_spread(read_prompts(path), num_prompts, source), tokenizer, seed)
+
+
+def _of_each_category(prompts: Sequence[Prompt], wanted: int, source: str) -> list[Prompt]:
+    by_category: dict[str | None, list[Prompt]] = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    small = {name or "(none)": len(some) for name, some in by_category.items() if len(some) < wanted}
+    if small:
+        listed = ", ".join(f"{name} {size}" for name, size in sorted(small.items()))
+        raise ValueError(
+            f"workload {source}: every category must hold at least {wanted} prompts, got {listed}; lower per_category"
+        )
+    return [some[number] for number in range(wanted) for some in by_category.values()]
 
 
 def _spread(prompts: Sequence[_T], num_prompts: int | None, source: str) -> list[_T]:

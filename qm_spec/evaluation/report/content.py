@@ -9,7 +9,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from qm_spec.evaluation.recommend import SERVED_METHODS, pareto_front
+from qm_spec.evaluation.doubts import noise
+from qm_spec.evaluation.methods import NOISE_METHOD, REFERENCE_METHOD
+from qm_spec.evaluation.recommend import pareto_front, served
 from qm_spec.evaluation.report.acceptance_plots import acceptance_plots
 from qm_spec.evaluation.report.drawing import Plot
 from qm_spec.evaluation.report.measurements import DRAFTED, Measured, Measurements
@@ -17,13 +19,11 @@ from qm_spec.evaluation.report.request_plots import request_plots
 from qm_spec.evaluation.report.speed_plots import speed_plots
 from qm_spec.evaluation.report.svg import STYLE
 from qm_spec.evaluation.results import RequestRow
-from qm_spec.evaluation.settings import NOISE_METHOD, REFERENCE_METHOD
-from qm_spec.evaluation.spec_bench import task_header, task_line, task_names
+from qm_spec.evaluation.spec_bench import task_header, task_line, task_names, with_tasks
 from qm_spec.evaluation.statistics import (
     CONFIDENCE,
     LATENCY,
     NO_DIFFERENCE,
-    NOISY_SPREAD,
     SPEED,
     TPOT,
     TTFT,
@@ -34,7 +34,7 @@ from qm_spec.evaluation.statistics import (
     pair_requests,
     verdict,
 )
-from qm_spec.evaluation.table import lossless_cell
+from qm_spec.evaluation.table import category_tables, lossless_cell
 
 _MISSING = "-"
 _PERCENTILES = (50, 90, 99)
@@ -105,6 +105,7 @@ def build_report(results: dict[str, Any]) -> Report:
         Section("Results", [_conditions_text(measurements)], tables=[_summary(measurements)]),
         Section("Speed", plots=speed),
         *_task_sections(measurements),
+        *_category_sections(measurements),
         _slower_section(measurements),
         Section("Acceptance", plots=acceptance),
         Section("Requests", tables=_latency_tables(measurements), plots=requests),
@@ -185,12 +186,7 @@ def _warnings(measurements: Measurements) -> Iterator[str]:
     for one in measurements.all:
         if one.run["repeats_identical"] is False:
             yield f"{one.setting}: the output changed from pass to pass; the numbers are those of the median pass."
-        speeds = one.run["output_tokens_per_s_per_pass"]
-        if max(speeds) > NOISY_SPREAD * min(speeds):
-            yield (
-                f"{one.setting}: passes ran at {min(speeds):.1f} to {max(speeds):.1f} tokens/s; the machine was busy, "
-                "and no interval over prompts covers that."
-            )
+        yield from noise(one.run)
         if one.run["lossless"] is False:
             yield f"{one.setting}: the output is not that of plain decoding ({lossless_cell(one.run)[4:]})."
 
@@ -276,7 +272,7 @@ def _recommended_sections(measurements: Measurements) -> Iterator[Section]:
             _number(one.speedup.value if one.speedup else None, ".2f"),
             _number(one.run["output_tokens_per_s"], ".1f"),
         ]
-        for one in pareto_front([one for one in measurements.all if one.setting.method in SERVED_METHODS])
+        for one in pareto_front(served(measurements.all))
     ]
     header = [*_label_header(measurements), "speedup", "tokens/s"]
     caption = "Settings that no other beats in both concurrency and speed-up, at the same context and temperature."
@@ -284,11 +280,13 @@ def _recommended_sections(measurements: Measurements) -> Iterator[Section]:
 
 
 def _task_sections(measurements: Measurements) -> Iterator[Section]:
-    tasks = task_names([row for one in measurements.all for row in one.rows])
+    of_spec_bench = measurements.results["provenance"].get("prompts") == "spec_bench"
+    named = with_tasks if of_spec_bench else list[RequestRow]
+    tasks = task_names(named([row for one in measurements.all for row in one.rows]))
     if not tasks:
         return
     rows = [
-        task_line(one.setting.method, tasks, one.rows, one.plain)
+        task_line(one.setting.method, tasks, named(one.rows), named(one.plain))
         for one in measurements.at_base()
         if one.rows and one.setting.method != REFERENCE_METHOD
     ]
@@ -296,6 +294,20 @@ def _task_sections(measurements: Measurements) -> Iterator[Section]:
         "Speed-up of the mean speed of requests, and mean accepted tokens, as Spec-Bench's own script counts them."
     )
     yield Section("Tasks", tables=[Table(task_header(tasks), rows, caption)])
+
+
+def _category_sections(measurements: Measurements) -> Iterator[Section]:
+    """Yield what turns show of each category; files older than turns have no such numbers."""
+    caption = (
+        "Speed-up of the requests of a category with its interval over prompts, then acceptance length by tokens per "
+        "step; "
+    )
+    tables = [
+        Table(header, rows, f"{caption}{title}.")
+        for title, header, rows in category_tables([one.run for one in measurements.all])
+    ]
+    if tables:
+        yield Section("Categories", tables=tables)
 
 
 def _slower_section(measurements: Measurements) -> Section:
@@ -408,4 +420,10 @@ def _method_section(measurements: Measurements) -> Section:
         "other machines, models or kinds of text. Speed-up is output tokens per second of the whole engine by the same "
         "of plain decoding; acceptance length is the tokens per draft, the target's own token included."
     )
+    if provenance.get("in_turns"):
+        text += (
+            " All engines were alive together, and each prompt, or some waves of requests in flight, was decoded by "
+            "one method after the other: a speed-up compares times that stand next to each other, and is of every turn "
+            "the median over the passes."
+        )
     return Section("How it was measured", [text], tables=[Table(["what", "value"], rows)])

@@ -9,18 +9,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from qm_spec.evaluation import methods as registry
+from qm_spec.evaluation.methods import REFERENCE_METHOD
 from qm_spec.evaluation.report.measurements import Axis, Measured, Measurements
 from qm_spec.evaluation.report.svg import INK
-from qm_spec.evaluation.settings import METHODS, NOISE_METHOD, REFERENCE_METHOD
 from qm_spec.evaluation.statistics import CONFIDENCE, Estimate
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; methods that METHODS does not list come last.
-PALETTE = ("#999999", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7")
-# The same colours where they would be too dark on a dark page.
+# The colours of methods that would be too dark on a dark page.
 DARK_PALETTE = {"#0072B2": "#4BA3E3", "#009E73": "#2CC295", "#D55E00": "#F28A45"}
-_MARKERS = "s^oDvPX"
-# Of two lines that lie on each other, the one below must show through.
-_LINES = ("-", "-", "-", "--", ":", "-", "-")
 _WIDTH_INCHES = 5.0
 _HEIGHT_INCHES = 3.2
 
@@ -48,17 +44,7 @@ def line_style(method: str, methods: Sequence[str]) -> dict[str, Any]:
     Args:
         methods: all of the report.
     """
-    order = [name for name in METHODS if name != NOISE_METHOD]
-    order += [name for name in methods if name not in order]
-    place = order.index(method) % len(PALETTE)
-    return {
-        "color": PALETTE[place],
-        "marker": _MARKERS[place],
-        "linestyle": _LINES[place],
-        "fillstyle": "full" if _LINES[place] == "-" else "none",
-        "markersize": 5,
-        "linewidth": 1.6,
-    }
+    return {**registry.line_style(method, methods), "markersize": 5, "linewidth": 1.6}
 
 
 def new_axes(height: float = _HEIGHT_INCHES) -> tuple[Figure, Axes]:

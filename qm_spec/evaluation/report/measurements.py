@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from qm_spec.evaluation.compare import Setting, noise_floors, runs_by_setting
+from qm_spec.evaluation.methods import NOISE_METHOD, REFERENCE_METHOD, method_order
 from qm_spec.evaluation.results import RequestRow, request_rows
-from qm_spec.evaluation.settings import METHODS, NOISE_METHOD, REFERENCE_METHOD
 from qm_spec.evaluation.statistics import ACCEPTANCE, SPEED, Estimate, compare_requests, estimate, pair_requests
 
 Run = dict[str, Any]
@@ -48,11 +48,14 @@ class Measured:
 
     @cached_property
     def speedup(self) -> Estimate | None:
-        """Speed over plain decoding's: the engine's throughput, and as interval that of the paired requests' speeds.
+        """Speed over plain decoding's, as `turns.speedup` estimates it.
 
-        The interval is scaled to the throughput's speed-up, which also counts the time between requests.
+        Files older than turns have no interval: there it is that of the paired requests' speeds, scaled to the ratio of
+        throughputs.
         """
         value = self.run["speedup"]
+        if value is not None and "speedup_low" in self.run:
+            return Estimate(value, self.run["speedup_low"], self.run["speedup_high"])
         paired = compare_requests(SPEED, self.plain, self.rows)
         if value is None:
             return paired
@@ -70,6 +73,8 @@ class Measured:
     @cached_property
     def request_speedups(self) -> list[float]:
         """How many times as fast as in plain decoding each request ran; none where the file lists no requests."""
+        if any(row.speedup is not None for row in self.rows):
+            return [row.speedup for row in self.rows if row.speedup is not None]
         ours, theirs = pair_requests(self.rows, self.plain)
         return [
             (row.output_tokens / row.latency_s) / (plain.output_tokens / plain.latency_s)
@@ -79,9 +84,8 @@ class Measured:
 
 def _order(setting: Setting) -> tuple[float, ...]:
     """Each method stands below plain decoding under the same conditions."""
-    method = METHODS.index(setting.method) if setting.method in METHODS else len(METHODS)
     conditions = (setting.context_tokens or 0, setting.concurrency, setting.temperature)
-    return (*conditions, method, setting.num_speculative_tokens)
+    return (*conditions, method_order(setting.method), setting.num_speculative_tokens)
 
 
 class Measurements:

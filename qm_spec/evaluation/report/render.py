@@ -8,8 +8,9 @@ import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from qm_spec.evaluation.methods import palette
 from qm_spec.evaluation.report.content import Report, build_report
-from qm_spec.evaluation.report.drawing import DARK_PALETTE, PALETTE, Plot
+from qm_spec.evaluation.report.drawing import DARK_PALETTE, Plot
 from qm_spec.evaluation.report.svg import STYLE, inline_svg
 from qm_spec.evaluation.results import read_results
 from qm_spec.evaluation.table import align_table
@@ -45,7 +46,7 @@ def render_html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    variables = {colour: f"--series-{place}" for place, colour in enumerate(PALETTE)}
+    variables = {colour: f"--series-{place}" for place, colour in enumerate(palette())}
     colours = {colour: f"var({variable})" for colour, variable in variables.items()}
 
     def drawn(plot: Plot) -> Markup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from qm_spec.evaluation.methods import REFERENCE_METHOD
 from qm_spec.evaluation.report.drawing import (
     Plot,
     draw_intervals,
@@ -15,7 +16,6 @@ from qm_spec.evaluation.report.drawing import (
 )
 from qm_spec.evaluation.report.measurements import Measured, Measurements
 from qm_spec.evaluation.report.svg import INK
-from qm_spec.evaluation.settings import REFERENCE_METHOD
 from qm_spec.evaluation.statistics import Estimate
 
 _LABEL = "speed-up over plain decoding"

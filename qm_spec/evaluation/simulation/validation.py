@@ -9,14 +9,12 @@ from typing import Any
 
 from qm_spec.config import MergeConfig
 from qm_spec.discovery.files import read_json
-from qm_spec.evaluation.settings import REFERENCE_METHOD, WINDOW_METHOD
+from qm_spec.evaluation.methods import METHODS, OURS, REFERENCE_METHOD, find_method
 from qm_spec.evaluation.simulation.acceptance import Acceptance
 from qm_spec.evaluation.simulation.hardware import Hardware
 from qm_spec.evaluation.simulation.shapes import DrafterShape, TargetShape
 from qm_spec.evaluation.simulation.steps import CostModel
 
-# Others run what the model does not describe, such as the operators without their kernels.
-PREDICTED_METHODS = (REFERENCE_METHOD, "ngram", "qm_spec", WINDOW_METHOD)
 _EMPTIED = MergeConfig(schedule=(0,))
 Row = dict[str, Any]
 
@@ -38,9 +36,10 @@ class Served:
     def model(self, method: str, dtype: str) -> CostModel:
         """Return the cost model of a method."""
         drafter: DrafterShape | None = self.drafter
-        if method == WINDOW_METHOD and self.drafter.merge is not None:
+        record = find_method(method)
+        if record.without_far_memory and self.drafter.merge is not None:
             drafter = replace(self.drafter, merge=replace(self.drafter.merge, schedule=_EMPTIED.schedule))
-        elif not method.startswith("qm_spec"):
+        elif record.drafter != OURS:
             drafter = None
         return CostModel(self.hardware, self.target, drafter, dtype)
 
@@ -58,9 +57,11 @@ def predict_runs(file: Path, served: Served) -> list[Row]:
     Raises:
         ValueError: the file has no run that can be predicted.
     """
-    runs = [run for run in read_json(file).get("runs", []) if run["method"] in PREDICTED_METHODS]
+    # The others run what the model does not describe, such as the operators without their kernels.
+    simulated = [one.name for one in METHODS.values() if one.simulated]
+    runs = [run for run in read_json(file).get("runs", []) if run["method"] in simulated]
     if not runs:
-        raise ValueError(f"validate: {file} has no run of {', '.join(PREDICTED_METHODS)}")
+        raise ValueError(f"validate: {file} has no run of {', '.join(simulated)}")
     predicted = [(run, _predict(run, served)) for run in runs]
     plain = {
         (run["context_tokens"], run["concurrency"]): found["tokens_per_s"]
