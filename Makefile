@@ -7,7 +7,7 @@ KERNEL_TESTS := tests/test_ops.py $(filter-out %_cuda.py,$(wildcard tests/test_k
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-avx2 test-gpu bench bench-kernels bench-gpu check lint sanitize build clean
+.PHONY: help install test test-avx2 test-gpu bench bench-smollm2 bench-kernels bench-gpu check lint sanitize build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,12 @@ test: install ## run every test, those that start vLLM too
 bench: install ## measure speculative decoding on the shipped pair
 	$(BIN)/python benchmarks/spec.py $(ARGS)
 
+bench-smollm2: install ## fetch SmolLM2-135M-Instruct and measure its shipped drafter on Spec-Bench, in bfloat16
+	$(BIN)/qm-spec fetch smollm2-135m-instruct --out results/smollm2-135m-instruct
+	$(BIN)/python benchmarks/spec.py --target results/smollm2-135m-instruct --dtype bfloat16 --benchmark spec_bench \
+		--data benchmarks/data --per-category 2 --skip-long --methods none,ngram-16,qm_spec-prior,qm_spec \
+		--repeats 1 --out results/smollm2 $(ARGS)
+
 bench-kernels: install ## measure the kernels against PyTorch on the CPU, in one table
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
 
@@ -29,6 +35,8 @@ test-avx2: install ## run the kernels' tests with what a processor without AVX-5
 	CXXFLAGS=-DQM_SPEC_NO_AVX512 QM_SPEC_BUILD=required $(BIN)/python setup.py -q build \
 		--build-lib build/avx2 --build-temp build/avx2-objects
 	PYTHONPATH=build/avx2 QM_SPEC_BACKEND=compiled $(BIN)/pytest $(KERNEL_TESTS) $(ARGS)
+
+test-gpu bench-gpu: GPU := 1
 
 test-gpu: install ## build the CUDA kernels and run their tests on this machine's GPU
 	QM_SPEC_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
