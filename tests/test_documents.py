@@ -46,8 +46,8 @@ def make_training(target, draft_vocab_size=None):
 
 def test_rows_begin_where_an_engine_begins_to_draft():
     # The prompt's pass gives the first answer token; the first draft is of the second, from the prompt's last position.
-    assert answered(5, 4).rows.tolist() == [3, 4, 5, 6]
-    assert Document.answered([1, 2, 3], [7]).rows.tolist() == [1]
+    assert answered(5, 4).rows.tolist() == [4, 5, 6]
+    assert Document.answered([1, 2, 3], [7]).rows.tolist() == []
 
 
 def test_all_tokens_of_text_are_learned_but_those_without_a_state_before_them():

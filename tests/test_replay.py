@@ -31,6 +31,7 @@ from qm_spec.evaluation.replay import (
     write_continuations,
 )
 from qm_spec.ops.page import slot_elements
+from qm_spec.training.documents import Document, DocumentBatches
 from qm_spec.training.drafter import DraftTraining
 
 # So few tokens that untrained drafters are often right.
@@ -316,6 +317,21 @@ def new_drafter(name):
     return Eagle3Drafter(
         Eagle3Config(**sizes, sliding_window=sliding_window, fc_norm=fc_norm, max_position_embeddings=4096)
     )
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_the_trainer_counts_acceptance_as_a_replay_does(target, kind):
+    """At each position; a replay counts what vLLM accepts, so the trainer's estimate is vLLM's on the same text."""
+    drafter, prompt = make_drafter(kind), [0, 3, 1, 1, 2, 0]
+    ((continuation),) = write_continuations(target, [prompt], 60)
+    text = read_text(target, prompt, continuation, LAYERS)
+    expected = replay_module.accepted_everywhere(drafter, text, STEPS)
+    batch = DocumentBatches([Document.answered(prompt, continuation)], 1000)[0]
+    with torch.no_grad():
+        got = DraftTraining(drafter, target).eval()(**batch)["accepted"][0].tolist()
+    assert sum(expected) > 5, "the drafts are hardly ever right: equal counts show little"
+    # The trainer goes on where fewer than K tokens are left to compare with.
+    assert got[: len(expected)] == expected
 
 
 def trained_briefly(target, texts, name):

@@ -35,8 +35,11 @@ class Document:
 
     @property
     def rows(self) -> np.ndarray:
-        """Positions `[T]` whose first draft, two tokens on, is to be learned."""
-        return np.flatnonzero(self.learned[2:])
+        """Positions `[T]` to draft from: the next token is the target's own, and the one behind it is to be drafted.
+
+        The first token of an answer comes from the prompt's pass; no draft is made for it.
+        """
+        return np.flatnonzero(self.learned[1:-1] & self.learned[2:])
 
 
 def windows(token_ids: np.ndarray, length: int) -> list[Document]:

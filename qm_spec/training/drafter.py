@@ -227,7 +227,12 @@ class DraftTraining(nn.Module):
         self._target = (target,)
         self._states = states or TargetStates(target)
         head, token_ids = target.get_output_embeddings().weight, drafter.draft_token_ids
-        self._head = (head if token_ids is None else head[token_ids.to(head.device)],)
+        own = getattr(drafter, "lm_head", None)
+        if own is not None:
+            head = own.weight
+        elif token_ids is not None:
+            head = head[token_ids.to(head.device)]
+        self._head = (head,)
         # A target in 16 bits has a drafter that runs in 16 bits.
         self._reduced = None if head.dtype == torch.float32 else head.dtype
 
@@ -262,7 +267,8 @@ class DraftTraining(nn.Module):
         return [self._logits(output) for output in self.outputs(aux_states, input_ids, rows)]
 
     def _logits(self, output: Tensor) -> Tensor:
-        return F.linear(output.to(self._head[0].dtype), self._head[0])
+        (head,) = self._head
+        return F.linear(output.to(head.dtype), head)
 
     def forward(
         self, input_ids: Tensor, rows: Tensor, labels: Tensor, lengths: Tensor | None = None
@@ -314,7 +320,7 @@ class DraftTraining(nn.Module):
             logits = reading.logits(needed)
             return logits, logits.argmax(-1)
         if self.training:
-            logits = reading.logits(needed, self._head[0])
+            logits = reading.logits(needed, self.target.get_output_embeddings().weight[token_ids])
             return logits, logits.argmax(-1)
         # What a draft vocabulary misses counts in validation.
         every = reading.logits(needed)
