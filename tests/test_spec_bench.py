@@ -288,7 +288,7 @@ def test_help_imports_nothing_heavy(tmp_path):
         ),
         (["--target", "nowhere"], "target: nowhere is not a folder with a config.json"),
         (["--prompts", "gone.jsonl"], "workload: must be one of books, builtin, documents"),
-        (["--prompts", "bad.jsonl"], "prompts: bad.jsonl:2 must be a JSON object"),
+        (["--prompts", "bad.jsonl"], "bad.jsonl:2 must be a JSON object"),
         (["--num-speculative-tokens", 0], "num_speculative_tokens: must be at least 1, got 0"),
         (["--temperature", -1], "temperature: must be 0 (greedy) or above, got -1.0"),
         (["--concurrency", 0], "concurrency: must be at least 1, got 0"),
