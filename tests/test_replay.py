@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from offline_engine import run_offline
+from reduced_drafter import with_draft_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import qm_spec
@@ -297,7 +298,7 @@ def texts(novels):
 # How EAGLE-3 is trained to be compared with vLLM: its window, the layers it reads, and whether it norms them.
 IN_VLLM = {
     "eagle3": (None, [6, 13, 19], False),
-    "eagle3-vocabulary": {"draft_vocab_size": 3},
+    "eagle3-vocabulary": (None, [6, 13, 19], False),
     "eagle3-window": (24, [6, 13, 19], False),
     "eagle3-normed": (None, [0, 13, 19], True),
 }
@@ -345,8 +346,11 @@ def trained_briefly(target, texts, name):
         training(ids, rows, torch.ones_like(ids))["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
+    drafter = training.drafter
+    if name == "eagle3-vocabulary":
+        drafter = with_draft_vocabulary(drafter, target, ids.flatten().bincount(minlength=4096))
     # As checkpoints are stored, and vLLM reads them.
-    return training.drafter.to(torch.bfloat16)
+    return drafter.to(torch.bfloat16)
 
 
 @pytest.mark.vllm
