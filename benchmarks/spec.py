@@ -22,7 +22,9 @@ Examples:
 
     python benchmarks/spec.py --context-lengths 256,1024,3000 --concurrency 4 --out results/long
 
-    python benchmarks/spec.py --benchmark spec_bench --data DIR --skip-long --ray 2
+    python benchmarks/spec.py --benchmark spec_bench --data DIR --per-category 10 --stop-at-eos --target MODEL
+
+    python benchmarks/spec.py --target MODEL --methods none,ngram,qm_spec --baseline eagle3=DIR --dtype bfloat16
 """
 
 

@@ -81,7 +81,8 @@ def test_a_killed_actor_loses_nothing(benchmark_settings, engine_command, faults
     assert killed
     assert results["failures"] == []
     assert counted(results) == counted(alone)
-    (note,) = benchmark.notes
+    settings_note, note = benchmark.notes
+    assert settings_note.startswith("with Ray each engine measures by itself, not in turn")
     assert note.startswith("ngram: handed to another actor, since the actor failed: ")
     # Two parts each, and one engine again for the shard that the dead actor had not finished.
     assert [start[0] for start in starts()[before:]].count("ngram") == 3

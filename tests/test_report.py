@@ -392,7 +392,7 @@ def test_rows_of_requests_survive_the_file(tmp_path):
         (None, FileNotFoundError, "results.json does not exist; pass the folder"),
         ("{", ValueError, "must be JSON"),
         ("[]", ValueError, "must be an object with a list of runs"),
-        ('{"runs": [], "schema_version": 99}', ValueError, "schema_version 1 or 2, got 99"),
+        ('{"runs": [], "schema_version": 99}', ValueError, "schema_version one of 1, 2, 3, got 99"),
     ],
 )
 def test_what_is_no_results_file_is_refused(tmp_path, text, error, message):

@@ -76,7 +76,7 @@ def test_results_hold_every_method_and_setting(settings, engine_command):
     benchmark.run(lambda *event: states.append(event), engine_command)
     results = written(asked)
     assert results == benchmark.results
-    assert results["schema_version"] == 2
+    assert results["schema_version"] == 3
     assert [(run["method"], run["context_tokens"]) for run in results["runs"]] == [
         ("none", 8),
         ("none", 16),

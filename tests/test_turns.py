@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from qm_spec.evaluation import turns as paired
 from qm_spec.evaluation.benchmark import Benchmark
+from qm_spec.evaluation.doubts import doubts
 from qm_spec.evaluation.memory import engines_at_once, kv_cache_bytes
 from qm_spec.evaluation.methods import METHODS, Method
 from qm_spec.evaluation.plan import Measurement, plan_rounds
@@ -124,6 +125,28 @@ def test_an_engine_that_is_slow_in_one_pass_sets_no_scale(benchmark_settings, en
     assert (run["speedup"], run["speedup_low"], run["speedup_high"]) == pytest.approx((2, 2, 2))
     assert run["speedup_per_pass"] == pytest.approx([20 if slow == "none" else 0.2, 2, 2])
     assert any("from pass to pass" in note for note in benchmark.notes)
+
+
+def test_outputs_that_go_on_behind_their_end_are_counted(benchmark_settings, engine_command):
+    def notes(**changes):
+        benchmark = Benchmark(benchmark_settings(methods=("none",), **changes))
+        # Token 5 ends a text; outputs begin with tokens 0 to 4 and count upwards.
+        benchmark._config.eos_token_id = 5
+        benchmark.run(quiet, engine_command)
+        return [note for note in benchmark.notes if "end-of-text" in note]
+
+    (note,) = notes()
+    # That of p0 ends before it, and that of p1 with it.
+    assert note.startswith("3 of 5 outputs of none go on behind an end-of-text token")
+    assert notes(stop_at_eos=True) == notes(max_tokens=1) == []
+
+
+def test_plain_decoding_that_differs_from_itself_tells_the_noise(benchmark_settings, engine_command):
+    benchmark = Benchmark(benchmark_settings(methods=("none", "none-again"), repeats=1))
+    _, again = benchmark.run(quiet, engine_command)["runs"]
+    assert list(doubts([again])) == []
+    (told,) = doubts([{**again, "speedup": 0.8}])
+    assert "none-again" in told and "a smaller difference than 25 % between methods is noise" in told
 
 
 # A method is one record

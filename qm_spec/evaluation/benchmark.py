@@ -109,6 +109,12 @@ class Benchmark:
         self._recorded: dict[int, dict[str, Any]] = {}
         self._failed_engines: set[str] = set()
 
+    @property
+    def _weights_dtype(self) -> str:
+        """The dtype that engines resolve "auto" to, as far as the config tells."""
+        stored = str(getattr(self._config, "dtype", None) or "float32").removeprefix("torch.")
+        return stored if self.dtype == "auto" else self.dtype
+
     def _notes_on_settings(self) -> Iterator[str]:
         settings = self.settings
         if settings.adds_reference:
@@ -236,7 +242,7 @@ class Benchmark:
             # Compiling takes longer than a measurement on CPU; GPU users serve with graphs.
             enforce_eager=self.device == "cpu",
             seed=settings.seed,
-            kv_cache_bytes=kv_cache_bytes(self._config, lengths, most, further, self.dtype),
+            kv_cache_bytes=kv_cache_bytes(self._config, lengths, most, further, self._weights_dtype),
         )
         return [
             (
@@ -281,7 +287,7 @@ class Benchmark:
                     runner.run_jobs(jobs, out / "logs", on_event, engine_command)
         finally:
             self._record(self._measurements)
-            self.notes += doubts(self.results["runs"])
+            self.notes += [*self._notes_on_ends(), *doubts(self.results["runs"])]
             self._plot()
         if self.settings.sweep != Sweep():
             self._recommend()
@@ -320,6 +326,8 @@ class Benchmark:
             name, kind = names[job], event["event"]
             if kind == "starting":
                 progress.report(name, "starting the engine")
+            elif kind == "ready":
+                progress.report(name, "ready")
             elif kind == "progress":
                 setting, part = planned.turns[event["shard"]]
                 if part is not None:
@@ -375,7 +383,7 @@ class Benchmark:
         if most is None:
             asked = os.environ.get(KV_CACHE_GIB) if self.device == "cpu" else None
             kv_bytes = int(asked) * GIB if asked else self._measurements[0].shard.engine.kv_cache_bytes
-            each = engine_bytes(self.settings.target, self._config, self.dtype, kv_bytes, self.device)
+            each = engine_bytes(self.settings.target, self._config, self._weights_dtype, kv_bytes, self.device)
             most = engines_at_once(each, self.device)
             if most is not None and most < num_engines:
                 self.notes.append(
@@ -384,6 +392,25 @@ class Benchmark:
                     f"its own {REFERENCE_METHOD}"
                 )
         return most
+
+    def _notes_on_ends(self) -> Iterator[str]:
+        """Say how many outputs go on where a served answer would have ended."""
+        ends = getattr(self._config, "eos_token_id", None)
+        ends = set(ends if isinstance(ends, list) else [ends])
+        outputs = [
+            request.token_ids
+            for one in self._measurements
+            if one.reference is one and not self.settings.stop_at_eos
+            for turn in one.turns()
+            for request in turn.median_pass.requests
+        ]
+        beyond = sum(bool(ends & set(token_ids[:-1])) for token_ids in outputs)
+        if beyond:
+            yield (
+                f"{beyond} of {len(outputs)} outputs of {REFERENCE_METHOD} go on behind an end-of-text token, "
+                "which no server does; what follows it often repeats itself, which flatters lookup. --stop-at-eos ends "
+                "them there"
+            )
 
     def _recommend(self) -> None:
         """Add to the results what a server should be given."""

@@ -118,7 +118,8 @@ def evaluate(
         int | None,
         typer.Option(
             metavar="N",
-            help="Engines that are alive together, none included; more methods run in groups, each with its own none.",
+            help="Engines that are alive together, plain decoding's included; more methods run in groups, each with "
+            "plain decoding of its own.",
             show_default="as many as fit the free memory",
         ),
     ] = None,
@@ -129,7 +130,7 @@ def evaluate(
         int,
         typer.Option(
             metavar="N",
-            help="Share the prompts among N Ray actors, one engine each at a time and not in turn; 0: none.",
+            help="Share the prompts among N Ray actors, each with one engine at a time, so not in turn.",
         ),
     ] = 0,
     ray_address: Annotated[

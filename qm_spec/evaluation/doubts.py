@@ -9,6 +9,8 @@ from qm_spec.evaluation.methods import NOISE_METHOD, REFERENCE_METHOD
 
 # Slowest to fastest; a quiet machine stays well below.
 NOISY_SPREAD = 1.2
+# Between two measurements of plain decoding.
+_NOISY_REPETITION = 1.05
 
 
 def doubts(runs: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -55,6 +57,13 @@ def noise(run: dict[str, Any]) -> Iterator[str]:
             f"{name}: {what} {min(passes):.2f} to {max(passes):.2f} from pass to pass; the machine was busy, and no "
             "interval over prompts covers that"
         )
+    if run["method"] == NOISE_METHOD and run["speedup"] is not None:
+        differs = max(run["speedup"], 1 / run["speedup"])
+        if differs > _NOISY_REPETITION:
+            yield (
+                f"{name}: speed-up {run['speedup']:.2f} where 1 is right, so a smaller difference than "
+                f"{100 * (differs - 1):.0f} % between methods is noise"
+            )
     slow, fast = run.get("tpot_ms_p90"), run.get("tpot_ms_p10")
     if run["method"] == REFERENCE_METHOD and slow and fast and slow > NOISY_SPREAD * fast:
         yield (

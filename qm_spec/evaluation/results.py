@@ -3,8 +3,8 @@
 The file holds `schema_version`, `environment`, `command`, `provenance`, `runs` (one record per method and setting,
 see `qm_spec.evaluation.records`) and `failures` (`{"method", "error"}`, with `"prompt_id"` where a single request
 failed, or `"prompt_ids"` where all of a shard's did). From version 2 on, every run lists its requests under
-`requests`, see `RequestRow`. What failed is in no number of a run. After a sweep there is a `recommendation`, see
-`qm_spec.evaluation.recommend`.
+`requests`, see `RequestRow`. What failed is in no number of a run. From version 3 on, speed-ups are ratios within
+turns, see `qm_spec.evaluation.turns`. After a sweep there is a `recommendation`, see `qm_spec.evaluation.recommend`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 FILE_NAME = "results.json"
 
 
@@ -100,7 +100,7 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ValueError(f"results: {file} must be an object with a list of runs; pass a results.json of a benchmark")
     if results.get("schema_version") not in READABLE_VERSIONS:
         raise ValueError(
-            f"results: {file} must have schema_version {' or '.join(map(str, READABLE_VERSIONS))}, got "
+            f"results: {file} must have schema_version one of {', '.join(map(str, READABLE_VERSIONS))}, got "
             f"{results.get('schema_version')}; read it with the version of qm_spec that wrote it"
         )
     return results
