@@ -222,7 +222,7 @@ def train_command(
         data,
         out,
         loop=LoopSettings(
-            max_steps,
+            max_steps or 0,
             rows_per_step,
             lr,
             adam_lr,

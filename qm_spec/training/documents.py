@@ -94,7 +94,7 @@ class DocumentBatches(Dataset):
 
     def _cut(self, rows_per_batch: int, rng: np.random.Generator | None) -> Iterator[list[int]]:
         numbers = np.arange(len(self.documents)) if rng is None else rng.permutation(len(self.documents))
-        counts = np.array([self._num_rows(number) for number in numbers])
+        counts = np.array([self._num_rows(int(number)) for number in numbers])
         pool_of = np.cumsum(counts) // (_POOL * rows_per_batch) if rng is not None else np.zeros_like(counts)
         batch: list[int] = []
         # Of one pool by size; the last batch of a pool goes on in the next one.

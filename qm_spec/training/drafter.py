@@ -515,7 +515,9 @@ def train_drafter(
         counts = token_counts(documents, vocab_size)
         share = give_draft_vocabulary(drafter, target, counts, _ends(tokenizer, target))
         if drafter.draft_token_ids is not None:
-            _logger.info("draft vocabulary: %d tokens, %.1f %% of those written", len(drafter.d2t), 100 * share)
+            _logger.info(
+                "draft vocabulary: %d tokens, %.1f %% of those written", drafter.config.draft_vocab_size, 100 * share
+            )
     train_set = DocumentBatches(documents, loop.batch_size, rows_per_document, data_seed)
     valid_set = DocumentBatches(valid, loop.batch_size)
     loop = loop.fitted(len(train_set))

@@ -30,16 +30,16 @@ class LoopSettings:
     """How long and how fast to train.
 
     Attributes:
-        max_steps: optimizer steps; None for `epochs`.
+        max_steps: optimizer steps; 0 for as many as `epochs` need.
         batch_size: sequences per step; of a data set of whole batches what its batches are measured in.
-        epochs: times that a data set of whole batches is seen where `max_steps` is None.
+        epochs: times that a data set of whole batches is seen where `max_steps` is 0.
         lr: Muon step of the matrices; everything else uses `adam_lr`.
         warmup_steps: linear warm-up; then constant, then linear decay over the last `decay_share`.
         save_steps: steps between checkpoints (and validations).
         seed: of initialisation and data order.
     """
 
-    max_steps: int | None = None
+    max_steps: int = 0
     batch_size: int = 8
     lr: float = 0.02
     adam_lr: float = 3e-3
@@ -51,7 +51,7 @@ class LoopSettings:
 
     def fitted(self, batches: int) -> LoopSettings:
         """Return settings with the steps that see a data set of so many batches as often as asked."""
-        if self.max_steps is not None:
+        if self.max_steps:
             return self
         return replace(self, max_steps=max(1, round(self.epochs * batches)))
 
@@ -178,7 +178,7 @@ def fit(
     Raises:
         KeyboardInterrupt: Ctrl-C; a checkpoint was written first.
     """
-    assert settings.max_steps is not None, "settings are fitted to the data first"
+    assert settings.max_steps, "settings are fitted to the data first"
     work_dir.mkdir(parents=True, exist_ok=True)
     warmup_steps = min(settings.warmup_steps, settings.max_steps // 2)
     decay_steps = min(settings.max_steps - warmup_steps, int(settings.max_steps * settings.decay_share))
