@@ -98,8 +98,10 @@ def test_greedy_drafts_are_the_best_tokens_but_for_near_ties(make, dtype, num_dr
     behind = exact.max(-1).values - exact.gather(-1, case.rows(ids).unsqueeze(-1)).squeeze(-1)
     assert behind.max().item() <= 4 * plain_error + 1e-5
     if dtype == torch.float32:
-        best = exact.topk(2).values
-        clear = best[..., 0] - best[..., 1] > 4 * plain_error + 1e-5
+        best = exact.sort(-1, descending=True).values
+        # Of one token alone nothing is near.
+        second = best[..., 1] if best.shape[-1] > 1 else torch.full_like(best[..., 0], float("-inf"))
+        clear = best[..., 0] - second > 4 * plain_error + 1e-5
         assert clear.double().mean() > 0.9, "the case has too many ties to show anything"
         reference = draft_tokens_reference(*case.arguments(num_drafts))[0]
         # Behind a tie the drafts go apart.

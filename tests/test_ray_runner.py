@@ -81,9 +81,12 @@ def test_a_killed_actor_loses_nothing(benchmark_settings, engine_command, faults
     assert killed
     assert results["failures"] == []
     assert counted(results) == counted(alone)
-    settings_note, note = benchmark.notes
-    assert settings_note.startswith("with Ray each engine measures by itself, not in turn")
-    assert note.startswith("ngram: handed to another actor, since the actor failed: ")
+    # Others may say that times are unsteady, as they are on a busy machine.
+    for beginning in (
+        "with Ray each engine measures by itself, not in turn",
+        "ngram: handed to another actor, since the actor failed: ",
+    ):
+        assert sum(note.startswith(beginning) for note in benchmark.notes) == 1, benchmark.notes
     # Two parts each, and one engine again for the shard that the dead actor had not finished.
     assert [start[0] for start in starts()[before:]].count("ngram") == 3
     assert results["environment"]["ray"]["num_actors"] == 2
@@ -143,7 +146,7 @@ def test_a_local_cluster_without_the_gpus_is_refused(monkeypatch):
 
 def test_a_worker_reports_how_its_engine_ended(benchmark_settings, engine_command, faults):
     benchmark = Benchmark(benchmark_settings())
-    (job, _), _ = benchmark._jobs()
+    (job, *_), _ = benchmark._jobs()
     events = list(EngineWorker().run(job, engine_command))
     assert [event["event"] for event in events] == ["ready", "progress", "result", "ended"]
     assert events[-1]["reason"] is None
