@@ -109,7 +109,8 @@ def benchmark_settings(tmp_path: Path) -> Callable[..., BenchmarkSettings]:
 
     from qm_spec.evaluation.settings import BenchmarkSettings
 
-    target = write_target(tmp_path / "target")
+    # No token ends a text: outputs count through small ids.
+    target = write_target(tmp_path / "target", eos_token_id=None)
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate("abcde?")}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(target)
