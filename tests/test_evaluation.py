@@ -571,6 +571,9 @@ def test_intel_openmp_is_preloaded_once_where_it_is_installed(monkeypatch, tmp_p
     assert cpu_engine_environment()["LD_PRELOAD"] == str(library)
     monkeypatch.setenv("LD_PRELOAD", str(library))
     assert cpu_engine_environment()["LD_PRELOAD"] == str(library)
+    # vLLM ends where GNU's runtime is loaded beside it.
+    monkeypatch.setenv("LD_PRELOAD", "/torch/lib/libgomp-a34.so.1:/lib/other.so")
+    assert cpu_engine_environment()["LD_PRELOAD"] == f"{library}:/lib/other.so"
 
 
 def test_a_gpu_engine_gets_no_cpu_settings(monkeypatch):

@@ -26,7 +26,7 @@ def test_a_drafter_for_a_third_party_model_is_accepted_and_changes_nothing(share
         app,
         [
             *("train", "--target", str(target), "--data", str(tmp_path / "text.txt"), "--out", str(out)),
-            *("--max-steps", "80", "--batch-size", "4", "--sequence-length", "256", "--rows-per-window", "64"),
+            *("--max-steps", "80", "--rows-per-step", "256", "--sequence-length", "256", "--rows-per-document", "64"),
             *("--regenerated-tokens", "40000", "--window", "64", "--save-steps", "80"),
         ],
     )

@@ -26,8 +26,8 @@ def cpu_engine_environment() -> dict[str, str]:
     """Return the whole environment for a process that runs vLLM on the CPU.
 
     It is this process's environment with vLLM's CPU settings added; a setting that the user has made
-    stays. Only `LD_PRELOAD` is extended: Intel's OpenMP runtime, which vLLM's speculation on x86 wants
-    loaded first, is put in front where this Python environment has it.
+    stays. Only `LD_PRELOAD` is changed: Intel's OpenMP runtime, which vLLM's speculation on x86 wants
+    loaded first, is put in front, in the place of GNU's, where this Python environment has it.
     """
     environment = dict(os.environ)
     defaults = {
@@ -43,7 +43,9 @@ def cpu_engine_environment() -> dict[str, str]:
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     preloaded = environment.get("LD_PRELOAD", "")
     if openmp.exists() and openmp.name not in preloaded:
-        environment["LD_PRELOAD"] = ":".join(filter(None, [str(openmp), preloaded]))
+        # vLLM puts GNU's runtime there when it is configured in this process, and ends where it finds both.
+        others = [one for one in preloaded.split(":") if one and not Path(one).name.startswith("libgomp")]
+        environment["LD_PRELOAD"] = ":".join([str(openmp), *others])
     return environment
 
 
