@@ -25,7 +25,7 @@ bench: install ## measure speculative decoding on the shipped pair
 bench-smollm2: install ## fetch SmolLM2-135M-Instruct and measure its shipped drafter on Spec-Bench, in bfloat16
 	$(BIN)/qm-spec fetch smollm2-135m-instruct --out results/smollm2-135m-instruct
 	$(BIN)/python benchmarks/spec.py --target results/smollm2-135m-instruct --dtype bfloat16 --benchmark spec_bench \
-		--data benchmarks/data --per-category 2 --skip-long --methods none,ngram-16,qm_spec-prior,qm_spec \
+		--data benchmarks/data --per-category 2 --skip-long --stop-at-eos --methods none,ngram-16,qm_spec-prior,qm_spec \
 		--repeats 1 --out results/smollm2 $(ARGS)
 
 bench-kernels: install ## measure the kernels against PyTorch on the CPU, in one table
