@@ -272,7 +272,7 @@ def test_a_change_of_mind_is_reported_with_its_numbers() -> None:
     assert line.startswith("drafting on with 8 requests: 24 tokens, 0 of them copied, for 2.18 tokens a step and")
     assert line.endswith("; plain decoding takes 10.1 ms for 1")
     steps.cost["row"] = 0.5
-    for _ in range(300):
+    for _ in range(1500):
         steps.step()
     assert len(steps.lines) == 2 and steps.lines[1].startswith("drafting off with 8 requests: "), steps.lines
 

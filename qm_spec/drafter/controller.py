@@ -26,7 +26,7 @@ _LEAST_FOR_TRIALS = 0.2
 # after so many steps in any case; nothing is tried while the estimate is less sure than that.
 _SURE_DEVIATIONS, _PLAIN_EVERY, _MOST_UNSURE = 2.0, 500, 0.1
 # Of a step that took longer than expected so many times over, the rest was the machine's doing.
-_MOST_LATE = 3.0
+_MOST_LATE = 1.5
 # Drafts of one request that its own acceptance must outweigh, and steps after which they are forgotten.
 _OWN_WEIGHT, _OWN_FADE = 6.0, 1 - 1 / 200
 # Acceptance before anything is known: of the prior's drafts, and of copies by the length of their match.
