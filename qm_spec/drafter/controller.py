@@ -25,8 +25,8 @@ _LEAST_FOR_TRIALS = 0.2
 # Plain decoding is timed again where what drafts gain is less than so many standard deviations of its estimate, and
 # after so many steps in any case; nothing is tried while the estimate is less sure than that.
 _SURE_DEVIATIONS, _PLAIN_EVERY, _MOST_UNSURE = 2.0, 500, 0.1
-# Of a step that took longer than expected so many times over, the rest was the machine's doing.
-_MOST_LATE = 3.0
+# A single step that took so many times as long as expected was late by the machine's doing.
+_MOST_LATE = 1.5
 # Drafts of one request that its own acceptance must outweigh, and steps after which they are forgotten.
 _OWN_WEIGHT, _OWN_FADE = 6.0, 1 - 1 / 200
 # Acceptance before anything is known: of the prior's drafts, and of copies by the length of their match.
@@ -157,6 +157,7 @@ class Controller:
         self._began = self._ended = 0.0
         self._number = self._plain_number = 0
         self._allowance = _ALLOWANCE_S
+        self._late = False
         self._drafting = 0.0
         self._regime: bool | None = None
         self._reported = float("-inf")
@@ -232,7 +233,10 @@ class Controller:
         expected_s = self._step_s(num_rows, num_requests) + self._draft_s(num_drafts, num_drafting)
         self._step_cost.measure((1, num_rows, num_requests, self._num_tokens), step_s)
         self._draft_cost.measure((1, num_drafting, num_drafts, num_drafts * num_drafting), draft_s)
-        seconds = min(step_s + draft_s, _MOST_LATE * expected_s)
+        seconds = step_s + draft_s
+        late, self._late = self._late, seconds > _MOST_LATE * expected_s
+        if self._late and not late:
+            seconds = _MOST_LATE * expected_s
         self._allowance += _ALLOWANCE_SHARE * seconds
         if num_rows > num_requests or num_drafts:
             self._allowance += plain_s * num_verified / num_requests - seconds
@@ -390,11 +394,12 @@ class Controller:
     def _decide(self, estimates: Estimates) -> Plan:
         plain, best = estimates.plain(), estimates.best()
         gain = best.num_tokens / best.seconds / (plain.num_tokens / plain.seconds)
+        unsure = estimates.unsure()
         drafts = gain > _LEAST_GAIN
         self._note_regime(plain, best, drafts and self._allowance > 0)
-        unsure = estimates.unsure()
         if drafts:
-            sure = self._number - self._plain_number < _PLAIN_EVERY and gain - 1 > _SURE_DEVIATIONS * unsure
+            num_since = self._number - self._plain_number
+            sure = num_since == 0 or (num_since < _PLAIN_EVERY and gain - 1 > _SURE_DEVIATIONS * unsure)
             return best if sure and self._allowance > 0 else plain
         # Texts change, so drafts are tried where the allowance pays for them if none is accepted.
         if unsure > _MOST_UNSURE or self._allowance < _LEAST_FOR_TRIALS * _ALLOWANCE_S:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 _DRIFT = 1 / 20_000
 # A measurement counts as at most so many standard deviations off; a machine's hiccup is many more.
 _MOST_DEVIATIONS = 3.0
+# As many such in a row are no hiccup: something has changed, and all is fitted anew from where it is.
+_CHANGE = 3
 # Noise of a measurement over its expectation: where it starts, the least, and how fast the estimate follows.
 _FIRST_NOISE, _LEAST_NOISE, _NOISE_RATE = 0.1, 0.02, 0.05
 
@@ -17,7 +19,7 @@ _FIRST_NOISE, _LEAST_NOISE, _NOISE_RATE = 0.1, 0.02, 0.05
 class LinearCost:
     """A robust recursive fit: a Kalman filter whose coefficients drift, and whose surprises are clipped (Huber 1964).
 
-    A lasting change of the machine raises the noise, and with it what is let through, within some ten measurements.
+    A lasting change of the machine is taken in after three measurements.
 
     Args:
         mean: prior of each coefficient, in seconds per unit of its feature.
@@ -27,7 +29,7 @@ class LinearCost:
     def __init__(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
         self._coefficients = list(mean)
         self._most = [value * value for value in deviation]
-        self._variance = [[most if i == j else 0.0 for j in range(len(mean))] for i, most in enumerate(self._most)]
+        self._forget()
         self._noise = _FIRST_NOISE
 
     def predict(self, features: Sequence[float]) -> float:
@@ -44,7 +46,10 @@ class LinearCost:
 
     def measure(self, features: Sequence[float], seconds: float) -> None:
         """Take a measurement in."""
-        size, variance = len(self._most), self._variance
+        size = len(self._most)
+        if abs(self._clipped) == _CHANGE:
+            self._forget()
+        variance = self._variance
         for i, most in enumerate(self._most):
             variance[i][i] += most * _DRIFT
             if variance[i][i] > most:
@@ -59,6 +64,10 @@ class LinearCost:
         total = unsure + (self._noise * scale) ** 2
         most_off = _MOST_DEVIATIONS * math.sqrt(total)
         surprise = min(max(seconds - expected, -most_off), most_off)
+        if abs(surprise) < most_off:
+            self._clipped = 0
+        else:
+            self._clipped = max(self._clipped, 0) + 1 if surprise > 0 else min(self._clipped, 0) - 1
         for i in range(size):
             gain = toward[i] / total
             self._coefficients[i] += gain * surprise
@@ -68,6 +77,14 @@ class LinearCost:
         # Of the surprise, what the coefficients' own uncertainty does not explain.
         seen = abs(surprise) / scale * math.sqrt(1 - unsure / total)
         self._noise = max(self._noise + _NOISE_RATE * (1.25 * seen - self._noise), _LEAST_NOISE)
+
+    def _forget(self) -> None:
+        """Be as unsure of the coefficients as at first."""
+        # Measurements in a row that were too long, or negative if too short.
+        self._clipped = 0
+        self._variance = [
+            [most if i == j else 0.0 for j in range(len(self._most))] for i, most in enumerate(self._most)
+        ]
 
     def _toward(self, features: Sequence[float]) -> list[float]:
         floats = [float(value) for value in features]
