@@ -29,8 +29,11 @@ class LinearCost:
     def __init__(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
         self._coefficients = list(mean)
         self._most = [value * value for value in deviation]
-        self._forget()
         self._noise = _FIRST_NOISE
+        self._variance: list[list[float]] = []
+        # Measurements in a row that were too long, or negative if too short.
+        self._clipped = 0
+        self._forget()
 
     def predict(self, features: Sequence[float]) -> float:
         """Return the seconds to expect."""
@@ -80,7 +83,6 @@ class LinearCost:
 
     def _forget(self) -> None:
         """Be as unsure of the coefficients as at first."""
-        # Measurements in a row that were too long, or negative if too short.
         self._clipped = 0
         self._variance = [
             [most if i == j else 0.0 for j in range(len(self._most))] for i, most in enumerate(self._most)
