@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel
 
 from qm_spec.drafter.config import check_draft_vocab_size
+from qm_spec.drafter.rows import columns_of
 from qm_spec.drafter.vocabulary import DraftVocabulary
 from qm_spec.ops.draft_attention import draft_attention
 
@@ -269,7 +270,7 @@ class Eagle3Rows:
     def __init__(self, sequences: Eagle3Sequences, positions: Tensor) -> None:
         self.sequences, self.positions = sequences, positions
         states, config = sequences.states, sequences.config
-        self.state = states.gather(1, positions.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+        self.state = columns_of(states, positions)
         self.keys = states.new_zeros(*positions.shape, 0, config.num_key_value_heads, config.head_dim)
         self.values = self.keys
         # Rotary positions are in the keys; distance adds nothing to the scores.
@@ -298,3 +299,8 @@ class Eagle3Rows:
         self.state = layer.finish(attended, self.state)
         self.num_steps += 1
         return sequences.norm(self.state)
+
+    def keep(self, columns: Tensor) -> None:
+        """Go on with the rows of these columns `[B, T']` int64 alone."""
+        self.positions = columns_of(self.positions, columns)
+        self.state, self.keys, self.values = (columns_of(x, columns) for x in (self.state, self.keys, self.values))

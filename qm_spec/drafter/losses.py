@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def distillation_loss(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Return the mean KL divergence from the target's distribution to the draft's, in nats.
+def distillation_loss(draft_logits: Tensor, target_probs: Tensor) -> Tensor:
+    """Return the KL divergence from the target's distribution to the draft's, in nats, summed over rows.
+
+    The gradient is the difference of the two distributions, so it is made in the forward pass, where both are at hand.
 
     Args:
-        draft_logits: `[..., V]`.
-        target_logits: `[..., V]`, no gradient is sent there.
+        draft_logits: `[n, V]`, any float dtype.
+        target_probs: `[n, V]` float32, each row sums to 1; no gradient is sent there.
     """
-    target = torch.log_softmax(target_logits.detach().float(), dim=-1)
-    draft = torch.log_softmax(draft_logits.float(), dim=-1)
-    return (target.exp() * (target - draft)).sum(-1).mean()
+    return _Distillation.apply(draft_logits, target_probs)
+
+
+class _Distillation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, draft_logits: Tensor, target_probs: Tensor) -> Tensor:  # type: ignore[override]
+        log_probs = torch.log_softmax(draft_logits, -1, dtype=torch.float32)
+        loss = torch.xlogy(target_probs, target_probs).sum() - torch.dot(target_probs.flatten(), log_probs.flatten())
+        ctx.save_for_backward(log_probs.exp_().sub_(target_probs).to(draft_logits.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (difference,) = ctx.saved_tensors
+        return difference * gradient, None

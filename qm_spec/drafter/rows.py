@@ -29,6 +29,10 @@ class DraftRows(Protocol):
         """Feed each row the embedding `[B, T, D]` of its next token; return the vocabulary head's input."""
         ...
 
+    def keep(self, columns: Tensor) -> None:
+        """Go on with the rows of these columns `[B, T']` int64 alone."""
+        ...
+
 
 class DraftSequences(Protocol):
     """Whole sequences as a drafter has read them."""
@@ -88,6 +92,12 @@ def engine_steps(accepted: Sequence[int]) -> list[int]:
     return steps
 
 
+def columns_of(x: Tensor, columns: Tensor, dim: int = 1) -> Tensor:
+    """Return the entries `columns` `[B, T']` (`[B, 1, T']` for dim 2) of `x`'s dimension `dim`, row by row."""
+    index = columns.view(*columns.shape, *[1] * (x.ndim - columns.ndim))
+    return x.gather(dim, index.expand(*x.shape[:dim], columns.shape[-1], *x.shape[dim + 1 :]))
+
+
 class PriorSequences:
     """Whole sequences in the prior's merged memory.
 
@@ -128,7 +138,7 @@ class PriorRows:
         self.bias = memory.bias(positions, layer.slopes, layer.far_bias)
         self.raw_slopes = layer.slopes.view(-1, 1, 1) * memory.entries.raw[:, None, None]
         states = sequences.states
-        self.state = states.gather(1, positions.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+        self.state = columns_of(states, positions)
         self.keys = states.new_zeros(*positions.shape, 0, layer.num_kv_heads, layer.head_dim)
         self.values = self.keys
         self.num_steps = 0
@@ -153,3 +163,8 @@ class PriorRows:
         output, self.state = layer.finish(attended, residual)
         self.num_steps += 1
         return output
+
+    def keep(self, columns: Tensor) -> None:
+        """Go on with the rows of these columns `[B, T']` int64 alone."""
+        self.bias = columns_of(self.bias, columns.unsqueeze(1), 2)
+        self.state, self.keys, self.values = (columns_of(x, columns) for x in (self.state, self.keys, self.values))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.losses import distillation_loss
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.drafter.rows import Drafter, engine_steps
+from qm_spec.drafter.rows import Drafter, columns_of, engine_steps
 from qm_spec.drafter.vocabulary import choose_tokens, coverage
 from qm_spec.training.data import find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.documents import Document, DocumentBatches, windows
@@ -245,35 +245,32 @@ class DraftTraining(nn.Module):
         """Return what the target says about documents `[B, N]`."""
         return self._states.read(input_ids, self.drafter.config.eagle_aux_hidden_state_layer_ids, lengths)
 
-    def outputs(self, aux_states: Tensor, input_ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        """Run the draft steps at the given positions, fed with the text's own tokens.
+    def unroll(self, aux_states: Tensor, input_ids: Tensor, rows: Tensor) -> list[Tensor]:
+        """Return the draft logits of each of the K draft steps, fed with the text's own tokens.
 
         Args:
             aux_states: `[B, N, 3 D]`.
             input_ids: `[B, N]`.
             rows: `[B, T]` int64, positions t; behind the text's end its last token is fed.
 
-        Yields:
-            K times the vocabulary head's input `[B, T, D]`; that of step j predicts token t + 2 + j.
+        Returns:
+            K times `[B, T, Vd]`; that of step j predicts token t + 2 + j.
         """
-        embeddings = self.target.get_input_embeddings()(input_ids).float()
+        embeddings = self._embeddings(input_ids)
         drafts = self.drafter.read(aux_states, embeddings).rows(rows)
-        for step in range(self.drafter.config.num_speculative_tokens):
-            index = (rows + 1 + step).clamp_max(input_ids.shape[1] - 1)
-            yield drafts.step(embeddings.gather(1, index.unsqueeze(-1).expand(-1, -1, embeddings.shape[-1])))
+        steps = self.drafter.config.num_speculative_tokens
+        return [self._logits(drafts.step(_following(embeddings, rows + 1 + step))) for step in range(steps)]
 
-    def unroll(self, aux_states: Tensor, input_ids: Tensor, rows: Tensor) -> list[Tensor]:
-        """Return the draft logits `[B, T, Vd]` of each of the K steps; see `outputs`."""
-        return [self._logits(output) for output in self.outputs(aux_states, input_ids, rows)]
-
-    def _logits(self, output: Tensor) -> Tensor:
-        (head,) = self._head
-        return F.linear(output.to(head.dtype), head)
+    def _embeddings(self, input_ids: Tensor) -> Tensor:
+        return self.target.get_input_embeddings()(input_ids).float()
 
     def forward(
         self, input_ids: Tensor, rows: Tensor, labels: Tensor, lengths: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Return `loss` and `accepted` `[B, T]`, the draft tokens that greedy verification accepts at each row.
+
+        A row is unrolled as far as its drafts agree with the target: what an engine would reject behind the first
+        wrong one teaches nothing that is ever used.
 
         Args:
             input_ids: `[B, N]` int64, padded on the right.
@@ -282,55 +279,79 @@ class DraftTraining(nn.Module):
             lengths: `[B]`, tokens of each document; N for all when None.
         """
         present, rows = rows >= 0, rows.clamp_min(0)
+        accepted = torch.zeros_like(rows).masked_fill(~present, -1)
+        columns = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
         reading = self.read_target(input_ids, lengths)
         steps = self.drafter.config.num_speculative_tokens
-        # The token behind the last one is not known, nor does anybody ask for it.
-        last = input_ids.shape[1] - 1
-        places = [rows + 1 + step for step in range(steps)]
-        valid = [present & (place < last) for place in places]
-        places = [place.clamp_max(last - 1) for place in places]
-        wanted = [ok & (labels.gather(1, place + 1) != 0) for ok, place in zip(valid, places, strict=True)]
-        # The target's logits once for each place that any row asks for.
-        needed = torch.zeros_like(input_ids, dtype=torch.bool)
-        for ok, place in zip(wanted, places, strict=True):
-            needed |= _marked(needed, place, ok)
+        # Where the token behind is to be learned; behind the last one there is none.
+        to_learn = F.pad(labels[:, 1:] != 0, (0, 1))
+        # The target's distribution once for each place that any row may ask for.
+        needed = torch.zeros_like(to_learn)
+        for step in range(steps):
+            needed |= _marked(to_learn, rows + 1 + step, present)
+        needed &= to_learn
         number = needed.flatten().cumsum(0).view_as(needed) - 1
-        expected, best = self._expected(reading, needed)
+        probs, best = self._expected(reading, needed)
 
-        loss = reading.aux_states.new_zeros(())
-        agreed, accepted = present, torch.zeros_like(rows)
-        weights = [STEP_DISCOUNT**step for step in range(steps)]
+        loss, weight = reading.aux_states.new_zeros(()), 0.0
         with torch.autocast(input_ids.device.type, self._reduced or torch.bfloat16, self._reduced is not None):
-            for step, output in enumerate(self.outputs(reading.aux_states, input_ids, rows)):
-                ok = wanted[step]
-                chosen = number.gather(1, places[step])[ok]
-                draft = self._logits(output[ok])
-                if len(draft):
-                    loss = loss + weights[step] / sum(weights) * distillation_loss(draft, expected[chosen])
-                right = torch.zeros_like(agreed)
-                right[ok] = draft.argmax(-1) == best[chosen]
-                agreed = agreed & right
-                accepted = accepted + agreed
-        return {"loss": loss, "accepted": accepted.masked_fill(~present, -1)}
+            embeddings = self._embeddings(input_ids)
+            drafts = self.drafter.read(reading.aux_states, embeddings).rows(rows)
+            for step in range(steps):
+                output = drafts.step(_following(embeddings, rows + 1 + step))
+                places = (rows + 1 + step).clamp_max(input_ids.shape[1] - 1)
+                asked = present & to_learn.gather(1, places)
+                chosen = number.gather(1, places)[asked]
+                draft = self._logits(output[asked])
+                loss = loss + STEP_DISCOUNT**step * distillation_loss(draft, probs[chosen])
+                weight += STEP_DISCOUNT**step * len(chosen)
+                right = torch.zeros_like(asked)
+                right[asked] = draft.argmax(-1) == best[chosen]
+                accepted.scatter_add_(1, columns, right.long())
+                kept, present = _packed(right)
+                if not kept.shape[1]:
+                    break
+                drafts.keep(kept)
+                rows, columns = rows.gather(1, kept), columns.gather(1, kept)
+        return {"loss": loss / max(weight, 1.0), "accepted": accepted}
+
+    def _logits(self, output: Tensor) -> Tensor:
+        (head,) = self._head
+        return F.linear(output.to(head.dtype), head)
 
     def _expected(self, reading: Reading, needed: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the target's logits over the draft vocabulary `[n, Vd]` and its best token's row there, -1 if none."""
+        """Return the target's distribution over the draft vocabulary, float32 `[n, Vd]`, and its best token's row.
+
+        The row is -1 where the draft vocabulary misses that token. In training it is the best of those it has.
+        """
         token_ids = self.drafter.draft_token_ids
-        if token_ids is None:
+        if token_ids is not None and not self.training:
             logits = reading.logits(needed)
-            return logits, logits.argmax(-1)
-        if self.training:
-            logits = reading.logits(needed, self.target.get_output_embeddings().weight[token_ids])
-            return logits, logits.argmax(-1)
-        # What a draft vocabulary misses counts in validation.
-        every = reading.logits(needed)
-        row_of = token_ids.new_full((every.shape[-1],), -1)
-        row_of[token_ids] = torch.arange(len(token_ids), device=row_of.device)
-        return every[:, token_ids], row_of[every.argmax(-1)]
+            row_of = token_ids.new_full((logits.shape[-1],), -1)
+            row_of[token_ids] = torch.arange(len(token_ids), device=row_of.device)
+            best, logits = row_of[logits.argmax(-1)], logits[:, token_ids]
+        else:
+            weight = None if token_ids is None else self.target.get_output_embeddings().weight[token_ids]
+            logits = reading.logits(needed) if weight is None else reading.logits(needed, weight)
+            best = logits.argmax(-1)
+        return torch.softmax(logits, -1, dtype=torch.float32), best
+
+
+def _following(embeddings: Tensor, places: Tensor) -> Tensor:
+    """Return the embeddings `[B, T, D]` of the tokens at `places` `[B, T]`; behind the end the last one's."""
+    return columns_of(embeddings, places.clamp_max(embeddings.shape[1] - 1))
+
+
+def _packed(where: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the columns where a mask `[B, T]` is set, at the front of `[B, T']`, and which of these are real."""
+    counts = where.sum(1)
+    columns = where.int().argsort(stable=True, dim=1, descending=True)[:, : int(counts.max())]
+    return columns, torch.arange(columns.shape[1], device=where.device) < counts.unsqueeze(1)
 
 
 def _marked(like: Tensor, places: Tensor, where: Tensor) -> Tensor:
-    """Return a mask `[B, N]` with the places `[B, T]` set where `where` `[B, T]` is."""
+    """Return a mask `[B, N]` with the places `[B, T]` set where `where` `[B, T]` is; places behind the end are none."""
+    where = where & (places < like.shape[1])
     batch = torch.arange(len(places), device=places.device).unsqueeze(1).expand_as(places)
     marked = torch.zeros_like(like)
     marked[batch[where], places[where]] = True
