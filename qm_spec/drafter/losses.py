@@ -8,23 +8,24 @@ import torch
 from torch import Tensor
 
 
-def distillation_loss(draft_logits: Tensor, target_probs: Tensor) -> Tensor:
+def distillation_loss(draft_logits: Tensor, target_log_probs: Tensor) -> Tensor:
     """Return the KL divergence from the target's distribution to the draft's, in nats, summed over rows.
 
     The gradient is the difference of the two distributions, so it is made in the forward pass, where both are at hand.
 
     Args:
         draft_logits: `[n, V]`, any float dtype.
-        target_probs: `[n, V]` float32, each row sums to 1; no gradient is sent there.
+        target_log_probs: `[n, V]` float32, normalised; no gradient is sent there.
     """
-    return _Distillation.apply(draft_logits, target_probs)
+    return _Distillation.apply(draft_logits, target_log_probs)
 
 
 class _Distillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, draft_logits: Tensor, target_probs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, draft_logits: Tensor, target_log_probs: Tensor) -> Tensor:  # type: ignore[override]
         log_probs = torch.log_softmax(draft_logits, -1, dtype=torch.float32)
-        loss = torch.xlogy(target_probs, target_probs).sum() - torch.dot(target_probs.flatten(), log_probs.flatten())
+        target_probs = target_log_probs.exp()
+        loss = torch.dot(target_probs.flatten(), (target_log_probs - log_probs).flatten())
         ctx.save_for_backward(log_probs.exp_().sub_(target_probs).to(draft_logits.dtype))
         return loss
 

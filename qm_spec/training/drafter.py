@@ -291,7 +291,7 @@ class DraftTraining(nn.Module):
             needed |= _marked(to_learn, rows + 1 + step, present)
         needed &= to_learn
         number = needed.flatten().cumsum(0).view_as(needed) - 1
-        probs, best = self._expected(reading, needed)
+        log_probs, best = self._expected(reading, needed)
 
         loss, weight = reading.aux_states.new_zeros(()), 0.0
         with torch.autocast(input_ids.device.type, self._reduced or torch.bfloat16, self._reduced is not None):
@@ -303,7 +303,7 @@ class DraftTraining(nn.Module):
                 asked = present & to_learn.gather(1, places)
                 chosen = number.gather(1, places)[asked]
                 draft = self._logits(output[asked])
-                loss = loss + STEP_DISCOUNT**step * distillation_loss(draft, probs[chosen])
+                loss = loss + STEP_DISCOUNT**step * distillation_loss(draft, log_probs[chosen])
                 weight += STEP_DISCOUNT**step * len(chosen)
                 right = torch.zeros_like(asked)
                 right[asked] = draft.argmax(-1) == best[chosen]
@@ -320,7 +320,7 @@ class DraftTraining(nn.Module):
         return F.linear(output.to(head.dtype), head)
 
     def _expected(self, reading: Reading, needed: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the target's distribution over the draft vocabulary, float32 `[n, Vd]`, and its best token's row.
+        """Return the target's log-probabilities over the draft vocabulary, float32 `[n, Vd]`, and its best token's row.
 
         The row is -1 where the draft vocabulary misses that token. In training it is the best of those it has.
         """
@@ -334,7 +334,7 @@ class DraftTraining(nn.Module):
             weight = None if token_ids is None else self.target.get_output_embeddings().weight[token_ids]
             logits = reading.logits(needed) if weight is None else reading.logits(needed, weight)
             best = logits.argmax(-1)
-        return torch.softmax(logits, -1, dtype=torch.float32), best
+        return torch.log_softmax(logits, -1, dtype=torch.float32), best
 
 
 def _following(embeddings: Tensor, places: Tensor) -> Tensor:
