@@ -187,7 +187,12 @@ def train_command(
     save_steps: SaveSteps = 100,
     seed: int = 0,
     data_seed: Annotated[int | None, typer.Option(help="Of the choice of documents.", show_default="seed")] = None,
-    init_from: Annotated[Path | None, typer.Option(help="Go on from this trained drafter.")] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on from this trained drafter. Its draft vocabulary stays, unless --draft-vocab-size is given, too."
+        ),
+    ] = None,
     states: Annotated[
         Path | None,
         typer.Option(

@@ -118,6 +118,22 @@ def test_training_goes_on_from_a_drafter_of_the_same_target_only(folder, tmp_pat
     assert isinstance(refused.exception, ValueError) and "leave --init-from out" in str(refused.exception)
 
 
+def test_going_on_keeps_the_draft_vocabulary_or_chooses_it_anew(folder, tmp_path):
+    first, short = tmp_path / "first", ("--max-steps", 1)
+    assert train(folder, first, "--draft-vocab-size", 64, *short).exit_code == 0
+    # As if it had been trained on other text.
+    drafter = load_drafter(first)
+    other = torch.arange(64) + 200
+    drafter.draft_token_ids = other
+    drafter.save_pretrained(first)
+    assert train(folder, tmp_path / "kept", "--init-from", first, *short).exit_code == 0
+    assert torch.equal(load_drafter(tmp_path / "kept").draft_token_ids, other)
+    assert train(folder, tmp_path / "anew", "--init-from", first, "--draft-vocab-size", 64, *short).exit_code == 0
+    assert not torch.equal(load_drafter(tmp_path / "anew").draft_token_ids, other)
+    refused = train(folder, tmp_path / "larger", "--init-from", first, "--draft-vocab-size", 65, *short)
+    assert isinstance(refused.exception, ValueError) and "has a draft vocabulary of 64 tokens" in str(refused.exception)
+
+
 def test_an_interrupted_run_resumes_from_its_checkpoint(folder, tmp_path, monkeypatch):
     from qm_spec.training import drafter
 

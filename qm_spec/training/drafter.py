@@ -479,7 +479,8 @@ def train_drafter(
         rows_per_document: positions per document that the loss is taken at; all tokens of answers when None.
         regenerated_tokens: tokens that the target itself writes, added to the data. Acceptance is
             measured on what the target writes, not on what people wrote.
-        init_from: a trained drafter of this target to go on from; its sizes and settings are kept.
+        init_from: a trained drafter of this target to go on from; its sizes and settings are kept. Its draft
+            vocabulary is, too, unless `draft_vocab_size` is given: then so many tokens are chosen from this data.
         states_dir: folder where the target's states and text are kept for other drafters of the same documents.
         data_seed: of the choice of documents and of what the target writes; the loop's seed when None.
         device_map: of the target, as transformers takes it, for targets that need several GPUs.
@@ -487,7 +488,8 @@ def train_drafter(
 
     Raises:
         FileNotFoundError: target or data missing.
-        ValueError: an unknown drafter, sizes that do not fit, too little data, data of another target.
+        ValueError: an unknown drafter, sizes that do not fit (those of `init_from` too), too little data, data of
+            another target.
     """
     started, commit = time.time(), provenance.git_commit()
     set_seed(loop.seed)
@@ -511,6 +513,11 @@ def train_drafter(
     drafter = new_drafter(kind, target, config, sequence_length)
     if init_from is not None:
         drafter = _known_drafter(init_from, drafter, fingerprint, target_dir)
+        if draft_vocab_size not in (None, drafter.config.draft_vocab_size):
+            raise ValueError(
+                f"train: {init_from} has a draft vocabulary of {drafter.config.draft_vocab_size or 'all'} tokens, not "
+                f"{draft_vocab_size}; leave --draft-vocab-size out to keep them, or pass their number to choose anew"
+            )
     vocab_size = target.get_output_embeddings().weight.shape[0]
     limit = getattr(target.config.get_text_config(), "max_position_embeddings", None)
     answered, text, files = _read(data, tokenizer, vocab_size, fingerprint, limit)
@@ -532,7 +539,7 @@ def train_drafter(
     num_valid = min(VALID_DOCUMENTS, len(own) // 10)
     valid = [own[number] for number in order[:num_valid]] or valid_text[:VALID_DOCUMENTS]
     documents = _mixed(train_text, [own[number] for number in order[num_valid:]], data_seed)
-    if init_from is None:
+    if init_from is None or draft_vocab_size is not None:
         counts = token_counts(documents, vocab_size)
         share = give_draft_vocabulary(drafter, target, counts, _ends(tokenizer, target))
         if drafter.draft_token_ids is not None:
