@@ -17,6 +17,7 @@ from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.losses import distillation_loss
 from qm_spec.training.data import TokenWindows, find_files, read_documents
 from qm_spec.training.documents import Document, DocumentBatches
+from qm_spec.training.estimate import MEASURED, expected_acceptance_length
 from qm_spec.training.optimizer import Muon, orthogonalize
 from qm_spec.training.states import TargetStates
 
@@ -211,6 +212,12 @@ def test_muon_leaves_frozen_and_unused_parameters_alone():
     optimizer.step()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"a.weight", "a.bias"}
+
+
+def test_more_rows_promise_more_acceptance_and_never_more_than_was_measured():
+    lengths = [expected_acceptance_length(rows) for rows in (0, 10_000, 164_000, 500_000, 10**9)]
+    assert lengths == sorted(lengths) and lengths[0] == 1.0
+    assert lengths[2] == pytest.approx(MEASURED[0][1]) and lengths[-1] == MEASURED[-1][1]
 
 
 def test_the_loss_is_zero_for_the_targets_own_distribution():

@@ -41,6 +41,7 @@ from qm_spec.drafter.rows import Drafter, columns_of, engine_steps
 from qm_spec.drafter.vocabulary import choose_tokens, coverage
 from qm_spec.training.data import find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.documents import Document, DocumentBatches, windows
+from qm_spec.training.estimate import expected_acceptance_length
 from qm_spec.training.loop import LoopSettings, fit
 from qm_spec.training.regenerate import regenerate
 from qm_spec.training.states import Reading, TargetStates
@@ -558,6 +559,11 @@ def train_drafter(
         loop.max_steps,
         loop.batch_size,
     )
+    if init_from is None:
+        _logger.info(
+            "expect about %.1f tokens per step: SmolLM2-135M-Instruct's drafter reached that with as many rows",
+            expected_acceptance_length(round(loop.max_steps * train_set.num_rows / len(train_set))),
+        )
     if shared is not None:
         layers = drafter.config.eagle_aux_hidden_state_layer_ids
         keep_states(states, [*train_set.documents, *valid_set.documents], layers)
