@@ -22,7 +22,7 @@ def distillation_loss(draft_logits: Tensor, target_log_probs: Tensor) -> Tensor:
 
 class _Distillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, draft_logits: Tensor, target_log_probs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, draft_logits: Tensor, target_log_probs: Tensor) -> Tensor:
         log_probs = torch.log_softmax(draft_logits, -1, dtype=torch.float32)
         target_probs = target_log_probs.exp()
         loss = torch.dot(target_probs.flatten(), (target_log_probs - log_probs).flatten())
@@ -30,6 +30,6 @@ class _Distillation(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (difference,) = ctx.saved_tensors
         return difference * gradient, None
