@@ -1,7 +1,9 @@
-# GPU=1 sets up vLLM for CUDA; VENV=DIR installs elsewhere; ARGS='...' is handed to pytest or to the benchmark.
+# GPU=1 sets up vLLM for CUDA; VENV=DIR installs elsewhere; WORKERS=N tests in N processes; ARGS='...' is handed to pytest or to the benchmark.
 VENV ?= .venv
 GPU ?= 0
 ARGS ?=
+# A file's tests stay together: they share their engines.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 KERNEL_TESTS := tests/test_ops.py $(filter-out %_cuda.py,$(wildcard tests/test_kernels*.py))
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
@@ -17,7 +19,7 @@ install: ## create the virtual environment and install vLLM and qm_spec; nothing
 	@./install.sh --venv "$(VENV)" $(if $(filter 1,$(GPU)),--gpu)
 
 test: install ## run every test, those that start vLLM too
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: install ## measure speculative decoding on the shipped pair
 	$(BIN)/python benchmarks/spec.py $(ARGS)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 # What is drafted must not depend on how busy the machine is; the tests of that turn it on.
 os.environ["QM_SPEC_ADAPT"] = "0"
+# Several processes of two threads each on two cores wait for each other more than they work.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

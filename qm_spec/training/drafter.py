@@ -35,6 +35,7 @@ from qm_spec.discovery import target_fingerprint
 from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
+from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.losses import distillation_loss
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.rows import Drafter, columns_of, engine_steps
@@ -227,15 +228,10 @@ class DraftTraining(nn.Module):
         # In a tuple they are no submodules: checkpoints hold what is trained and nothing else.
         self._target = (target,)
         self._states = states or TargetStates(target)
-        head, token_ids = target.get_output_embeddings().weight, drafter.draft_token_ids
-        own = getattr(drafter, "lm_head", None)
-        if own is not None:
-            head = own.weight
-        elif token_ids is not None:
-            head = head[token_ids.to(head.device)]
-        self._head = (head,)
+        self._head = draft_head(drafter, target)
         # A target in 16 bits has a drafter that runs in 16 bits.
-        self._reduced = None if head.dtype == torch.float32 else head.dtype
+        dtype = target.get_output_embeddings().weight.dtype
+        self._reduced = None if dtype == torch.float32 else dtype
 
     @property
     def target(self) -> PreTrainedModel:
@@ -260,7 +256,7 @@ class DraftTraining(nn.Module):
         embeddings = self._embeddings(input_ids)
         drafts = self.drafter.read(aux_states, embeddings).rows(rows)
         steps = self.drafter.config.num_speculative_tokens
-        return [self._logits(drafts.step(_following(embeddings, rows + 1 + step))) for step in range(steps)]
+        return [self._head.logits(drafts.step(_following(embeddings, rows + 1 + step))) for step in range(steps)]
 
     def _embeddings(self, input_ids: Tensor) -> Tensor:
         return self.target.get_input_embeddings()(input_ids).float()
@@ -303,7 +299,7 @@ class DraftTraining(nn.Module):
                 places = (rows + 1 + step).clamp_max(input_ids.shape[1] - 1)
                 asked = present & to_learn.gather(1, places)
                 chosen = number.gather(1, places)[asked]
-                draft = self._logits(output[asked])
+                draft = self._head.logits(output[asked])
                 loss = loss + STEP_DISCOUNT**step * distillation_loss(draft, log_probs[chosen])
                 weight += STEP_DISCOUNT**step * len(chosen)
                 right = torch.zeros_like(asked)
@@ -315,10 +311,6 @@ class DraftTraining(nn.Module):
                 drafts.keep(kept)
                 rows, columns = rows.gather(1, kept), columns.gather(1, kept)
         return {"loss": loss / max(weight, 1.0), "accepted": accepted}
-
-    def _logits(self, output: Tensor) -> Tensor:
-        (head,) = self._head
-        return F.linear(output.to(head.dtype), head)
 
     def _expected(self, reading: Reading, needed: Tensor) -> tuple[Tensor, Tensor]:
         """Return the target's log-probabilities over the draft vocabulary, float32 `[n, Vd]`, and its best token's row.
