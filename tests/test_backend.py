@@ -70,11 +70,14 @@ def test_asking_for_kernels_that_were_not_built_is_an_error(without_kernels: Pat
     assert "RuntimeError: QM_SPEC_BACKEND=compiled: qm_spec._C was not built; build them: pip install" in ran.stderr
 
 
-def test_kernels_that_do_not_load_are_an_error_and_not_the_reference(without_kernels: Path) -> None:
+def test_kernels_that_do_not_load_are_an_error_only_where_they_were_asked_for(without_kernels: Path) -> None:
     (without_kernels / "qm_spec/_C.abi3.so").write_bytes(b"no library")
-    ran = report(None, without_kernels)
+    ran = report("compiled", without_kernels)
     assert ran.returncode == 1
     assert "do not load" in ran.stderr and "QM_SPEC_BACKEND=reference" in ran.stderr
+    ran = report(None, without_kernels)
+    assert ran.stdout.startswith("reference False"), ran.stderr
+    assert "do not load" in ran.stderr and "the slower references run in their place" in ran.stderr
     assert report("reference", without_kernels).stdout.startswith("reference False")
 
 

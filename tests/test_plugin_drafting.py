@@ -512,8 +512,14 @@ def test_the_attention_layer_reads_no_value_on_the_host_and_copies_none_from_it(
 
 def proposed(drafts_after_step: bool) -> Any:
     """What the runner gets of `propose`, for a model of ours."""
-    proposer = SimpleNamespace(model=SimpleNamespace(drafts_after_step=drafts_after_step), _last_draft_probs="stale")
-    return proposer, plugin.with_draft_loop(lambda *args: "vLLM's")(proposer, 4, *range(7))
+    proposer = SimpleNamespace(
+        model=SimpleNamespace(drafts_after_step=drafts_after_step),
+        _last_draft_probs="stale",
+        device=torch.device("cpu"),
+        num_speculative_tokens=4,
+    )
+    next_token_ids = [8, 9]
+    return proposer, plugin.with_draft_loop(lambda *args: "vLLM's")(proposer, 4, 0, 1, 2, next_token_ids, 4, 5, 6)
 
 
 @pytest.mark.parametrize("drafts", [torch.tensor([[5, 6], [7, 8]]), torch.empty(2, 0), [[5, 6], [7]]])
@@ -543,7 +549,7 @@ def test_drafts_are_made_when_the_engine_asks_for_them(monkeypatch, drafts, prob
     expected = drafts if isinstance(drafts, list) else drafts.tolist()
     # Without positions, which ours does not read; asked twice, drafted once.
     for _ in range(2):
-        assert take(runner) == expected and asked == [(4, 0, 2, 3, 4, 5, 6, None)]
+        assert take(runner) == expected and asked == [(4, 0, 2, [8, 9], 4, 5, 6, None)]
     assert (runner._draft_probs, runner._draft_prob_req_ids) == ((probs, ["a", "b"]) if probs else (None, None))
 
 
@@ -554,6 +560,25 @@ def test_elsewhere_drafts_are_made_at_once(monkeypatch):
         assert proposed(drafts_after_step=False)[1] == expected
     runner = SimpleNamespace(_draft_token_ids="tensor")
     assert plugin.with_pending_drafts(lambda self: self._draft_token_ids)(runner) == "tensor"
+
+
+def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(monkeypatch, caplog):
+    calls = []
+
+    def failing(*args: Any) -> None:
+        calls.append(args)
+        raise IndexError("page 17")
+
+    monkeypatch.setattr(plugin, "can_draft", lambda proposer: True)
+    monkeypatch.setattr(plugin, "draft_step", failing)
+    proposer, drafts = proposed(drafts_after_step=False)
+    assert drafts == [[], []] and proposer._last_draft_probs is None
+    draft = plugin.guarded(proposer, 3, lambda: calls.append("again"))
+    assert draft == [[], [], []] and len(calls) == 1, "it is not asked again"
+    (record,) = caplog.records
+    assert "goes on without drafts" in record.message and "page 17" in str(record.exc_info)
+    proposer.device = torch.device("meta")
+    assert plugin.guarded(proposer, 3, failing).shape == (3, 4)
 
 
 # Fails in a draft that keeps the tokens of its step waiting.

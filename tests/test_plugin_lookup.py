@@ -148,6 +148,17 @@ def test_indices_follow_their_requests_through_any_batch() -> None:
     assert len(seen) == 4 and min(seen.values()) > 50, seen
 
 
+def test_the_token_behind_a_piece_of_a_prompt_is_the_prompts() -> None:
+    reading, decoding, embedded = Request([10, 11, 12, 13, 14]), Request([1, 2], [3, 4, 5]), Request(None)
+    proposer = SimpleNamespace(_qm_spec_states=[reading, decoding, embedded])
+    # The first has read two of its tokens; of the second one draft of two was rejected.
+    common = SimpleNamespace(seq_lens=torch.tensor([2, 5, 7], dtype=torch.int32))
+    vllms, rejected = torch.tensor([14, 5, 9], dtype=torch.int32), torch.tensor([0, 1, 0], dtype=torch.int32)
+    known = plugin.known_next_tokens(proposer, vllms, common, rejected)
+    assert known.tolist() == [12, 5, 9] and known.dtype == torch.int32
+    assert plugin.known_next_tokens(SimpleNamespace(), vllms, common, rejected) is vllms
+
+
 def test_nothing_is_looked_up_before_sampled_tokens_have_arrived() -> None:
     """As after steps without drafts under asynchronous scheduling."""
     request = Request([1, 2, 3, 4])

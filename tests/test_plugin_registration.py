@@ -342,6 +342,28 @@ def test_settings_that_a_user_made_are_kept(target: Path, drafter: Path) -> None
     assert speculative.draft_sample_method == "greedy"
 
 
+def test_with_the_v2_runner_a_step_drafts_what_the_prior_was_trained_for(
+    target: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qm_spec.integrations.vllm_plugin import request
+
+    monkeypatch.setenv("QM_SPEC_LOOKUP", "4")
+    depths = {}
+    for runs_v2 in (False, True):
+        monkeypatch.setattr(request, "_runs_v2", lambda runs_v2=runs_v2: runs_v2)
+        args = make_args(target, speculative_config={"model": "qm_spec"})
+        depths[runs_v2] = args.create_engine_config().speculative_config.num_speculative_tokens
+    assert depths == {False: 16, True: 3}
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_runner_that_is_asked_for_is_known(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qm_spec.integrations.vllm_plugin import request
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(asked)))
+    assert request._runs_v2() is asked
+
+
 def test_drafts_are_drawn_on_a_cpu_where_verification_can_weigh_them(
     target: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,27 @@ def look_up(
     return found
 
 
+def known_next_tokens(
+    proposer: Any, next_token_ids: Tensor, common_attn_metadata: Any, num_rejected_tokens: Tensor | None
+) -> Tensor:
+    """Return the token behind each request's last verified one `[B]`, on a CPU also where a prompt is read in pieces.
+
+    There vLLM names the prompt's last token behind every piece, and the memory would tell that for good.
+    """
+    states = getattr(proposer, "_qm_spec_states", None)
+    if states is None or next_token_ids.device.type != "cpu":
+        return next_token_ids
+    verified = common_attn_metadata.seq_lens.long()
+    if num_rejected_tokens is not None:
+        verified = verified - num_rejected_tokens
+    named = next_token_ids.tolist()
+    for row, (state, position) in enumerate(zip(states, verified.tolist(), strict=False)):
+        known = _token_ids(state, position, position + 1)
+        if known is not None:
+            (named[row],) = known
+    return next_token_ids.new_tensor(named)
+
+
 def _read(state: Any, min_length: int, first: int, token_ids: list[int]) -> SuffixIndex:
     """Bring a request's index up to the verified tokens of this step, which stand at `first`."""
     index = getattr(state, "_qm_spec_index", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from functools import partial
 
@@ -24,6 +25,9 @@ from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
 from qm_spec.integrations.vllm_plugin.head import DraftRows, plain_head
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length, warn_without_lookup
+from qm_spec.ops import backend
+
+logger = logging.getLogger("vllm.plugins.qm_spec")
 
 _PARALLEL = {
     "column": partial(ColumnParallelLinear, gather_output=False),
@@ -38,6 +42,19 @@ _TOKEN_IDS = "draft_rows.token_ids"
 
 def _parallel_linear(inputs: int, outputs: int, split: str, name: str) -> nn.Module:
     return _PARALLEL[split](inputs, outputs, bias=False, return_bias=False, prefix=name)
+
+
+def _tell_operators(device: str) -> None:
+    """Say in vLLM's log which operators run: without kernels all is right, and slow."""
+    if backend.backend(device) == "compiled":
+        logger.info("qm_spec: compiled kernels on %s", device)
+    else:
+        logger.warning(
+            "qm_spec: no compiled kernels for %s, so PyTorch references run, which are slower, and on a GPU the target "
+            "loses its full CUDA graphs; %s",
+            device,
+            f"QM_SPEC_CUDA=1, then {backend.BUILD}" if device == "cuda" else backend.BUILD,
+        )
 
 
 class QuickMergeModel(nn.Module):
@@ -121,6 +138,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
             compat.apply(compat.REQUEST_STATES)
         if self.lookup_length and vllm_config.use_v2_model_runner:
             warn_without_lookup()
+        _tell_operators(vllm_config.device_config.device_type)
         compat.apply(compat.CPU_EXPANSION)
         compat.apply(compat.CPU_SEEDS)
         # Whether a seed's sample is the same whatever is drafted.

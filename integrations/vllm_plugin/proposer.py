@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -20,13 +21,21 @@ from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.integrations.vllm_plugin.adaptive import begin_step, plan_step
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
 from qm_spec.integrations.vllm_plugin.head import plain_head, plain_table
-from qm_spec.integrations.vllm_plugin.lookup import draft_widths, join_drafts, look_up, warn_without_lookup
+from qm_spec.integrations.vllm_plugin.lookup import (
+    draft_widths,
+    join_drafts,
+    known_next_tokens,
+    look_up,
+    warn_without_lookup,
+)
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
 from qm_spec.integrations.vllm_plugin.seeds import next_numbers
 from qm_spec.integrations.vllm_plugin.seeds import sample as sample_by_number
 from qm_spec.integrations.vllm_plugin.verification import without_seeds_of_unread_prompts
 from qm_spec.ops import backend, merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
+
+logger = logging.getLogger("vllm.plugins.qm_spec")
 
 # In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_draft_tokens.py).
 MOST_REQUESTS_16_BIT = 16
@@ -215,6 +224,7 @@ def draft_step(
 ) -> Tensor | list[list[int]]:
     """Decide how many tokens to draft behind this step, and draft them; see `propose`."""
     proposer.num_speculative_tokens = num_speculative_tokens
+    next_token_ids = known_next_tokens(proposer, next_token_ids, common_attn_metadata, num_rejected_tokens_gpu)
     controller = begin_step(proposer, next_token_ids, common_attn_metadata, num_rejected_tokens_gpu)
     found = look_up(
         proposer,
@@ -258,6 +268,34 @@ def draft_step(
     return drafted
 
 
+def guarded(proposer: Any, num_requests: int, draft: Callable[[], Any]) -> Any:
+    """Draft, or go on without drafts for good after an error: decoding needs none.
+
+    Args:
+        proposer: told that drafting has failed.
+        num_requests: B.
+        draft: returns the drafts of a step.
+
+    Returns:
+        The drafts; without them an empty list for each request on a CPU, and zeros `[B, K]` elsewhere, where vLLM
+        takes no fewer than K.
+    """
+    if not getattr(proposer, "_qm_spec_failed", False):
+        try:
+            return draft()
+        except Exception:
+            proposer._qm_spec_failed = True
+            logger.exception(
+                "qm_spec: drafting failed, so this engine goes on without drafts. Outputs stay right; "
+                "please report what follows"
+            )
+    proposer._last_draft_probs = None
+    if proposer.device.type == "cpu":
+        return [[] for _ in range(num_requests)]
+    shape = num_requests, proposer.num_speculative_tokens
+    return torch.zeros(shape, dtype=torch.int64, device=proposer.device)
+
+
 @dataclass(frozen=True)
 class PendingDrafts:
     """Drafts that are made when they are asked for: by then the tokens of the step are on their way to the user.
@@ -299,6 +337,7 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
                 sampling_metadata,
                 num_rejected_tokens_gpu,
             )
+            draft = partial(guarded, self, len(next_token_ids), draft)
             if not self.model.drafts_after_step:
                 return draft()
             # The runner takes those of the step before otherwise.

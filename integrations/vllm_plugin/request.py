@@ -120,8 +120,9 @@ def resolve(
     drafter = find_drafter(target, revision) if named == METHOD else Path(named)
     asked = request.get("num_speculative_tokens")
     depth = check_drafter(drafter, target, asked, revision)
-    # With LoRA vLLM wants the most tokens for all requests to fit into one step.
-    if asked is None and current_platform.is_cpu() and not args.enable_lora:
+    # With LoRA vLLM wants the most tokens for all requests to fit into one step; with the V2 runner vLLM's own loop
+    # drafts, without lookup and always as many.
+    if asked is None and current_platform.is_cpu() and not args.enable_lora and not _runs_v2():
         depth = most_drafts(QuickMergeConfig.from_pretrained(drafter))
     logger.info("qm_spec: drafter %s, up to %d tokens per step", drafter, depth)
     settings = {**request, **vllm_settings(drafter, depth)}
@@ -132,6 +133,15 @@ def resolve(
     if "disable_eagle_block_drop" in request:
         settings["disable_eagle_block_drop"] = request["disable_eagle_block_drop"]
     return settings
+
+
+def _runs_v2() -> bool:
+    """Tell whether vLLM will take its V2 runner: where it is asked for, else where there is Triton."""
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    asked: bool | None = envs.VLLM_USE_V2_MODEL_RUNNER
+    return bool(HAS_TRITON) if asked is None else asked
 
 
 def _require_fitting_setup(args: EngineArgs, parallel: ParallelConfig) -> None:

@@ -4,7 +4,7 @@ Schema, fake and reference of every operator stand in Python. The modules `qm_sp
 `qm_spec._C_cuda`, where they were built, add kernels for a device to those operators, and the
 dispatcher prefers them. `QM_SPEC_BACKEND` chooses:
 
-    auto        (default) compiled kernels where they were built
+    auto        (default) compiled kernels where they were built and load
     compiled    compiled kernels, and an error without them
     reference   the references; nothing compiled is loaded
 """
@@ -64,7 +64,10 @@ def _load_module(device: str, choice: str) -> bool:
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
-        raise RuntimeError(
-            f"qm_spec: the kernels in {spec.origin} do not load: {error}; {BUILD}, or set QM_SPEC_BACKEND=reference"
-        ) from error
+        # As after an upgrade of torch.
+        problem = f"qm_spec: the kernels in {spec.origin} do not load: {error}"
+        if choice == "compiled":
+            raise RuntimeError(f"{problem}; {BUILD}, or set QM_SPEC_BACKEND=reference") from error
+        logger.warning("%s; the slower references run in their place. To have kernels again %s", problem, BUILD)
+        return False
     return True
