@@ -266,6 +266,7 @@ def run(prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> A
     long = [{**ids[-1], "cache_salt": "alone"}]
     beside = [{**ids[-3], "cache_salt": "beside"}, {**ids[-1], "cache_salt": "beside"}]
     sampled = [{"temperature": 1, "max_tokens": 3}] * NUM_SAMPLES
+    greedy_20 = {"temperature": 0, "max_tokens": 20}
     requests = [
         *({"prompts": [prompt], "sampling": [{"temperature": 0, "max_tokens": NUM_TOKENS}]} for prompt in ids),
         {"prompts": ids, "sampling": greedy},
@@ -273,6 +274,8 @@ def run(prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> A
         {"prompts": long, "sampling": seeded[1:]},
         {"prompts": beside, "sampling": seeded},
         {"prompts": [ids[SAMPLED]] * NUM_SAMPLES, "sampling": sampled},
+        # One fills the engine's 1024 tokens.
+        {"prompts": [{"prompt_token_ids": (prompts[-1] * 8)[:1004]}, ids[0]], "sampling": [greedy_20] * 2},
     ]
     engine = {
         "model": str(ZOO / "target"),
@@ -316,6 +319,13 @@ def test_requests_together_write_the_same(run: Any, continuations: list[list[int
     answers = run["answers"][len(REPETITIONS)]
     assert len({len(ids) for ids in answers}) == len(REPETITIONS), "they end at different times"
     assert answers == [text[: len(ids)] for text, ids in zip(continuations, answers, strict=True)]
+
+
+def test_a_request_at_its_end_stops_nobodys_drafts(run: Any, continuations: list[list[int]]) -> None:
+    long, short = run["answers"][-1]
+    assert len(long) == 20 and short == continuations[0][:20]
+    before, after = (counters["vllm:spec_decode_num_accepted_tokens"] for counters in run["counters"][-2:])
+    assert after > before, "both are within 20 tokens of the end of the longer one all the time"
 
 
 def test_seeds_reproduce_samples(run: Any, continuations: list[list[int]]) -> None:

@@ -307,6 +307,8 @@ def test_lookup_drafts_more_than_the_prior_unless_a_number_is_named(
     monkeypatch.setenv("QM_SPEC_LOOKUP", "4")
     speculative = make_args(target, spec_model="qm_spec", spec_tokens=asked).create_engine_config().speculative_config
     assert speculative.num_speculative_tokens == most
+    # Drafts may reach beyond a request's end.
+    assert speculative.draft_model_config.max_model_len == speculative.target_model_config.max_model_len + most
     # What the model reads.
     assert speculative.draft_model_config.hf_config.model.num_speculative_tokens == of_prior
 

@@ -63,9 +63,14 @@ def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
         resolved.speculative_config = settings
         resolved.spec_method = resolved.spec_model = resolved.spec_tokens = None
         config = original(resolved, target_model_config, target_parallel_config)
-        if config is not None and request.get("num_speculative_tokens") is not None:
-            # A number that the user names is the prior's as well, whatever the drafter's own.
-            config.draft_model_config.hf_config.model.num_speculative_tokens = config.num_speculative_tokens
+        if config is not None:
+            drafter = config.draft_model_config
+            if request.get("num_speculative_tokens") is not None:
+                # A number that the user names is the prior's as well, whatever the drafter's own.
+                drafter.hf_config.model.num_speculative_tokens = config.num_speculative_tokens
+            # Otherwise the V1 runner drafts for nobody while one request is within K tokens of its end; drafts take no
+            # room in the pages, and the scheduler cuts those behind the end.
+            drafter.max_model_len = target_model_config.max_model_len + config.num_speculative_tokens
         return config
 
     return create_speculative_config
