@@ -358,6 +358,15 @@ def test_with_the_v2_runner_a_step_drafts_what_the_prior_was_trained_for(
     assert depths == {False: 16, True: 3}
 
 
+@pytest.mark.parametrize(("of_target", "of_drafter"), [("auto", None), ("sharded_state", "safetensors")])
+def test_the_drafter_is_read_as_safetensors_whatever_the_targets_format(
+    of_target: str, of_drafter: str | None, target: Path, drafter: Path
+) -> None:
+    config = make_args(target, spec_model="qm_spec", load_format=of_target).create_engine_config()
+    assert config.load_config.load_format == of_target
+    assert getattr(config.speculative_config.draft_load_config, "load_format", None) == of_drafter
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_runner_that_is_asked_for_is_known(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from qm_spec.integrations.vllm_plugin import request

@@ -112,6 +112,7 @@ def resolve(
         FileNotFoundError: no drafter, or files are missing.
         TypeError, ValueError: the drafter, the depth, the target or the set-up does not fit.
     """
+    from vllm.config.load import LoadConfig
     from vllm.platforms import current_platform
 
     compat.require_supported()
@@ -135,6 +136,9 @@ def resolve(
     # take memory for all requests, K and the vocabulary, so on a GPU, where it is dear, this is the user's choice.
     if current_platform.is_cpu() and request.get("rejection_sample_method", "standard") == "standard":
         settings.setdefault("draft_sample_method", "probabilistic")
+    # A drafter is always safetensors, whatever holds the target (GGUF, shards, a tensorizer's file).
+    if args.load_format not in ("auto", "safetensors", "dummy"):
+        settings.setdefault("draft_load_config", LoadConfig(load_format="safetensors"))
     if "disable_eagle_block_drop" in request:
         settings["disable_eagle_block_drop"] = request["disable_eagle_block_drop"]
     return settings
