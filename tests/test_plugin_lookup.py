@@ -273,9 +273,9 @@ def run(prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> A
         *[{"prompts": ids[:2], "sampling": seeded}] * 2,
         {"prompts": long, "sampling": seeded[1:]},
         {"prompts": beside, "sampling": seeded},
-        {"prompts": [ids[SAMPLED]] * NUM_SAMPLES, "sampling": sampled},
         # One fills the engine's 1024 tokens.
         {"prompts": [{"prompt_token_ids": (prompts[-1] * 8)[:1004]}, ids[0]], "sampling": [greedy_20] * 2},
+        {"prompts": [ids[SAMPLED]] * NUM_SAMPLES, "sampling": sampled},
     ]
     engine = {
         "model": str(ZOO / "target"),
@@ -322,9 +322,9 @@ def test_requests_together_write_the_same(run: Any, continuations: list[list[int
 
 
 def test_a_request_at_its_end_stops_nobodys_drafts(run: Any, continuations: list[list[int]]) -> None:
-    long, short = run["answers"][-1]
+    long, short = run["answers"][-2]
     assert len(long) == 20 and short == continuations[0][:20]
-    before, after = (counters["vllm:spec_decode_num_accepted_tokens"] for counters in run["counters"][-2:])
+    before, after = (counters["vllm:spec_decode_num_accepted_tokens"] for counters in run["counters"][-3:-1])
     assert after > before, "both are within 20 tokens of the end of the longer one all the time"
 
 

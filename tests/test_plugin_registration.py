@@ -286,7 +286,7 @@ def test_every_way_of_asking_gives_the_same_engine(
     assert speculative.disable_eagle_block_drop
     assert speculative.draft_model_config.architecture == ARCHITECTURE
     # The target's length decides, never the drafter's.
-    assert speculative.draft_model_config.max_model_len == 128
+    assert speculative.draft_model_config.max_model_len == 128 + speculative.num_speculative_tokens
 
 
 def test_the_library_call_gives_what_the_flag_gives(target: Path, drafter: Path) -> None:
