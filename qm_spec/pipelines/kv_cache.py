@@ -206,9 +206,9 @@ class QuickMergeLayer(CacheLayerMixin):
         """Refuse: merged tokens cannot be taken apart.
 
         Raises:
-            NotImplementedError: always; speculative and contrastive decoding of transformers need it.
+            RuntimeError: always; speculative and contrastive decoding of transformers need it.
         """
-        raise NotImplementedError(
+        raise RuntimeError(
             "QuickMergeCache: merged tokens cannot be removed, so assisted decoding does not work with it; "
             "use greedy, sampling or beam search, or a DynamicCache"
         )

@@ -325,7 +325,7 @@ class DraftTraining(nn.Module):
             best, logits = row_of[logits.argmax(-1)], logits[:, token_ids]
         else:
             weight = None if token_ids is None else self.target.get_output_embeddings().weight[token_ids]
-            logits = reading.logits(needed) if weight is None else reading.logits(needed, weight)
+            logits = reading.logits(needed, weight)
             best = logits.argmax(-1)
         return torch.log_softmax(logits, -1, dtype=torch.float32), best
 
