@@ -98,15 +98,16 @@ def test_a_machine_that_pauses_and_slows_down_is_followed(text: str, slow: tuple
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_a_text_that_changes_is_noticed(concurrency: int) -> None:
     machine = MACHINES["small"]
-    plain = Engine(machine, GREEDY, concurrency).run(60, 0)
+    plain = Engine(machine, GREEDY, concurrency).run(100, 0)
     engine = Engine(machine, GREEDY, concurrency)
     controller = controlled(engine)
     shares = []
-    for text in (GREEDY, USELESS, GREEDY):
+    # Where drafts are useless the whole minute counts, what noticing it costs included.
+    for text, seconds, counted in ((GREEDY, 20, 12), (USELESS, 60, 60), (GREEDY, 20, 12)):
         engine.text = text
-        engine.run(20, controller)
-        shares.append(engine.tokens(engine.now - 12, engine.now) / plain.tokens(engine.now - 12, engine.now))
-    assert shares[0] > 1.6 and shares[1] > 0.95 and shares[2] > 1.6, shares
+        engine.run(seconds, controller)
+        shares.append(engine.tokens(engine.now - counted, engine.now) / plain.tokens(engine.now - counted, engine.now))
+    assert shares[0] > 1.6 and shares[1] > 0.97 and shares[2] > 1.6, shares
 
 
 def test_one_load_teaches_the_others() -> None:
@@ -246,7 +247,7 @@ def test_what_drafting_may_lose_is_bounded() -> None:
     assert 60 * 1.005 < steps.now < 60 * 1.03 * 1.01
 
 
-@pytest.mark.parametrize(("num_requests", "most_calls"), [(1, 400), (32, 1500)])
+@pytest.mark.parametrize(("num_requests", "most_calls"), [(1, 330), (32, 1500)])
 @pytest.mark.parametrize("accepted", [0, 4])
 def test_a_decision_takes_few_calls(num_requests: int, most_calls: int, accepted: int) -> None:
     """At some 0.1 us a call, as times would depend on how busy the machine is."""
@@ -272,7 +273,7 @@ def test_a_change_of_mind_is_reported_with_its_numbers() -> None:
     assert line.startswith("drafting on with 8 requests: 24 tokens, 0 of them copied, for 2.18 tokens a step and")
     assert line.endswith("; plain decoding takes 10.1 ms for 1")
     steps.cost["row"] = 0.5
-    for _ in range(1500):
+    for _ in range(300):
         steps.step()
     assert len(steps.lines) == 2 and steps.lines[1].startswith("drafting off with 8 requests: "), steps.lines
 
