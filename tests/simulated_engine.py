@@ -28,6 +28,7 @@ class Machine:
         noise: relative standard deviation.
         hiccup_ms: of a pause, one every 3 seconds or so.
         slow: from when to when, in seconds, all takes half as long again.
+        busy: from when to when others use the processor: one to five times as long, and every other pass is put off.
     """
 
     step: float
@@ -39,6 +40,7 @@ class Machine:
     noise: float = 0.04
     hiccup_ms: float = 0.0
     slow: tuple[float, float] = (0.0, 0.0)
+    busy: tuple[float, float] = (0.0, 0.0)
 
     def step_ms(self, num_rows: int, num_requests: int, num_tokens: int) -> float:
         """Return what a step costs on average."""
@@ -102,6 +104,8 @@ class Engine:
         ms *= max(0.7, self.random.gauss(1.0, machine.noise))
         if machine.slow[0] <= self.now < machine.slow[1]:
             ms *= 1.5
+        if machine.busy[0] <= self.now < machine.busy[1]:
+            ms = ms * self.random.uniform(1, 5) + self.random.choice((0, self.random.uniform(5, 60)))
         self.now += ms / 1e3
         if machine.hiccup_ms and self.now > self.hiccup:
             self.now += machine.hiccup_ms / 1e3

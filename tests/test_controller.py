@@ -95,6 +95,17 @@ def test_a_machine_that_pauses_and_slows_down_is_followed(text: str, slow: tuple
     assert over_plain(engine, plain) >= (0.97 if text == "useless" else 2.0)
 
 
+@pytest.mark.parametrize("text", ["greedy", "sampled"])
+def test_what_a_busy_machine_has_taught_is_tried_again(text: str) -> None:
+    """Costs that were measured between other work must not keep drafting off when that is over."""
+    quiet = MACHINES["small"], TEXTS[text], 8
+    best = Engine(*quiet).run(60, best_fixed(*quiet)).tokens(0, 60) / 60
+    for seed in range(6):
+        engine = Engine(replace(quiet[0], busy=(2.0, 25.0)), *quiet[1:], seed)
+        engine.run(85, controlled(engine))
+        assert engine.tokens(45, 85) / 40 >= 0.95 * best, seed
+
+
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_a_text_that_changes_is_noticed(concurrency: int) -> None:
     machine = MACHINES["small"]
@@ -247,7 +258,7 @@ def test_what_drafting_may_lose_is_bounded() -> None:
     assert 60 * 1.005 < steps.now < 60 * 1.03 * 1.01
 
 
-@pytest.mark.parametrize(("num_requests", "most_calls"), [(1, 330), (32, 1500)])
+@pytest.mark.parametrize(("num_requests", "most_calls"), [(1, 370), (32, 1500)])
 @pytest.mark.parametrize("accepted", [0, 4])
 def test_a_decision_takes_few_calls(num_requests: int, most_calls: int, accepted: int) -> None:
     """At some 0.1 us a call, as times would depend on how busy the machine is."""

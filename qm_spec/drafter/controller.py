@@ -302,12 +302,17 @@ class Controller:
         (Dinkelbach 1967); K, which the prior drafts for all, is tried from 0 up by what it adds to the batch.
 
         Args:
-            upper: take upper bounds of acceptance, as if all were as good as it may be.
+            upper: take upper bounds of acceptance and lower ones of what drafts cost, as if all were as good as it may
+                be. What was measured last on a busy machine would else never be measured again.
         """
         size = len(self._candidates)
-        assert self._step_cost is not None
-        token_s, plain_s = self._token_s(), self._plain_s(size)
-        draft_s = [max(self._draft_s(number, size) - self._draft_s(0, size), 0.0) for number in range(self._longest)]
+        assert self._step_cost is not None and self._draft_cost is not None
+        plain_s = self._plain_s(size)
+        if upper:
+            token_s, predict = self._step_cost.least((0, 1, 0, 0)), self._draft_cost.least
+        else:
+            token_s, predict = self._token_s(), self._draft_cost.predict
+        draft_s = [max(predict((0, 0, number, number * size)), 0.0) for number in range(self._longest)]
         rate = size / plain_s
         copies, reaches = self._reaches(upper, _LEAST_WORTH * token_s * rate)
         while True:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 # Variance that each coefficient gains with a measurement, as a share of its prior's: what is not measured again is
 # uncertain again after so many.
 _DRIFT = 1 / 20_000
+# A lower bound takes off so many standard deviations.
+_DEVIATIONS = 2.0
 # A measurement counts as at most so many standard deviations off; a machine's hiccup is many more.
 _MOST_DEVIATIONS = 3.0
 # As many such in a row are no hiccup: something has changed, and all is fitted anew from where it is.
@@ -42,6 +44,10 @@ class LinearCost:
     def slope(self, feature: int) -> float:
         """Return the seconds that one more unit of a feature takes, never negative."""
         return max(self._coefficients[feature], 0.0)
+
+    def least(self, features: Sequence[float]) -> float:
+        """Return the seconds that so many more units take at the least, by what is not sure about them."""
+        return max(self.predict(features) - _DEVIATIONS * self.deviation(features), 0.0)
 
     def deviation(self, features: Sequence[float]) -> float:
         """Return the standard deviation of `predict`, in seconds, without the noise of one measurement."""
