@@ -12,6 +12,7 @@ from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.vocabulary import choose_tokens, coverage, to_offsets, to_token_ids
+from qm_spec.training.drafter import give_draft_vocabulary
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 IDS = torch.tensor([0, 2, 3, 7, 19, 63])
@@ -111,6 +112,16 @@ def test_eagle3_reads_the_rows_of_its_checkpoint():
     output = torch.randn(3, 32)
     assert torch.equal(draft_head(drafter, target).logits(output), drafter.lm_head(output))
     assert not torch.allclose(drafter.lm_head(output), target.lm_head(output)[:, IDS])
+
+
+def test_eagle3_is_given_rows_of_a_head_that_could_be_trained():
+    """Training chooses the vocabulary before it freezes the target: the rows must not hang on the target's graph."""
+    drafter, target = make_pair(Eagle3Drafter, Eagle3Config)
+    target.requires_grad_(True)
+    give_draft_vocabulary(drafter, target, torch.arange(64, 0, -1), {63})
+    assert drafter.draft_token_ids.tolist() == [0, 1, 2, 3, 4, 63]
+    torch.testing.assert_close(drafter.lm_head.weight, target.get_output_embeddings().weight[[0, 1, 2, 3, 4, 63]])
+    torch.optim.SGD([parameter for parameter in drafter.parameters() if parameter.requires_grad])
 
 
 def test_without_a_draft_vocabulary_the_targets_head_is_called_as_it_is():

@@ -419,7 +419,8 @@ def give_draft_vocabulary(
     drafter.draft_token_ids = token_ids
     if isinstance(drafter, Eagle3Drafter):
         assert drafter.lm_head is not None
-        head = target.get_output_embeddings().weight
+        # The target is not frozen yet.
+        head = target.get_output_embeddings().weight.detach()
         drafter.lm_head.weight.copy_(head[token_ids.to(head.device)])
     return coverage(counts, token_ids)
 
