@@ -28,7 +28,7 @@ class Machine:
         noise: relative standard deviation.
         hiccup_ms: of a pause, one every 3 seconds or so.
         slow: from when to when, in seconds, all takes half as long again.
-        busy: from when to when others use the processor: one to five times as long, and every other pass is put off.
+        busy: from when to when others use the processor: one to five times as long, and half of the passes later.
     """
 
     step: float
