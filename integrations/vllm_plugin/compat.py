@@ -183,6 +183,13 @@ def is_supported(version: str) -> bool:
     return OLDEST <= release[:2] <= NEWEST
 
 
+def get_kv_cache_groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
+    """Return vLLM's groups of layers with these cache specs, which it may change."""
+    module = _import("vllm.v1.core.kv_cache_planning") or _import("vllm.v1.core.kv_cache_utils")
+    groups: list[Any] = module.get_kv_cache_groups(vllm_config, specs)
+    return groups
+
+
 def require_supported() -> None:
     """Refuse a vLLM that qm_spec was not tested with; call it only when our method is asked for.
 

@@ -62,6 +62,9 @@ DRAFTERS = ("quickmerge", "eagle3", "eagle3-window")
 ATTENTION_SINKS = 4
 # EAGLE-3's MLP is a multiple of this: rows of 16 bytes in bfloat16, and within 2 % of any number of parameters.
 MLP_MULTIPLE = 8
+# Elements that heads are smaller by where a page of ours must fit, with its merge state, into one of the target's: 4
+# make room in bfloat16, 2 in float32.
+STATE_ROOM = 8
 
 
 def default_aux_layers(num_layers: int) -> list[int]:
@@ -111,7 +114,8 @@ def drafter_config(
     """Return the configuration of a drafter that fits `target`.
 
     Args:
-        target: its sizes and head layout are taken over.
+        target: its sizes and head layout are taken over, with smaller heads where its layers are of several kinds, so
+            that vLLM keeps their groups (docs/design.md, Page).
         fingerprint: of the target.
         merge: the merging schedule.
         num_speculative_tokens: the depth to unroll in training and to draft by default.
@@ -130,6 +134,8 @@ def drafter_config(
         if len(set(aux_layers)) != 3 or not all(0 <= layer < num_layers for layer in aux_layers):
             raise ValueError(f"train: aux layers must be three different ones in 0..{num_layers - 1}, got {aux_layers}")
         sizes["eagle_aux_hidden_state_layer_ids"] = list(aux_layers)
+    if len(set(getattr(target.config, "layer_types", None) or ())) > 1 and sizes["head_dim"] > STATE_ROOM:
+        sizes["head_dim"] -= STATE_ROOM
     return QuickMergeConfig(
         **sizes,
         norm_aux_states=True,
