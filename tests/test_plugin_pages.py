@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
+from offline_engine import OFFLINE, run_offline
+from tiny_pair import edit_json
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
@@ -19,6 +23,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
+import qm_spec
 from qm_spec.config import MergeConfig
 from qm_spec.integrations.vllm_plugin import pages
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
@@ -227,3 +232,65 @@ def test_a_spec_that_has_no_room_is_not_taken() -> None:
     assert pages.draft_spec(own, {"a": host, "b": others}) is host
     for change in ({"block_size": 32}, {"head_size": 24, "head_size_v": 24}):
         assert pages.draft_spec(own, {"a": replace(host, **change), "b": others}) is own
+
+
+# On a target with sliding windows in every second layer
+
+NOVELS = Path(qm_spec.__file__).parent / "zoo" / "novels"
+WITH_GROUPS = OFFLINE.replace(
+    "from vllm import LLM",
+    """import vllm.v1.core.kv_cache_utils as cache
+made = []
+group = cache.get_kv_cache_groups
+cache.get_kv_cache_groups = lambda *arguments: made.append(group(*arguments)) or made[-1]
+from vllm import LLM""",
+).replace('{"answers"', '{"groups": [group.layer_names for group in made[-1]], "answers"')
+
+
+def write_sliding_target(folder: Path) -> Path:
+    """Give the layers of the shipped target windows of 64 tokens in turn; its texts are others then."""
+    shutil.copytree(NOVELS / "target", folder)
+    kinds = ["full_attention", "sliding_attention"] * 10
+    edit_json(folder / "config.json", layer_types=kinds, sliding_window=64)
+    return folder
+
+
+def write_half_drafter(folder: Path) -> Path:
+    """Keep the second key/value head of the shipped drafter, so that its page fits into the target's."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(NOVELS / "drafter", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        part = name.rsplit(".")[-2 if name.endswith("weight") else -1]
+        if part in ("q_proj", "k_proj", "v_proj", "slopes", "far_bias"):
+            tensors[name] = tensor.chunk(2)[1].contiguous()
+        elif part == "o_proj":
+            tensors[name] = tensor.chunk(2, 1)[1].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    edit_json(folder / "config.json", num_attention_heads=3, num_key_value_heads=1)
+    return folder
+
+
+def test_a_target_with_sliding_windows_decodes_the_same_with_as_many_groups(tmp_path: Path) -> None:
+    """In the target's pages as in its own the drafter proposes the same, and nothing changes what is written."""
+    target, drafter = write_sliding_target(tmp_path / "target"), write_half_drafter(tmp_path / "drafter")
+    prompts = [
+        {"prompt_token_ids": [7 + number] * 5 + list(range(40, 40 + length))}
+        for number, length in enumerate((9, 150, 300))
+    ]
+    request = {"prompts": prompts, "sampling": {"temperature": 0, "max_tokens": 48}}
+    engine = {"model": str(target), "max_model_len": 512}
+    drafting = {"speculative_config": {"model": str(drafter)}}
+    runs = {}
+    for name, settings in {
+        "plain": {},
+        "drafted": drafting,
+        "one group": {**drafting, "disable_hybrid_kv_cache_manager": True},
+    }.items():
+        (tmp_path / name).mkdir()
+        runs[name] = run_offline(tmp_path / name, {**engine, **settings}, [request], WITH_GROUPS)
+    assert [len(run["groups"]) for run in runs.values()] == [2, 2, 1]
+    assert runs["drafted"]["answers"] == runs["one group"]["answers"] == runs["plain"]["answers"]
+    counters = [run["counters"][0]["vllm:spec_decode_num_accepted_tokens"] for run in runs.values()]
+    assert counters[1] == counters[2] > 10

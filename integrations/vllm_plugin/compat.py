@@ -204,6 +204,21 @@ def require_supported() -> None:
         )
 
 
+def require_runner(uses_v2: bool) -> None:
+    """Refuse vLLM's V1 runner on ROCm: after a first draft it takes the metadata of vLLM's own backends only.
+
+    Raises:
+        ValueError: it would run.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_rocm() and not uses_v2:
+        raise ValueError(
+            "qm_spec: on ROCm vLLM's V1 runner takes no drafter with an attention backend of its own, and it would end "
+            "at the first draft; use the V2 runner (VLLM_USE_V2_MODEL_RUNNER=1), which needs Triton"
+        )
+
+
 def apply(patch: Patch) -> bool:
     """Put a patch in force once; return whether it is in force.
 

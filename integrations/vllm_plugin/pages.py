@@ -93,8 +93,8 @@ def warn_of_groups(vllm_config: VllmConfig, own: AttentionSpec, name: str, targe
     pages = sorted({spec.page_size_bytes for spec in target.values() if type(spec) is FullAttentionSpec})
     retrain = "train the drafter anew (for such targets qm-spec train picks heads that fit a 16-bit cache), "
     _warn_once(
-        f"qm_spec: with the drafter vLLM splits the target's cache into {with_ours} groups instead of {alone}, and every "
-        "step builds tables for each: outputs are right, steps are slower. The drafter's page of "
+        f"qm_spec: with the drafter vLLM splits the target's cache into {with_ours} groups instead of {alone}, and "
+        "every step builds tables for each: outputs are right, steps are slower. The drafter's page of "
         f"{own.page_size_bytes} bytes does not fit into one of the target's full attention "
         f"({pages or 'it has none'}). To keep the target's groups, {retrain if pages else ''}serve with "
         "--disable-hybrid-kv-cache-manager, which takes more memory, or with VLLM_KV_CACHE_LAYOUT=BLHNC where the "
