@@ -233,7 +233,10 @@ def apply(patch: Patch) -> bool:
     declared = inspect.getattr_static(owner, name, None)
     if declared is None:
         return _skip(patch, "there is no such method")
-    original = declared.__func__ if isinstance(declared, staticmethod) else declared
+    kind = type(declared) if isinstance(declared, staticmethod | classmethod) else None
+    original = declared.__func__ if kind else declared
+    if not callable(original):
+        return _skip(patch, "it is no method")
     if getattr(original, "_qm_spec_patch", None) == patch.target:
         return True
     parameters = tuple(inspect.signature(original).parameters)
@@ -242,7 +245,7 @@ def apply(patch: Patch) -> bool:
     maker_module, _, maker = patch.replacement.partition(":")
     replaced = getattr(importlib.import_module(maker_module), maker)(original)
     replaced._qm_spec_patch = patch.target
-    setattr(owner, name, staticmethod(replaced) if isinstance(declared, staticmethod) else replaced)
+    setattr(owner, name, kind(replaced) if kind else replaced)
     return True
 
 

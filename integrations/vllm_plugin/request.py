@@ -37,16 +37,28 @@ def with_flag(original: Callable[..., Any]) -> Callable[..., Any]:
         if FLAG not in parser._option_string_actions:
             group = parser.add_argument_group("qm_spec", "Speculative decoding with a QuickMerge drafter.")
             # The default stays that of --spec-model, which has the same destination.
-            group.add_argument(
+            action = group.add_argument(
                 FLAG,
                 dest="spec_model",
                 default=argparse.SUPPRESS,
                 metavar="qm_spec|DRAFT_DIR",
                 help="'qm_spec' finds the QuickMerge drafter of the served model; a folder names one.",
             )
+            _keep_abbreviations(parser, action)
         return parser
 
     return add_cli_args
+
+
+def _keep_abbreviations(parser: argparse.ArgumentParser, ours: argparse.Action) -> None:
+    """Leave abbreviations that meant another flag before ours what they were: `--speculative` is one of vLLM's."""
+    find = parser._get_option_tuples
+
+    def find_others_first(option_string: str) -> list[Any]:
+        found = find(option_string)
+        return [match for match in found if match[0] is not ours] or found
+
+    parser._get_option_tuples = find_others_first  # type: ignore[method-assign]
 
 
 def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qm_spec.config import ARCHITECTURE, MergeConfig
+from qm_spec.config import ARCHITECTURE, MOST_DRAFTS, MergeConfig
 from qm_spec.discovery.files import read_json, shown, target_file
 from qm_spec.discovery.fingerprint import target_fingerprint, target_sizes
 
@@ -178,7 +178,7 @@ def _check_depth(depth: Any, merge: MergeConfig) -> int:
     if not 1 <= depth <= limit:
         raise ValueError(
             f"num_speculative_tokens must be in 1..{limit} for this drafter (window {merge.window} - group "
-            f"{merge.group_size} - 1, so that only verified tokens are merged), got {depth}"
+            f"{merge.group_size} - 1, so that only verified tokens are merged, and at most {MOST_DRAFTS}), got {depth}"
         )
     return depth
 
