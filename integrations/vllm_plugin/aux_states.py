@@ -59,7 +59,8 @@ def require_first_state(architecture: str, layers: Sequence[int]) -> None:
 
     if 0 not in layers:
         return
-    waiting, seen = [architecture], set()
+    waiting: list[str] = [architecture]
+    seen: set[str] = set()
     while waiting:
         registered = ModelRegistry.models.get(name := waiting.pop())
         if name in seen or not hasattr(registered, "module_name"):
