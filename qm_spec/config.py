@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,11 @@ from typing import Any
 # The name that vLLM knows the draft model by; it must begin with Eagle3.
 ARCHITECTURE = "Eagle3QuickMergeForCausalLM"
 SALIENCIES = ("entropy", "inverse_entropy")
+# A checkpoint may come from anywhere, and these decide how much memory is asked for and how far distances are shifted.
+MOST_WINDOW = 2**20
+MOST_GROUP_SIZE = 256
+MOST_LEVELS = 16
+MOST_DRAFTS = 256
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,20 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", tuple(self.schedule))
-        if self.group_size < 2:
-            raise ValueError(f"MergeConfig: group_size must be at least 2, got {self.group_size}")
-        if self.window < self.group_size + 2:
+        for name, value in (("window", self.window), ("group_size", self.group_size), ("doublings", self.doublings)):
+            if type(value) is not int:
+                raise TypeError(f"MergeConfig: {name} must be an integer, got {value!r}")
+        if not all(type(count) is int for count in self.schedule):
+            raise TypeError(f"MergeConfig: schedule must hold integers, got {self.schedule}")
+        if not 2 <= self.group_size <= MOST_GROUP_SIZE:
+            raise ValueError(f"MergeConfig: group_size must be in 2..{MOST_GROUP_SIZE}, got {self.group_size}")
+        if not self.group_size + 2 <= self.window <= MOST_WINDOW:
             raise ValueError(
-                f"MergeConfig: window must be at least group_size + 2 = {self.group_size + 2}, got {self.window}"
+                f"MergeConfig: window must be in {self.group_size + 2} (group_size + 2)..{MOST_WINDOW}, "
+                f"got {self.window}"
             )
+        if len(self.schedule) > MOST_LEVELS:
+            raise ValueError(f"MergeConfig: schedule must have at most {MOST_LEVELS} numbers, got {len(self.schedule)}")
         counts = (self.group_size, *self.schedule)
         falling = all(new < old for old, new in itertools.pairwise(counts))
         positive = all(count >= 1 for count in self.schedule)
@@ -69,8 +83,8 @@ class MergeConfig:
             raise ValueError(f"MergeConfig: doublings must be in 0..16, got {self.doublings}")
         if self.saliency not in SALIENCIES:
             raise ValueError(f"MergeConfig: saliency must be one of {SALIENCIES}, got {self.saliency!r}")
-        if not self.temperature > 0:
-            raise ValueError(f"MergeConfig: temperature must be above 0, got {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"MergeConfig: temperature must be above 0 and finite, got {self.temperature}")
         if not 0 < self.epsilon < 1:
             raise ValueError(f"MergeConfig: epsilon must lie between 0 and 1, got {self.epsilon}")
 
@@ -79,6 +93,7 @@ class MergeConfig:
         """Build from a checkpoint's `quickmerge` entry.
 
         Raises:
+            TypeError: a value is of another kind.
             ValueError: a key is unknown, or a value is out of range.
         """
         known = {field.name for field in dataclasses.fields(cls)}
@@ -94,7 +109,7 @@ class MergeConfig:
     @property
     def max_speculative_tokens(self) -> int:
         """The deepest draft for which only verified tokens are ever merged."""
-        return self.window - self.group_size - 1
+        return min(self.window - self.group_size - 1, MOST_DRAFTS)
 
     @property
     def spans(self) -> tuple[int, ...]:

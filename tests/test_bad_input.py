@@ -117,11 +117,80 @@ def test_a_config_that_is_cut_off(drafter: Path, target: Path) -> None:
         check_drafter(drafter, target)
 
 
-@pytest.mark.parametrize("quickmerge", [None, 3, {"window": "32"}, {"widnow": 32}, {"window": 4}], ids=repr)
+@pytest.mark.parametrize(
+    "quickmerge",
+    [
+        *(None, 3, {"window": "32"}, {"widnow": 32}, {"window": 4}, {"window": 2**21}, {"window": 64.0}),
+        *({"schedule": 1}, {"schedule": [4.5]}, {"schedule": []}, {"doublings": 17}, {"temperature": float("inf")}),
+        {"window": 2**20, "group_size": 2**19},
+        {"window": 512, "group_size": 256, "schedule": list(range(17, 0, -1))},
+    ],
+    ids=str,
+)
 def test_settings_of_the_merged_cache_that_make_no_sense(quickmerge: Any, drafter: Path, target: Path) -> None:
     edit_json(drafter / "config.json", quickmerge=quickmerge)
     with pytest.raises(ValueError, match=r"config\.json.*quickmerge"):
         check_drafter(drafter, target)
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "expected"),
+    [
+        ("hidden_size", 2**40, "an integer in 1..131072"),
+        ("hidden_size", "64", "an integer in 1..131072"),
+        ("hidden_size", 128, "the target's 64"),
+        ("vocab_size", 2**30, "an integer in 1..16777216"),
+        ("vocab_size", 64, "the target's 32"),
+        ("intermediate_size", -1, "an integer in 1..1048576"),
+        ("num_attention_heads", 2**20, "an integer in 1..4096"),
+        ("num_key_value_heads", 0, "an integer in 1..4096"),
+        ("num_key_value_heads", 3, r"a divisor of num_attention_heads \(4\)"),
+        ("head_dim", None, "an integer in 1..4096"),
+        ("head_dim", True, "an integer in 1..4096"),
+        ("num_hidden_layers", 1000, "1"),
+        ("eagle_aux_hidden_state_layer_ids", [0, 1, 10**9], "3 different layers"),
+        ("eagle_aux_hidden_state_layer_ids", [1, 1, 2], "3 different layers"),
+        ("eagle_aux_hidden_state_layer_ids", list(range(1000)), "3 different layers"),
+        ("eagle_aux_hidden_state_layer_ids", "0", "3 different layers"),
+    ],
+)
+def test_a_size_that_no_drafter_of_the_target_has(
+    size: str, value: Any, expected: str, drafter: Path, target: Path
+) -> None:
+    edit_json(drafter / "config.json", **{size: value})
+    with pytest.raises(ValueError, match=f"{size} must be {expected}.*got .*train it again"):
+        check_drafter(drafter, target)
+
+
+@pytest.mark.parametrize("size", ["intermediate_size", "head_dim", "num_attention_heads"])
+def test_sizes_for_which_the_file_holds_too_few_weights(size: str, drafter: Path, target: Path) -> None:
+    edit_json(drafter / "config.json", **{size: 4096})
+    with pytest.raises(ValueError, match=rf"must hold at least \d+ weights .*got {NUM_WEIGHTS}; .* not of one drafter"):
+        check_drafter(drafter, target)
+
+
+def test_a_drafter_with_code_of_its_own(drafter: Path, target: Path) -> None:
+    edit_json(drafter / "config.json", auto_map={"AutoConfig": "theirs.Config"})
+    for use in (lambda: check_drafter(drafter, target), lambda: qm_spec.discovery.vllm_settings(drafter, 4)):
+        with pytest.raises(ValueError, match=r"names code of its own \(auto_map\)"):
+            use()
+
+
+def test_a_name_cannot_break_the_line_of_a_message(tmp_path: Path, target: Path) -> None:
+    folder = tmp_path / "drafter\n2026 INFO all is well\x1b[1A"
+    for prepare in (
+        lambda: None,
+        lambda: folder.mkdir(),
+        lambda: (folder / "config.json").write_text("{"),
+        lambda: (folder / "config.json").write_text(f'{{"architectures": ["{ARCHITECTURE}"]}}'),
+        lambda: edit_json(folder / "config.json", target_fingerprint="1\n2"),
+        lambda: edit_json(folder / "config.json", target_fingerprint=target_fingerprint(target)),
+    ):
+        prepare()
+        with pytest.raises((FileNotFoundError, ValueError)) as caught:
+            check_drafter(folder, target)
+        assert str(caught.value).isprintable()
+        assert r"drafter\n2026 INFO all is well\x1b[1A" in str(caught.value)
 
 
 # Tokens 0, 2, 5 and 31 of 32.
@@ -203,6 +272,14 @@ def test_a_depth_out_of_range(depth: int, drafter: Path, target: Path) -> None:
 @pytest.mark.parametrize("depth", [1, DEEPEST])
 def test_the_limits_of_the_depth_are_allowed(depth: int, drafter: Path, target: Path) -> None:
     assert check_drafter(drafter, target, depth) == depth
+
+
+def test_a_wide_window_allows_no_endless_drafts(drafter: Path, target: Path) -> None:
+    wide = {"window": 2**20, "group_size": 8, "schedule": [4, 2, 1]}
+    edit_json(drafter / "config.json", quickmerge=wide, num_speculative_tokens=10**6)
+    with pytest.raises(ValueError, match=r"in 1\.\.256 .*at most 256.*got 1000000"):
+        check_drafter(drafter, target)
+    assert check_drafter(drafter, target, 256) == 256
 
 
 @pytest.mark.parametrize("depth", ["4", 4.0, True])
@@ -339,6 +416,30 @@ class TestThroughVllm:
     def test_a_parallel_set_up_that_the_drafter_does_not_know(self, option: str, drafter: Path, target: Path) -> None:
         with pytest.raises(ValueError, match=f"{option} must be 1 .*got 2"):
             ask(target, parallel={option: 2}, spec_model=str(drafter))
+
+    @pytest.mark.parametrize(
+        "architecture", ["DeepseekV3ForCausalLM", "MistralLarge3ForCausalLM", "KimiK25ForConditionalGeneration"]
+    )
+    def test_layer_0_of_a_target_that_cannot_hand_it_out(self, architecture: str, target: Path, tmp_path: Path) -> None:
+        drafter = write_drafter(tmp_path / "d", target, eagle_aux_hidden_state_layer_ids=[0, 3, 5])
+        with pytest.raises(ValueError, match=f"layer 0 .*vLLM's {architecture} .*--aux-layers 1,3,5"):
+            ask(target, architecture, spec_model=str(drafter))
+
+    @pytest.mark.parametrize("size", [3, 5, 6])
+    def test_ranks_that_share_no_heads(self, size: int, target: Path, tmp_path: Path) -> None:
+        sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+        drafter = write_drafter(tmp_path / "d", target, **sizes)
+        with pytest.raises(ValueError, match=f"divide the drafter's 4 key/value heads or be a multiple.*got {size}"):
+            ask(target, parallel={"tensor_parallel_size": size}, spec_model=str(drafter))
+
+    def test_the_v1_runner_on_rocm(self, drafter: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm.platforms import current_platform
+
+        monkeypatch.setattr(current_platform, "is_rocm", lambda: True)
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        with pytest.raises(ValueError, match=r"on ROCm .*VLLM_USE_V2_MODEL_RUNNER=1"):
+            ask(target, spec_model=str(drafter))
+        assert ask(target) is None, "a user who did not ask for us must not be stopped"
 
     def test_a_connector_of_pages(self, drafter: Path, target: Path) -> None:
         from vllm.config import KVTransferConfig

@@ -247,6 +247,16 @@ def test_the_gpu_install_refuses_a_cpu_folder(install) -> None:
     assert "holds the cpu set-up, not gpu; remove it, or choose another: --venv DIR" in ran.stderr
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("goal", "on_gpu"), [("test", False), ("bench", False), ("test-gpu", True), ("bench-gpu", True)]
+)
+def test_the_gpu_goals_set_up_the_gpu_environment(goal: str, on_gpu: bool, root: Path) -> None:
+    done = subprocess.run(["make", "-n", goal], cwd=root, capture_output=True, text=True, check=True)
+    (install,) = (line for line in done.stdout.splitlines() if line.startswith("./install.sh"))
+    assert ("--gpu" in install) == on_gpu
+
+
 def test_the_installer_refuses_an_unknown_argument(install) -> None:
     ran = install("--gpus")
     assert ran.returncode == 2

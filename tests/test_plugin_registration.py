@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import inspect
 import json
@@ -160,6 +161,12 @@ class Victim:
     def static(number: int) -> int:
         return number
 
+    @classmethod
+    def of_class(cls, number: int) -> int:
+        return number
+
+    number = property(lambda self: 1)
+
 
 def doubled(original: Callable[..., int]) -> Callable[..., int]:
     def method(*arguments: Any) -> int:
@@ -174,7 +181,8 @@ def make_patch(name: str, *parameters: str, module: str = __name__) -> compat.Pa
 
 @pytest.fixture
 def victim(monkeypatch: pytest.MonkeyPatch) -> type[Victim]:
-    fresh = type("Victim", (), {name: Victim.__dict__[name] for name in ("method", "static")})
+    names = ("method", "static", "of_class", "number")
+    fresh = type("Victim", (), {name: Victim.__dict__[name] for name in names})
     monkeypatch.setattr(sys.modules[__name__], "Victim", fresh)
     return fresh
 
@@ -191,14 +199,21 @@ def test_a_static_method_stays_static(victim: Any) -> None:
     assert victim.static(1) == victim().static(1) == 2
 
 
+def test_a_class_method_stays_one(victim: Any) -> None:
+    patch = make_patch("of_class", "cls", "number")
+    assert compat.apply(patch) and compat.apply(patch)
+    assert victim.of_class(1) == victim().of_class(1) == 2
+
+
 @pytest.mark.parametrize(
     ("patch", "reason"),
     [
         (make_patch("method", "self", "number", "more"), "its parameters are ('self', 'number')"),
         (make_patch("gone", "self"), "there is no such method"),
+        (make_patch("number", "self"), "it is no method"),
         (make_patch("method", "self", "number", module="no.such.module"), "there is no such method"),
     ],
-    ids=["other parameters", "no method", "no module"],
+    ids=["other parameters", "gone", "no method", "no module"],
 )
 def test_what_a_patch_was_not_written_for_is_left_alone(
     patch: compat.Patch, reason: str, victim: Any, log: list[logging.LogRecord]
@@ -233,6 +248,14 @@ def test_every_spelling_sets_the_draft_model(flag: str) -> None:
     for _ in range(2):
         assert parse(flag, "qm_spec").spec_model == "qm_spec"
     assert parse(f"{flag}=qm_spec").spec_model == "qm_spec"
+
+
+def test_an_abbreviation_means_what_it_did_before_our_flag() -> None:
+    config = {"method": "ngram", "num_speculative_tokens": 2}
+    for flag in ("--speculative", "--speculative-", "--speculative-c"):
+        assert parse(flag, json.dumps(config)).speculative_config == config
+        assert parse(f"{flag}={json.dumps(config)}").speculative_config == config
+    assert parse("--speculative-m", "qm_spec").spec_model == "qm_spec"
 
 
 def test_without_the_flag_there_is_no_draft_model() -> None:
@@ -358,13 +381,37 @@ def test_with_the_v2_runner_a_step_drafts_what_the_prior_was_trained_for(
     assert depths == {False: 16, True: 3}
 
 
-@pytest.mark.parametrize(("of_target", "of_drafter"), [("auto", None), ("sharded_state", "safetensors")])
+@pytest.mark.parametrize(
+    ("of_target", "of_drafter"),
+    [("auto", "safetensors"), ("safetensors", "safetensors"), ("sharded_state", "safetensors"), ("dummy", None)],
+)
 def test_the_drafter_is_read_as_safetensors_whatever_the_targets_format(
     of_target: str, of_drafter: str | None, target: Path, drafter: Path
 ) -> None:
     config = make_args(target, spec_model="qm_spec", load_format=of_target).create_engine_config()
     assert config.load_config.load_format == of_target
     assert getattr(config.speculative_config.draft_load_config, "load_format", None) == of_drafter
+
+
+def test_a_drafter_runs_no_code_and_is_read_as_a_folder_whatever_the_target(target: Path, drafter: Path) -> None:
+    config = make_args(target, spec_model="qm_spec", trust_remote_code=True, config_format="hf").create_engine_config()
+    drafters = config.speculative_config.draft_model_config
+    assert (drafters.trust_remote_code, drafters.config_format) == (False, "auto")
+    assert (config.model_config.trust_remote_code, config.model_config.config_format) == (True, "hf")
+    assert config.speculative_config.target_model_config is config.model_config
+
+
+@pytest.mark.parametrize("method", [None, "eagle3"])
+def test_a_drafter_that_nothing_has_checked_is_refused(
+    method: str | None, target: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qm_spec.integrations.vllm_plugin import request
+
+    # A hub id is known only when vLLM has read its config; a folder that is not recognised stands for it.
+    monkeypatch.setattr(request, "is_drafter", lambda model: False)
+    args = make_args(target, spec_model=str(drafter), spec_method=method, spec_tokens=2)
+    with pytest.raises(ValueError, match=r"must be a local folder.*hf download .*--local-dir DIR"):
+        args.create_engine_config()
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -427,6 +474,24 @@ def test_a_folder_that_holds_no_drafter_is_refused_by_name(
         make_args(target, spec_model=str(tmp_path / name), spec_tokens=2).create_engine_config()
 
 
+# Which operators run
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_or_cpu_without_kernels_is_said_in_vllms_log(
+    device: str, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qm_spec.integrations.vllm_plugin import model
+
+    for path in ("compiled", "reference"):
+        monkeypatch.setattr(model.backend, "backend", lambda of, path=path: path)
+        model._tell_operators(device)
+    compiled, reference = log
+    assert compiled.levelno == logging.INFO and f"compiled kernels on {device}" in compiled.getMessage()
+    assert reference.levelno == logging.WARNING and "pip install" in reference.getMessage()
+    assert ("QM_SPEC_CUDA=1" in reference.getMessage()) == (device == "cuda")
+
+
 # Which targets give out their states
 
 
@@ -449,6 +514,47 @@ def test_a_class_whose_source_says_nothing_is_asked_itself(monkeypatch: pytest.M
 
 def test_an_architecture_that_vllm_does_not_know_is_left_to_vllm() -> None:
     aux_states.require_aux_hidden_states("NoSuchModel")
+
+
+FORWARD = """
+class Model:
+    def forward(self, hidden_states, positions):
+        residual = {first}
+        aux_hidden_states = []
+        for index, layer in enumerate(self.layers):
+            if index in self.aux_hidden_state_layers:
+                aux_hidden_states.append({state})
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        if self.end_layer in self.aux_hidden_state_layers:
+            aux_hidden_states.append(hidden_states + residual)
+        return hidden_states, aux_hidden_states
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "state", "fails"),
+    [
+        ("None", "hidden_states + residual", True),
+        ("None", "residual + hidden_states", True),
+        ("None", "hidden_states if residual is None else hidden_states + residual", False),
+        ("None", "hidden_states", False),
+        ("torch.zeros(1)", "hidden_states + residual", False),
+    ],
+)
+def test_a_forward_that_adds_what_is_not_there_is_known_from_its_source(first: str, state: str, fails: bool) -> None:
+    source = ast.parse(FORWARD.format(first=first, state=state))
+    assert any(map(aux_states._adds_missing_residual, ast.walk(source))) is fails
+
+
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Qwen3NextForCausalLM", "GptOssForCausalLM", "NoSuchModel"]
+)
+def test_layer_0_of_other_targets_is_read(architecture: str) -> None:
+    aux_states.require_first_state(architecture, [0, 4, 5])
+
+
+def test_other_layers_of_deepseek_are_read() -> None:
+    aux_states.require_first_state("DeepseekV3ForCausalLM", [1, 4, 5])
 
 
 # A plug-in that cannot be loaded

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from typer.testing import CliRunner
 
 from qm_spec.cli import app
+from qm_spec.config import MergeConfig
 from qm_spec.discovery import check_drafter
 from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.losses import distillation_loss
 from qm_spec.training.data import TokenWindows, find_files, read_documents
 from qm_spec.training.documents import Document, DocumentBatches
+from qm_spec.training.drafter import default_aux_layers, drafter_config
 from qm_spec.training.estimate import MEASURED, expected_acceptance_length
 from qm_spec.training.optimizer import Muon, orthogonalize
 from qm_spec.training.states import TargetStates
@@ -183,6 +186,24 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(folder, tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "--resume" in errors
     assert len(list((out / "work" / "checkpoints").glob("checkpoint-*/trainer_state.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("kinds", "head_dim"), [(None, 64), (["full"] * 4, 64), (["full", "sliding"] * 2, 56), (["full", "linear"] * 2, 56)]
+)
+def test_beside_several_kinds_of_layers_heads_leave_room_for_merge_state(kinds, head_dim):
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 512}
+    rest = {"num_hidden_layers": 4, "intermediate_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+    more = {"model_type": "of_next_year", "layer_types": kinds}
+    embedding = SimpleNamespace(weight=torch.empty(32, 512))
+    target = SimpleNamespace(config=SimpleNamespace(**sizes, **rest, **more), get_output_embeddings=lambda: embedding)
+    config = drafter_config(target, "f" * 16, MergeConfig(), 4)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 2, head_dim)
+
+
+def test_the_embedding_is_read_where_vllm_hands_it_out():
+    assert default_aux_layers(12) == default_aux_layers(12, "llama") == [0, 8, 11]
+    assert default_aux_layers(61, "deepseek_v3") == [1, 40, 60]
 
 
 def test_text_shorter_than_a_window_is_refused():

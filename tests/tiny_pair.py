@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-# A weight of 64 KiB, so that a file cut in half loses tensor data and not its header.
-NUM_WEIGHTS = 16384
+# As many as the sizes below ask for. A file cut in half loses tensor data and not its header.
+NUM_WEIGHTS = 65536
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -18,9 +18,11 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from qm_spec.config import MergeConfig
 from qm_spec.integrations.vllm_plugin.cuda_graphs import can_capture
+from qm_spec.integrations.vllm_plugin.pages import draft_spec, target_specs, view_pages, warn_of_groups
 from qm_spec.ops import append_kv_, merge_groups_, merged_attention
 from qm_spec.ops.page import slot_elements
 
@@ -192,25 +194,29 @@ class QuickMergeBackend(AttentionBackend):
         return [MultipleOf(16)]
 
     @classmethod
-    def supported_kv_cache_layouts(cls) -> None:
-        """Accept every layout: the operators go by strides."""
-        return None
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Accept every layout whose pages are runs of bytes, in vLLM's own order: the operators go by strides."""
+        return KVCacheLayout.LBNHC, KVCacheLayout.LBHNC, KVCacheLayout.BLNHC, KVCacheLayout.BLHNC
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
         """Drafts never decide a token, so they do not touch the target's invariance."""
         return True
 
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Make room for the merge state inside each slot."""
-        elements = slot_elements(spec.head_size, spec.dtype)
-        return replace(spec, state_content_bytes=elements * spec.dtype.itemsize)
-
 
 class MergedAttention(Attention):
     """`Attention` whose pages hold keys, values and merge state."""
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """Return the full-attention spec with room for the merge state."""
-        return QuickMergeBackend.customize_spec(super().get_kv_cache_spec(vllm_config))
+        """Return the full-attention spec with room for the merge state, or the target's, see `draft_spec`."""
+        own = super().get_kv_cache_spec(vllm_config)
+        own = replace(own, state_content_bytes=slot_elements(own.head_size, own.dtype) * own.dtype.itemsize)
+        target = target_specs(vllm_config, self)
+        spec = draft_spec(own, target)
+        if spec is own:
+            warn_of_groups(vllm_config, own, self.layer_name, target)
+        return spec
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Keep the cache as `[pages, G, P, C]`, whosever spec it was made from."""
+        self.kv_cache = view_pages(kv_cache, self.num_kv_heads, self.head_size, self.kv_cache_torch_dtype)

@@ -183,6 +183,13 @@ def is_supported(version: str) -> bool:
     return OLDEST <= release[:2] <= NEWEST
 
 
+def get_kv_cache_groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
+    """Return vLLM's groups of layers with these cache specs, which it may change."""
+    module = _import("vllm.v1.core.kv_cache_planning") or _import("vllm.v1.core.kv_cache_utils")
+    groups: list[Any] = module.get_kv_cache_groups(vllm_config, specs)
+    return groups
+
+
 def require_supported() -> None:
     """Refuse a vLLM that qm_spec was not tested with; call it only when our method is asked for.
 
@@ -194,6 +201,21 @@ def require_supported() -> None:
         raise RuntimeError(
             f"qm_spec {provenance.versions().get('qm_spec', '(not installed)')} supports vLLM "
             f"{_dotted(OLDEST)} to {_dotted(NEWEST)}, found {version}; install vllm=={_dotted(NEWEST)}.*"
+        )
+
+
+def require_runner(uses_v2: bool) -> None:
+    """Refuse vLLM's V1 runner on ROCm: after a first draft it takes the metadata of vLLM's own backends only.
+
+    Raises:
+        ValueError: it would run.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_rocm() and not uses_v2:
+        raise ValueError(
+            "qm_spec: on ROCm vLLM's V1 runner takes no drafter with an attention backend of its own, and it would end "
+            "at the first draft; use the V2 runner (VLLM_USE_V2_MODEL_RUNNER=1), which needs Triton"
         )
 
 
@@ -211,7 +233,10 @@ def apply(patch: Patch) -> bool:
     declared = inspect.getattr_static(owner, name, None)
     if declared is None:
         return _skip(patch, "there is no such method")
-    original = declared.__func__ if isinstance(declared, staticmethod) else declared
+    kind = type(declared) if isinstance(declared, staticmethod | classmethod) else None
+    original = declared.__func__ if kind else declared
+    if not callable(original):
+        return _skip(patch, "it is no method")
     if getattr(original, "_qm_spec_patch", None) == patch.target:
         return True
     parameters = tuple(inspect.signature(original).parameters)
@@ -220,7 +245,7 @@ def apply(patch: Patch) -> bool:
     maker_module, _, maker = patch.replacement.partition(":")
     replaced = getattr(importlib.import_module(maker_module), maker)(original)
     replaced._qm_spec_patch = patch.target
-    setattr(owner, name, staticmethod(replaced) if isinstance(declared, staticmethod) else replaced)
+    setattr(owner, name, kind(replaced) if kind else replaced)
     return True
 
 

@@ -19,7 +19,7 @@ from vllm.model_executor.models.utils import maybe_prefix, process_eagle_weight
 
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.head import spread
-from qm_spec.drafter.prior import PriorLayer, plain_linear
+from qm_spec.drafter.prior import NUM_AUX_STATES, PriorLayer, plain_linear
 from qm_spec.integrations.vllm_plugin import compat, seeds
 from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
@@ -111,6 +111,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         # A config that was built by hand has not been through our patches, which check this first.
         compat.require_supported()
+        compat.require_runner(vllm_config.use_v2_model_runner)
         nn.Module.__init__(self)
         wrapped = vllm_config.speculative_config.draft_model_config.hf_config
         self.config = QuickMergeConfig.from_dict(wrapped.model.to_dict())
@@ -151,7 +152,18 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         )
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
-        """Fuse the target's auxiliary states: `[T, 3 D]` to `[T, D]`."""
+        """Fuse the target's auxiliary states: `[T, 3 D]` to `[T, D]`.
+
+        Raises:
+            ValueError: the target has handed out more or fewer than three.
+        """
+        expected = NUM_AUX_STATES * self.config.hidden_size
+        if hidden_states.shape[-1] != expected:
+            raise ValueError(
+                f"qm_spec: the target must hand out {expected} numbers a token, the states in front of its layers "
+                f"{self.config.eagle_aux_hidden_state_layer_ids}, got {hidden_states.shape[-1]}; train the drafter "
+                "anew with layers that vLLM's class of this target hands out (--aux-layers)"
+            )
         return self.model.layer.fuse(hidden_states)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

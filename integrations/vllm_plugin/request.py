@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qm_spec.config import ARCHITECTURE
 from qm_spec.discovery import check_drafter, find_drafter, is_drafter, vllm_settings
+from qm_spec.discovery.files import shown
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.integrations.vllm_plugin import compat
-from qm_spec.integrations.vllm_plugin.aux_states import require_aux_hidden_states
+from qm_spec.integrations.vllm_plugin.aux_states import require_aux_hidden_states, require_first_state
 from qm_spec.integrations.vllm_plugin.lookup import most_drafts
 
 if TYPE_CHECKING:
@@ -35,16 +37,28 @@ def with_flag(original: Callable[..., Any]) -> Callable[..., Any]:
         if FLAG not in parser._option_string_actions:
             group = parser.add_argument_group("qm_spec", "Speculative decoding with a QuickMerge drafter.")
             # The default stays that of --spec-model, which has the same destination.
-            group.add_argument(
+            action = group.add_argument(
                 FLAG,
                 dest="spec_model",
                 default=argparse.SUPPRESS,
                 metavar="qm_spec|DRAFT_DIR",
                 help="'qm_spec' finds the QuickMerge drafter of the served model; a folder names one.",
             )
+            _keep_abbreviations(parser, action)
         return parser
 
     return add_cli_args
+
+
+def _keep_abbreviations(parser: argparse.ArgumentParser, ours: argparse.Action) -> None:
+    """Leave abbreviations that meant another flag before ours what they were: `--speculative` is one of vLLM's."""
+    find = parser._get_option_tuples
+
+    def find_others_first(option_string: str) -> list[Any]:
+        found = find(option_string)
+        return [match for match in found if match[0] is not ours] or found
+
+    parser._get_option_tuples = find_others_first  # type: ignore[method-assign]
 
 
 def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,14 +70,18 @@ def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> SpeculativeConfig | None:
         request = find_request(self)
         if request is None:
-            return original(self, target_model_config, target_parallel_config)
+            return _not_ours(original(self, target_model_config, target_parallel_config))
         settings = resolve(request, self, target_model_config, target_parallel_config)
         # vLLM writes into the arguments it is given; a second engine config from them must work.
         resolved = copy.copy(self)
         resolved.speculative_config = settings
         resolved.spec_method = resolved.spec_model = resolved.spec_tokens = None
-        config = original(resolved, target_model_config, target_parallel_config)
+        # A drafter needs no code of its own and is stored in one format, whatever its target is allowed and stored in.
+        as_drafters = copy.copy(target_model_config)
+        as_drafters.trust_remote_code, as_drafters.config_format = False, "auto"
+        config = original(resolved, as_drafters, target_parallel_config)
         if config is not None:
+            config.target_model_config = target_model_config
             drafter = config.draft_model_config
             if request.get("num_speculative_tokens") is not None:
                 # A number that the user names is the prior's as well, whatever the drafter's own.
@@ -74,6 +92,17 @@ def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return create_speculative_config
+
+
+def _not_ours(config: SpeculativeConfig | None) -> SpeculativeConfig | None:
+    """Return a configuration that was not ours to resolve, unless its draft model is: then nothing has checked it."""
+    drafter = getattr(config, "draft_model_config", None)
+    if ARCHITECTURE in (getattr(drafter, "architectures", None) or ()):
+        raise ValueError(
+            f"qm_spec: a QuickMerge drafter must be a local folder, so that it is checked before it is loaded, got "
+            f"{shown(drafter.model)}; download it (hf download {shown(drafter.model)} --local-dir DIR) and name DIR"
+        )
+    return config
 
 
 def find_request(args: EngineArgs) -> dict[str, Any] | None:
@@ -119,6 +148,7 @@ def resolve(
     method = request.get("method")
     if method not in (None, "eagle3"):
         raise ValueError(f"qm_spec: a QuickMerge drafter runs as method 'eagle3', got {method!r}; leave the method out")
+    compat.require_runner(_runs_v2())
     _require_fitting_setup(args, target_parallel_config)
     require_aux_hidden_states(target_model_config.architecture)
     target, revision = target_model_config.model, target_model_config.revision
@@ -126,18 +156,22 @@ def resolve(
     drafter = find_drafter(target, revision) if named == METHOD else Path(named)
     asked = request.get("num_speculative_tokens")
     depth = check_drafter(drafter, target, asked, revision)
+    config = QuickMergeConfig.from_pretrained(drafter)
+    require_first_state(target_model_config.architecture, config.eagle_aux_hidden_state_layer_ids)
+    _require_fitting_heads(config.num_key_value_heads, target_parallel_config.tensor_parallel_size)
     # With LoRA vLLM wants the most tokens for all requests to fit into one step; with the V2 runner vLLM's own loop
     # drafts, without lookup and always as many.
     if asked is None and current_platform.is_cpu() and not args.enable_lora and not _runs_v2():
-        depth = most_drafts(QuickMergeConfig.from_pretrained(drafter))
-    logger.info("qm_spec: drafter %s, up to %d tokens per step", drafter, depth)
+        depth = most_drafts(config)
+    logger.info("qm_spec: drafter %s, up to %d tokens per step", shown(drafter), depth)
     settings = {**request, **vllm_settings(drafter, depth)}
     # At a temperature above 0 drafts that are drawn are kept far more often than the most likely tokens. Distributions
     # take memory for all requests, K and the vocabulary, so on a GPU, where it is dear, this is the user's choice.
     if current_platform.is_cpu() and request.get("rejection_sample_method", "standard") == "standard":
         settings.setdefault("draft_sample_method", "probabilistic")
-    # A drafter is always safetensors, whatever holds the target (GGUF, shards, a tensorizer's file).
-    if args.load_format not in ("auto", "safetensors", "dummy"):
+    # A drafter is always safetensors, whatever holds the target (GGUF, shards, a tensorizer's file); "auto" would take
+    # another file that lies beside the one that was checked.
+    if args.load_format != "dummy":
         settings.setdefault("draft_load_config", LoadConfig(load_format="safetensors"))
     if "disable_eagle_block_drop" in request:
         settings["disable_eagle_block_drop"] = request["disable_eagle_block_drop"]
@@ -171,3 +205,11 @@ def _require_fitting_setup(args: EngineArgs, parallel: ParallelConfig) -> None:
                 f"qm_spec: {option} must be 1 with a QuickMerge drafter, got {size}; "
                 "use --tensor-parallel-size or --data-parallel-size"
             )
+
+
+def _require_fitting_heads(num_kv_heads: int, ranks: int) -> None:
+    if max(num_kv_heads, ranks) % min(num_kv_heads, ranks):
+        raise ValueError(
+            f"qm_spec: tensor_parallel_size must divide the drafter's {num_kv_heads} key/value heads or be a multiple "
+            f"of them, got {ranks}; use another --tensor-parallel-size"
+        )

@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 
+def shown(value: object) -> str:
+    """Return a name for a message: as it is, or quoted and escaped where it could break the line or a terminal."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
+
+
 def target_file(target: str | Path, name: str, revision: str | None = None) -> Path:
     """Return the path of one file of a target.
 
@@ -21,14 +27,16 @@ def target_file(target: str | Path, name: str, revision: str | None = None) -> P
     folder = Path(target).expanduser()
     if folder.is_dir():
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}")
+            raise FileNotFoundError(f"{shown(folder)} holds no {name}")
         return folder / name
     from transformers.utils import cached_file
 
     try:
         found = cached_file(str(target), name, revision=revision)
     except OSError as error:
-        raise FileNotFoundError(f"{target} is no folder here, and as a hub id it gave no {name}: {error}") from error
+        raise FileNotFoundError(
+            f"{shown(target)} is no folder here, and as a hub id it gave no {name}: {error}"
+        ) from error
     return Path(found)
 
 
@@ -42,7 +50,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not readable JSON ({error}); copy or write it again") from error
+        raise ValueError(f"{shown(file)} is not readable JSON ({error}); copy or write it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{shown(file)} must hold a JSON object, got {type(value).__name__}")
     return value

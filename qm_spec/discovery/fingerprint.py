@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qm_spec.discovery.files import read_json, target_file
+from qm_spec.discovery.files import read_json, shown, target_file
 
 # Canonical key -> the names it goes by. A list of what counts, because transformers adds keys to
 # a config when it saves one, and other keys in each version.
@@ -62,6 +62,13 @@ def target_fingerprint(target: str | Path, revision: str | None = None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def target_sizes(target: str | Path, revision: str | None = None) -> dict[str, int]:
+    """Return the width and the vocabulary that a target's config states, where it does."""
+    text_config = _text_config(read_json(target_file(target, "config.json", revision)))
+    sizes = {name: getattr(text_config, name, None) for name in ("hidden_size", "vocab_size")}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
 def _defining_values(config: dict[str, Any]) -> dict[str, Any]:
     text_config = _text_config(config)
     values: dict[str, Any] = {"outer_model_type": config.get("model_type")}
@@ -102,7 +109,7 @@ def _tokenizer_content(target: str | Path, revision: str | None) -> Any:
         digests = _vocabulary_digests(target, revision)
     if not digests:
         raise FileNotFoundError(
-            f"{target} holds no tokenizer: expected tokenizer.json or one of {', '.join(_VOCABULARY_FILES)}; "
+            f"{shown(target)} holds no tokenizer: expected tokenizer.json or one of {', '.join(_VOCABULARY_FILES)}; "
             "save the target's tokenizer beside its config.json"
         )
     return digests

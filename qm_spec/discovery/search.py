@@ -6,7 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
-from qm_spec.discovery.files import read_json, target_file
+from qm_spec.discovery.files import read_json, shown, target_file
 from qm_spec.discovery.fingerprint import target_fingerprint
 
 ZOO = Path(__file__).resolve().parents[1] / "zoo"
@@ -45,11 +45,11 @@ def find_drafter(target: str | Path, revision: str | None = None) -> Path:
     command = ["qm-spec", "train", "--target", str(target), "--data", "PATH", "--out", str(at_home)]
     names = ", ".join(config.parents[1].name for config in shipped)
     raise FileNotFoundError(
-        f"no drafter for the target {target} (fingerprint {fingerprint}). Looked in:\n"
-        f"  {Path(target) / 'qm_spec'}\n"
-        f"  {at_home}\n"
+        f"no drafter for the target {shown(target)} (fingerprint {fingerprint}). Looked in:\n"
+        f"  {shown(Path(target) / 'qm_spec')}\n"
+        f"  {shown(at_home)}\n"
         f"  {ZOO / '*' / 'drafter'} ({f'for other targets: {names}' if names else 'none shipped'})\n"
-        f"Train one: {shlex.join(command)}"
+        f"Train one: {shown(shlex.join(command))}"
     )
 
 

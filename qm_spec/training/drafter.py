@@ -62,17 +62,26 @@ DRAFTERS = ("quickmerge", "eagle3", "eagle3-window")
 ATTENTION_SINKS = 4
 # EAGLE-3's MLP is a multiple of this: rows of 16 bytes in bfloat16, and within 2 % of any number of parameters.
 MLP_MULTIPLE = 8
+# Elements that heads are smaller by where a page of ours must fit, with its merge state, into one of the target's: 4
+# make room in bfloat16, 2 in float32.
+STATE_ROOM = 8
+# Targets of which vLLM, when it serves them, hands out no state in front of layer 0 (vllm_plugin/aux_states.py).
+WITHOUT_LAYER_0 = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa")
 
 
-def default_aux_layers(num_layers: int) -> list[int]:
+def default_aux_layers(num_layers: int, model_type: str | None = None) -> list[int]:
     """Return three target layers whose input states a drafter reads: the embedding (0), a late and the last.
+
+    Args:
+        num_layers: of the target.
+        model_type: of the target's config; of families whose embedding vLLM does not hand out layer 1 is read.
 
     Raises:
         ValueError: the target has fewer than four layers.
     """
     if num_layers < 4:
         raise ValueError(f"train: the target needs at least 4 layers to read states from, got {num_layers}")
-    return [0, 2 * num_layers // 3, num_layers - 1]
+    return [int(model_type in WITHOUT_LAYER_0), 2 * num_layers // 3, num_layers - 1]
 
 
 def _sizes(target: PreTrainedModel, num_speculative_tokens: int, fingerprint: str) -> dict[str, Any]:
@@ -85,7 +94,7 @@ def _sizes(target: PreTrainedModel, num_speculative_tokens: int, fingerprint: st
         heads, groups, head_dim = 2 * heads, 2 * groups, head_dim // 2
     return {
         "target_fingerprint": fingerprint,
-        "eagle_aux_hidden_state_layer_ids": default_aux_layers(sizes.num_hidden_layers),
+        "eagle_aux_hidden_state_layer_ids": default_aux_layers(sizes.num_hidden_layers, sizes.model_type),
         "num_speculative_tokens": num_speculative_tokens,
         "vocab_size": target.get_output_embeddings().weight.shape[0],
         "hidden_size": sizes.hidden_size,
@@ -111,7 +120,8 @@ def drafter_config(
     """Return the configuration of a drafter that fits `target`.
 
     Args:
-        target: its sizes and head layout are taken over.
+        target: its sizes and head layout are taken over, with smaller heads where its layers are of several kinds, so
+            that vLLM keeps their groups (docs/design.md, Page).
         fingerprint: of the target.
         merge: the merging schedule.
         num_speculative_tokens: the depth to unroll in training and to draft by default.
@@ -130,6 +140,8 @@ def drafter_config(
         if len(set(aux_layers)) != 3 or not all(0 <= layer < num_layers for layer in aux_layers):
             raise ValueError(f"train: aux layers must be three different ones in 0..{num_layers - 1}, got {aux_layers}")
         sizes["eagle_aux_hidden_state_layer_ids"] = list(aux_layers)
+    if len(set(getattr(target.config, "layer_types", None) or ())) > 1 and sizes["head_dim"] > STATE_ROOM:
+        sizes["head_dim"] -= STATE_ROOM
     return QuickMergeConfig(
         **sizes,
         norm_aux_states=True,
