@@ -281,16 +281,18 @@ def test_a_target_with_sliding_windows_decodes_the_same_with_as_many_groups(tmp_
     ]
     request = {"prompts": prompts, "sampling": {"temperature": 0, "max_tokens": 48}}
     engine = {"model": str(target), "max_model_len": 512}
-    drafting = {"speculative_config": {"model": str(drafter)}}
-    runs = {}
-    for name, settings in {
-        "plain": {},
-        "drafted": drafting,
-        "one group": {**drafting, "disable_hybrid_kv_cache_manager": True},
-    }.items():
-        (tmp_path / name).mkdir()
-        runs[name] = run_offline(tmp_path / name, {**engine, **settings}, [request], WITH_GROUPS)
-    assert [len(run["groups"]) for run in runs.values()] == [2, 2, 1]
-    assert runs["drafted"]["answers"] == runs["one group"]["answers"] == runs["plain"]["answers"]
-    counters = [run["counters"][0]["vllm:spec_decode_num_accepted_tokens"] for run in runs.values()]
-    assert counters[1] == counters[2] > 10
+    drafting = {**engine, "speculative_config": {"model": str(drafter)}}
+    in_own_pages = (
+        "from qm_spec.integrations.vllm_plugin import attention\nattention.draft_spec = lambda own, target: own\n"
+    )
+    runs = []
+    for number, (settings, program) in enumerate(
+        [(engine, WITH_GROUPS), (drafting, WITH_GROUPS), (drafting, in_own_pages + WITH_GROUPS)]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        runs.append(run_offline(folder, settings, [request], program))
+    assert [len(run["groups"]) for run in runs] == [2, 2, 21]
+    assert runs[0]["answers"] == runs[1]["answers"] == runs[2]["answers"]
+    accepted = [run["counters"][0]["vllm:spec_decode_num_accepted_tokens"] for run in runs[1:]]
+    assert accepted[0] == accepted[1] > 10

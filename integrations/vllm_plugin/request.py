@@ -97,7 +97,7 @@ def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
 def _not_ours(config: SpeculativeConfig | None) -> SpeculativeConfig | None:
     """Return a configuration that was not ours to resolve, unless its draft model is: then nothing has checked it."""
     drafter = getattr(config, "draft_model_config", None)
-    if ARCHITECTURE in (getattr(drafter, "architectures", None) or ()):
+    if drafter is not None and ARCHITECTURE in (getattr(drafter, "architectures", None) or ()):
         raise ValueError(
             f"qm_spec: a QuickMerge drafter must be a local folder, so that it is checked before it is loaded, got "
             f"{shown(drafter.model)}; download it (hf download {shown(drafter.model)} --local-dir DIR) and name DIR"

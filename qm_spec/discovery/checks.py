@@ -139,8 +139,11 @@ def _check_sizes(folder: Path, config: dict[str, Any], of_target: Mapping[str, i
     if config.get("num_hidden_layers", 1) != 1:
         refuse("num_hidden_layers", "1")
     layers = config.get("eagle_aux_hidden_state_layer_ids")
-    known = isinstance(layers, list) and all(type(layer) is int and 0 <= layer <= _LAST_LAYER for layer in layers)
-    if not known or len(set(layers)) != _NUM_AUX_LAYERS or len(layers) != _NUM_AUX_LAYERS:
+    if not (
+        isinstance(layers, list)
+        and all(type(layer) is int and 0 <= layer <= _LAST_LAYER for layer in layers)
+        and len(layers) == len(set(layers)) == _NUM_AUX_LAYERS
+    ):
         refuse("eagle_aux_hidden_state_layer_ids", f"{_NUM_AUX_LAYERS} different layers of the target")
 
 
