@@ -102,7 +102,7 @@ DRAFTS_AFTER_STEP = Patch(
 REQUEST_STATES = Patch(
     target="vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.prepare_next_token_ids_padded",
     parameters=("self", "sampled_token_ids", "requests", "gpu_input_batch", "discard_request_mask"),
-    replacement="qm_spec.integrations.vllm_plugin.lookup:with_request_states",
+    replacement="qm_spec.integrations.vllm_plugin.proposer:with_request_states",
     why="suffix lookup (lookup_length), for which a request's earlier tokens must be found again, and drafting only "
     "where it pays (QM_SPEC_ADAPT), for which each request's acceptance is followed",
     how="notes which requests the rows are, which `propose` is not told; applied only where one of the two is on",
