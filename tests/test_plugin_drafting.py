@@ -565,11 +565,10 @@ def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(proposed, caplog)
     assert drafts == [[], []] and proposer._last_draft_probs is None
     session = proposer.model.session
     assert session.failed
-    again, probs = session.guarded(lambda: calls.append("again"), 3, 4, torch.device("cpu"))
-    assert again == [[], [], []] and probs is None and len(calls) == 1, "it is not asked again"
+    assert session.attempt(lambda: calls.append("again")) is None and len(calls) == 1, "it is not asked again"
     (record,) = caplog.records
     assert "goes on without drafts" in record.message and "page 17" in str(record.exc_info)
-    assert session.guarded(failing, 3, 4, torch.device("meta")).token_ids.shape == (3, 4)
+    assert plugin.no_drafts(3, 4, torch.device("meta")).token_ids.shape == (3, 4)
 
 
 # Fails in a draft that keeps the tokens of its step waiting.

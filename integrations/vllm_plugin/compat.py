@@ -65,6 +65,16 @@ RESOLVE_DRAFTER = Patch(
     delete_when="vLLM has a registry of speculative methods that may resolve their own settings",
 )
 
+SPECULATOR = Patch(
+    target="vllm.v1.worker.gpu.spec_decode:init_speculator",
+    parameters=("vllm_config", "device", "req_states"),
+    replacement="qm_spec.integrations.vllm_plugin.request:with_speculator",
+    why="with the V2 runner a prompt costs keys and values only, and all drafts of a step one call",
+    how="takes our speculator where the draft model is ours; applied before the runner takes the function's name",
+    upstream="none",
+    delete_when="vLLM has a registry of speculators",
+)
+
 DRAFT_LOOP = Patch(
     target="vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.propose",
     parameters=(

@@ -50,10 +50,10 @@ def most_drafts(config: QuickMergeConfig) -> int:
 
 @cache
 def warn_without_lookup() -> None:
-    """Say once that lookup was asked for where it is not done: in vLLM's own draft loops."""
+    """Say once that lookup was asked for where it is not done: with the V2 runner and in vLLM's own draft loop."""
     logger.warning(
-        "qm_spec: %s or lookup_length asks for suffix lookup, but vLLM's own loop drafts here, without it; ours runs "
-        "on one rank with the V1 runner (VLLM_USE_V2_MODEL_RUNNER=0), on a GPU with compiled kernels",
+        "qm_spec: %s or lookup_length asks for suffix lookup, which there is not here; there is on one rank with the "
+        "V1 runner (VLLM_USE_V2_MODEL_RUNNER=0), on a GPU with compiled kernels",
         VARIABLE,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -47,6 +47,13 @@ def _can_draft_on_gpu(proposer: Any) -> bool:
         and backend.backend("cuda") == "compiled"
         and plain_weights(proposer.model) is not None
     )
+
+
+def no_drafts(num_requests: int, num_drafts: int, device: torch.device) -> Drafts:
+    """Return empty lists on a CPU, and zeros `[B, K]` elsewhere, where vLLM takes no fewer than K."""
+    if device.type == "cpu":
+        return Drafts([[] for _ in range(num_requests)], None)
+    return Drafts(torch.zeros((num_requests, num_drafts), dtype=torch.int64, device=device), None)
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,10 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
                 )
                 return session.draft(step)
 
-            guarded = partial(session.guarded, draft, len(next_token_ids), num_speculative_tokens, self.device)
+            def guarded() -> Drafts:
+                nothing = no_drafts(len(next_token_ids), num_speculative_tokens, self.device)
+                return session.attempt(draft) or nothing
+
             self._last_draft_probs = None
             if self.model.drafts_after_step:
                 return PendingDrafts(guarded)

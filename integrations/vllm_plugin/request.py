@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qm_spec.config import ARCHITECTURE
 from qm_spec.discovery import check_drafter, find_drafter, is_drafter, vllm_settings
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.integrations.vllm_plugin import compat
@@ -17,7 +18,7 @@ from qm_spec.integrations.vllm_plugin.aux_states import require_aux_hidden_state
 from qm_spec.integrations.vllm_plugin.lookup import most_drafts
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
@@ -74,6 +75,21 @@ def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return create_speculative_config
+
+
+def with_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the V2 runner's `init_speculator` that takes ours where the draft model is ours."""
+
+    @functools.wraps(original)
+    def init_speculator(vllm_config: VllmConfig, device: Any, req_states: Any) -> Any:
+        drafter = vllm_config.speculative_config.draft_model_config
+        if drafter is None or ARCHITECTURE not in drafter.architectures:
+            return original(vllm_config, device, req_states)
+        from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
+
+        return QuickMergeSpeculator(vllm_config, device)
+
+    return init_speculator
 
 
 def find_request(args: EngineArgs) -> dict[str, Any] | None:

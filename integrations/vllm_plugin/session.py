@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ logger = logging.getLogger("vllm.plugins.qm_spec")
 
 # In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_draft_tokens.py).
 MOST_REQUESTS_16_BIT = 16
+
+Drafted = TypeVar("Drafted")
 
 
 def plain_weights(model: Any) -> DraftWeights | None:
@@ -119,19 +121,8 @@ class DraftSession:
         }
         self.batch = [self._requests.setdefault(name, DraftRequest(states[name])) for name in names]
 
-    def guarded(self, draft: Callable[[], Drafts], num_requests: int, num_drafts: int, device: torch.device) -> Drafts:
-        """Draft, or go on without drafts for good after an error: decoding needs none.
-
-        Args:
-            draft: drafts behind a step.
-            num_requests: B.
-            num_drafts: K.
-            device: of the drafts.
-
-        Returns:
-            The drafts; without them an empty list for each request on a CPU, and zeros `[B, K]` elsewhere, where vLLM
-            takes no fewer than K.
-        """
+    def attempt(self, draft: Callable[[], Drafted]) -> Drafted | None:
+        """Return what `draft` returns; None for good after it has raised: decoding needs no drafts."""
         if not self.failed:
             try:
                 return draft()
@@ -141,9 +132,7 @@ class DraftSession:
                     "qm_spec: drafting failed, so this engine goes on without drafts. Outputs stay right; "
                     "please report what follows"
                 )
-        if device.type == "cpu":
-            return Drafts([[] for _ in range(num_requests)], None)
-        return Drafts(torch.zeros((num_requests, num_drafts), dtype=torch.int64, device=device), None)
+        return None
 
     def draft(self, step: DraftStep) -> Drafts:
         """Decide how many tokens to draft behind this step, write its states into the merged cache and draft."""
@@ -181,9 +170,7 @@ class DraftSession:
         loop = DraftLoop(layer, model.model.embed_tokens, model.compute_logits, merge)
 
         states, rows, next_ids = model.combine_hidden_states(step.states), step.last_rows.long(), step.next_token_ids
-        # The token after each one that was read; what follows a rejected one does not matter.
-        following = step.token_ids.roll(-1).index_put((rows,), next_ids.to(step.token_ids.dtype))
-        loop.remember(cache, states, following, step.slot_mapping[: len(states)])
+        loop.remember(cache, states, step.following_token_ids, step.slot_mapping[: len(states)])
         seeded = step.generators or {} if step.draws else {}
         num_drafts = max((width for row, width in enumerate(widths) if not (found and found[row].length)), default=0)
         if seeded and not self.seeds_by_position:

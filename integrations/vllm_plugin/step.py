@@ -86,6 +86,12 @@ class DraftStep:
         """Tokens in the cache that no rejection can take back, `[B]` int32."""
         return self.seq_lens - self.num_rejected
 
+    @property
+    def following_token_ids(self) -> Tensor:
+        """The token after each one that was read, `[T]`; what follows a rejected one does not matter."""
+        next_ids = self.next_token_ids.to(self.token_ids.dtype)
+        return self.token_ids.roll(-1).index_put((self.last_rows.long(),), next_ids)
+
     @classmethod
     def from_v1(
         cls,
@@ -134,6 +140,56 @@ class DraftStep:
             temperature=None if sampling.all_greedy else sampling.temperature,
             generators=sampling.generators,
             requests=requests,
+        )
+
+    @classmethod
+    def from_v2(
+        cls,
+        num_speculative_tokens: int,
+        input_batch: Any,
+        layer_metadata: Any,
+        aux_hidden_states: Sequence[Tensor] | None,
+        num_sampled: Tensor,
+        num_rejected: Tensor,
+        last_sampled: Tensor,
+        next_prefill_tokens: Tensor,
+    ) -> DraftStep:
+        """Make the step of what the V2 runner hands to a speculator's `propose`, without a value read on the host.
+
+        How drafts are drawn is left to vLLM's own sampling.
+
+        Args:
+            num_speculative_tokens: K.
+            input_batch: the target's batch.
+            layer_metadata: our attention layer's `QuickMergeMetadata` of the target's step; None without pages.
+            aux_hidden_states: three times `[T, D]` or more rows.
+            num_sampled: `[B]`, 0 where a prompt is still being read.
+            num_rejected: `[B]`.
+            last_sampled: `[R, 1]` by the place of a request's state.
+            next_prefill_tokens: `[n, R]`, likewise.
+
+        Raises:
+            ValueError: the target hands out no auxiliary states.
+        """
+        if not aux_hidden_states:
+            raise ValueError("qm_spec: the V2 runner gave no auxiliary states of the target")
+        num_tokens, places, starts = input_batch.num_tokens, input_batch.idx_mapping, input_batch.query_start_loc
+        # As while vLLM measures its memory: all rows are padding then.
+        unpaged = layer_metadata is None
+        of_prompt = next_prefill_tokens[0, places].to(last_sampled.dtype)
+        return cls(
+            num_drafts=num_speculative_tokens,
+            token_ids=input_batch.input_ids[:num_tokens],
+            states=torch.cat([states[:num_tokens] for states in aux_hidden_states], dim=-1),
+            next_token_ids=torch.where(num_sampled > 0, last_sampled.flatten()[places], of_prompt),
+            last_rows=starts[1:] - 1 - num_rejected,
+            query_start_loc=starts,
+            seq_lens=input_batch.seq_lens,
+            num_rejected=num_rejected,
+            block_table=places.new_zeros((len(places), 1), dtype=torch.int32)
+            if unpaged
+            else layer_metadata.block_table,
+            slot_mapping=places.new_full((num_tokens,), -1) if unpaged else layer_metadata.slot_mapping[:num_tokens],
         )
 
 
