@@ -114,8 +114,9 @@ REQUEST_STATES = Patch(
     parameters=("self", "sampled_token_ids", "requests", "gpu_input_batch", "discard_request_mask"),
     replacement="qm_spec.integrations.vllm_plugin.proposer:with_request_states",
     why="suffix lookup (lookup_length), for which a request's earlier tokens must be found again, and drafting only "
-    "where it pays (QM_SPEC_ADAPT), for which each request's acceptance is followed",
-    how="notes which requests the rows are, which `propose` is not told; applied only where one of the two is on",
+    "where it pays (QM_SPEC_ADAPT), for which each request's acceptance is followed; on a CPU also the right token "
+    "behind a piece of a prompt",
+    how="tells our session which requests the rows are, which `propose` is not told; on a CPU, and where lookup is on",
     upstream="none",
     delete_when="vLLM tells a proposer's `propose` the requests of the batch",
 )

@@ -147,7 +147,8 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
                 and compat.apply(compat.SEED_NUMBERS)
             ),
         )
-        if self.session.lookup_length or self.session.adapts:
+        # On a CPU also for the tokens behind pieces of prompts.
+        if on_cpu or self.session.lookup_length:
             compat.apply(compat.REQUEST_STATES)
         if self.session.lookup_length and vllm_config.use_v2_model_runner:
             warn_without_lookup()

@@ -161,7 +161,7 @@ class DraftStep:
         Args:
             num_speculative_tokens: K.
             input_batch: the target's batch.
-            layer_metadata: our attention layer's `QuickMergeMetadata` of the target's step; None without pages.
+            layer_metadata: our attention layer's `QuickMergeMetadata` of the target's step; None in dummy runs.
             aux_hidden_states: three times `[T, D]` or more rows.
             num_sampled: `[B]`, 0 where a prompt is still being read.
             num_rejected: `[B]`.
@@ -173,10 +173,16 @@ class DraftStep:
         """
         if not aux_hidden_states:
             raise ValueError("qm_spec: the V2 runner gave no auxiliary states of the target")
-        num_tokens, places, starts = input_batch.num_tokens, input_batch.idx_mapping, input_batch.query_start_loc
-        # As while vLLM measures its memory: all rows are padding then.
-        unpaged = layer_metadata is None
+        num_tokens, places = input_batch.num_tokens, input_batch.idx_mapping
+        # Behind these there may be padding.
+        starts, lengths = input_batch.query_start_loc[: len(places) + 1], input_batch.seq_lens[: len(places)]
         of_prompt = next_prefill_tokens[0, places].to(last_sampled.dtype)
+        if layer_metadata is None:
+            # All rows are padding then.
+            table = places.new_zeros((len(places), 1), dtype=torch.int32)
+            slots = places.new_full((num_tokens,), -1)
+        else:
+            table, slots = layer_metadata.block_table[: len(places)], layer_metadata.slot_mapping[:num_tokens]
         return cls(
             num_drafts=num_speculative_tokens,
             token_ids=input_batch.input_ids[:num_tokens],
@@ -184,12 +190,10 @@ class DraftStep:
             next_token_ids=torch.where(num_sampled > 0, last_sampled.flatten()[places], of_prompt),
             last_rows=starts[1:] - 1 - num_rejected,
             query_start_loc=starts,
-            seq_lens=input_batch.seq_lens,
+            seq_lens=lengths,
             num_rejected=num_rejected,
-            block_table=places.new_zeros((len(places), 1), dtype=torch.int32)
-            if unpaged
-            else layer_metadata.block_table,
-            slot_mapping=places.new_full((num_tokens,), -1) if unpaged else layer_metadata.slot_mapping[:num_tokens],
+            block_table=table,
+            slot_mapping=slots,
         )
 
 
