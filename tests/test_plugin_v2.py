@@ -242,7 +242,7 @@ def test_ours_is_taken_for_our_model_only(
 ZOO = Path(qm_spec.__file__).parent / "zoo" / "novels"
 NUM_TOKENS = 12
 # Tokens of the prompts, of which the engine reads 64 in a step.
-LENGTHS = (8, 60, 150)
+LENGTHS = (8, 40, 150)
 # Notes what each step drafts for whom, in either runner; which class drafts in V2; and of what a step reads of vLLM the
 # names that did not hold what they should.
 NOTED = """
