@@ -142,8 +142,8 @@ def resolve(
     drafter = find_drafter(target, revision) if named == METHOD else Path(named)
     asked = request.get("num_speculative_tokens")
     depth = check_drafter(drafter, target, asked, revision)
-    # With LoRA vLLM wants the most tokens for all requests to fit into one step; with the V2 runner all requests have as
-    # many drafts, and none of them are looked up.
+    # With LoRA vLLM wants the most tokens for all requests to fit into one step; with the V2 runner all requests have
+    # as many drafts, and none of them are looked up.
     if asked is None and current_platform.is_cpu() and not args.enable_lora and not _runs_v2():
         depth = most_drafts(QuickMergeConfig.from_pretrained(drafter))
     logger.info("qm_spec: drafter %s, up to %d tokens per step", drafter, depth)
