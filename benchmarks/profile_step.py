@@ -17,17 +17,17 @@ import typer
 ROOT = Path(__file__).resolve().parents[1]
 NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
 
-PROPOSER = "qm_spec.integrations.vllm_plugin.proposer"
+SESSION = "qm_spec.integrations.vllm_plugin.session"
 
 # What is timed: label, module, attribute path. A label that begins with a space lies within the one above.
 TIMED = (
     ("target forward", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._model_forward"),
     ("sampling and verification", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample"),
-    ("drafting", PROPOSER, "draft_step"),
+    ("drafting", SESSION, "DraftSession.draft"),
     (" fusing the target's states", "qm_spec.drafter.prior", "PriorLayer.fuse"),
     (" keys and values of new tokens", "qm_spec.drafter.loop", "DraftLoop.remember"),
-    (" merging", PROPOSER, "merge_groups_"),
-    (" all draft steps", PROPOSER, "draft_tokens"),
+    (" merging", SESSION, "merge_groups_"),
+    (" all draft steps", SESSION, "draft_tokens"),
 )
 
 

@@ -44,7 +44,7 @@ def run_offline(folder, engine, requests, program=OFFLINE):
         env=engine_environment("cpu"),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(result.read_text())

@@ -361,19 +361,48 @@ def test_the_variable_is_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("change", ["off", "gpu", "unknown requests", None])
-def test_every_step_drafts_on_a_gpu_and_where_it_is_asked_for(change: str | None) -> None:
-    from qm_spec.integrations.vllm_plugin.adaptive import begin_step
+def test_every_step_drafts_on_a_gpu_and_where_it_is_asked_for(
+    change: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qm_spec.integrations.vllm_plugin.session import DraftSession
 
-    proposer: Any = SimpleNamespace(
-        model=SimpleNamespace(adapts=change != "off", num_drafts=4, most_drafts=16, lookup_length=3),
-        device=torch.device("cuda" if change == "gpu" else "cpu"),
-        _qm_spec_states=None if change == "unknown requests" else [REQUEST],
+    session = DraftSession(None, None, 4, 16, adapts=change != "off")
+    began: list[Any] = []
+    plain = Plan([0], [False], 0, 1.0, 1.0)
+    controller: Any = SimpleNamespace(
+        begin=lambda *args: began.append(args), plan=lambda *args: plain, end=lambda: began.append("end")
     )
-    metadata = SimpleNamespace(query_start_loc=torch.tensor([0, 3]))
-    decides = begin_step(proposer, torch.tensor([7]), metadata, torch.tensor([1]))
-    assert (decides is None) == (change is not None)
-    if decides is not None:
-        assert begin_step(proposer, torch.tensor([7]), metadata, None) is decides, "it is the engine's, not the step's"
+    session.controller = controller
+    drafted: list[Any] = []
+    monkeypatch.setattr(session, "propose", lambda step, widths, found: drafted.append(widths))
+    device = torch.device("meta" if change == "gpu" else "cpu")
+    state = SimpleNamespace(num_prompt_tokens=3, sampling_params=SimpleNamespace(max_tokens=9))
+    session.draft(step_of(state, [0, 3], [9], [1], device, known=change != "unknown requests"))
+    # Two of its three rows are verified, and 7 is the token behind them.
+    assert [list(args[1:]) for args in began[:1]] == ([] if change else [[[3], [2], [7]]])
+    assert len(began) == (0 if change else 2) and drafted == [[4] if change else [0]]
+
+
+def step_of(
+    state: Any, starts: list[int], lengths: list[int], rejected: list[int], device: Any = "cpu", known: bool = True
+) -> Any:
+    """A step of one greedy request."""
+    from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
+
+    unread: Any = None
+    return DraftStep(
+        num_drafts=64,
+        token_ids=unread,
+        states=unread,
+        next_token_ids=torch.tensor([7], device=device),
+        last_rows=unread,
+        query_start_loc=torch.tensor(starts),
+        seq_lens=torch.tensor(lengths),
+        num_rejected=torch.tensor(rejected),
+        block_table=unread,
+        slot_mapping=unread,
+        requests=[DraftRequest(state)] if known else [],
+    )
 
 
 @pytest.mark.vllm
@@ -385,16 +414,13 @@ def test_drafts_that_a_request_has_no_use_for_are_not_made(num_computed: int, mo
     """While its prompt is read, and beyond the last token that it may write."""
     from qm_spec.integrations.vllm_plugin.adaptive import plan_step
 
-    request = SimpleNamespace(num_prompt_tokens=11, sampling_params=SimpleNamespace(max_tokens=most_tokens))
-    proposer = SimpleNamespace(_qm_spec_states=[request])
+    state = SimpleNamespace(num_prompt_tokens=11, sampling_params=SimpleNamespace(max_tokens=most_tokens))
     planned = []
     controller: Any = SimpleNamespace(plan=lambda *args: planned.append(args) or Plan([1], [False], 1, 1.0, 1.0))
-    metadata = SimpleNamespace(seq_lens=torch.tensor([num_computed + 2]))
-    greedy = SimpleNamespace(all_greedy=True)
     found = [Lookup((7,) * 64, 4)]
-    widths, left = plan_step(controller, proposer, 64, found, metadata, torch.tensor([2]), greedy)
+    widths, left = plan_step(controller, step_of(state, [0, 3], [num_computed + 2], [2]), found)
     (((candidate,), num_tokens),) = planned
-    assert candidate.most == useful
+    assert candidate.most == useful and candidate.request.state is state
     assert candidate.match == 4 and not candidate.sampled and num_tokens == num_computed + 2
     assert widths == [1] and left == [Lookup((), 0)], "what is not copied is drafted by the prior"
 

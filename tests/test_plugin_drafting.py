@@ -15,14 +15,11 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
-from draft_cases import PriorSizes, make_case
 from offline_engine import OFFLINE, run_offline
+from plugin_doubles import MERGE, SIZES, bare, make_model, make_step
 from recorded_graph import Recorder, WithoutHost, without_values
 from vllm.config import CUDAGraphMode
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
@@ -31,71 +28,26 @@ import qm_spec
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.draft_graphs import DraftGraphs
-from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.drafter.vocabulary import to_offsets
 from qm_spec.integrations.vllm_plugin import cuda_graphs, seeds
 from qm_spec.integrations.vllm_plugin import proposer as plugin
+from qm_spec.integrations.vllm_plugin import session as drafting
 from qm_spec.integrations.vllm_plugin.attention import QuickMergeImpl, QuickMergeMetadata, QuickMergeMetadataBuilder
 from qm_spec.integrations.vllm_plugin.head import DraftRows
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
+from qm_spec.integrations.vllm_plugin.session import Drafts, DraftSession, plain_weights
+from qm_spec.integrations.vllm_plugin.step import DraftStep
 from qm_spec.ops.draft_tokens import draft_tokens
 from qm_spec.ops.page import slot_elements
 
 pytestmark = pytest.mark.vllm
 
-SIZES = PriorSizes(48, 4, 2, 16, 96, 200)
-PADDED_VOCABULARY = 256
-MERGE = MergeConfig(window=24, group_size=8, schedule=(4, 2, 1))
-
-
-def bare(kind: type[torch.nn.Module], **attributes: Any) -> Any:
-    """Make one of vLLM's modules without the distributed set-up that its constructor asks for."""
-    module = kind.__new__(kind)
-    torch.nn.Module.__init__(module)
-    for name, value in attributes.items():
-        setattr(module, name, value)
-    return module
-
 
 @pytest.fixture
 def model() -> Any:
-    """What `plain_weights` and `propose` read of `QuickMergeForCausalLM`, with a target of plain weights."""
-    torch.manual_seed(0)
-    case = make_case([70, 9, 200], SIZES, config=MERGE)
-    config = QuickMergeConfig(
-        hidden_size=SIZES.hidden,
-        intermediate_size=SIZES.intermediate,
-        num_attention_heads=SIZES.num_heads,
-        num_key_value_heads=SIZES.num_kv_heads,
-        head_dim=SIZES.head_dim,
-        vocab_size=SIZES.vocabulary,
-        next_token_values=True,
-        quickmerge=MERGE.to_dict(),
-    )
-    layer = QuickMergePrior(config).eval().layer.requires_grad_(False)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    padding = torch.full((PADDED_VOCABULARY - SIZES.vocabulary, SIZES.hidden), float("nan"))
-    weights = [torch.cat([weight, padding]) for weight in (case.weights.embedding, case.weights.head)]
-    method = UnquantizedEmbeddingMethod()
-    embed = bare(VocabParallelEmbedding, weight=weights[0], quant_method=method)
-    embed.forward = lambda ids: weights[0][ids]
-    head = bare(ParallelLMHead, weight=weights[1], quant_method=method)
-    processor = bare(
-        LogitsProcessor, org_vocab_size=SIZES.vocabulary, scale=1.0, soft_cap=None, head_dtype=torch.float32
-    )
-    return SimpleNamespace(
-        case=case,
-        config=config,
-        model=SimpleNamespace(layer=layer, embed_tokens=embed, attn=SimpleNamespace(kv_cache=case.cache)),
-        lm_head=head,
-        logits_processor=processor,
-        combine_hidden_states=layer.fuse,
-        seeds_by_position=False,
-        compute_logits=lambda hidden: hidden @ weights[1][: SIZES.vocabulary].T,
-        draft_rows=None,
-    )
+    """A drafter whose target has plain weights."""
+    return make_model()
 
 
 TOKEN_IDS = torch.arange(3, 200, 5)
@@ -111,7 +63,7 @@ def reduced(model) -> Any:
 
 
 def test_plain_weights_are_taken_without_their_padding(model):
-    weights = plugin.plain_weights(model)
+    weights = plain_weights(model)
     assert weights is not None
     assert weights.head.shape == weights.embedding.shape == (SIZES.vocabulary, SIZES.hidden)
     assert weights.head.data_ptr() == model.lm_head.weight.data_ptr(), "not copied"
@@ -120,13 +72,13 @@ def test_plain_weights_are_taken_without_their_padding(model):
 
 def test_of_a_draft_vocabulary_its_rows_are_gathered_once_and_again_from_another_head(reduced):
     head = reduced.lm_head.weight
-    weights = plugin.plain_weights(reduced)
+    weights = plain_weights(reduced)
     assert torch.equal(weights.head, head[TOKEN_IDS]) and torch.equal(weights.token_ids, TOKEN_IDS)
     reduced.draft_rows.weight.zero_()
-    assert not plugin.plain_weights(reduced).head.any(), "gathered anew at every step"
+    assert not plain_weights(reduced).head.any(), "gathered anew at every step"
     reduced.lm_head.weight = 2 * head
-    assert torch.equal(plugin.plain_weights(reduced).head, 2 * head[TOKEN_IDS])
-    assert weights.head.data_ptr() == plugin.plain_weights(reduced).head.data_ptr(), "a graph's weights have moved"
+    assert torch.equal(plain_weights(reduced).head, 2 * head[TOKEN_IDS])
+    assert weights.head.data_ptr() == plain_weights(reduced).head.data_ptr(), "a graph's weights have moved"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +135,7 @@ def weight_packed_away(model: Any) -> None:
 )
 def test_vllms_layers_draft_for_a_target_with_more_than_plain_weights(model, change: Callable[[Any], None]):
     change(model)
-    assert plugin.plain_weights(model) is None
+    assert plain_weights(model) is None
 
 
 def test_large_batches_of_16_bit_weights_are_left_to_the_library(model, monkeypatch):
@@ -197,9 +149,9 @@ def test_large_batches_of_16_bit_weights_are_left_to_the_library(model, monkeypa
     model.compute_logits = lambda hidden: hidden @ model.lm_head.weight[: SIZES.vocabulary].T
     model.logits_processor.head_dtype = None
     calls = []
-    monkeypatch.setattr(plugin, "draft_tokens", lambda *args: calls.append(args) or draft_tokens(*args))
+    monkeypatch.setattr(drafting, "draft_tokens", lambda *args: calls.append(args) or draft_tokens(*args))
     for most, by_operator in ((3, 1), (2, 1)):
-        monkeypatch.setattr(plugin, "MOST_REQUESTS_16_BIT", most)
+        monkeypatch.setattr(drafting, "MOST_REQUESTS_16_BIT", most)
         propose(model, 2, None)
         assert len(calls) == by_operator
 
@@ -211,44 +163,13 @@ def propose(
     graphs: DraftGraphs | None = None,
     widths: list[int] | None = None,
     found: Sequence[Lookup] = (),
-) -> tuple[Any, Any]:
-    """Draft after one step in which requests 0, 1 and 2 had 2, 0 and 1 of their 2 drafts rejected."""
-    case = model.case
-    torch.manual_seed(1)
-    rejected = torch.tensor([2, 0, 1], dtype=torch.int32)
-    starts = torch.tensor([0, 3, 6, 9], dtype=torch.int32)
-    lengths = case.num_tokens + 3
-    position = (lengths.unsqueeze(1) - 3 + torch.arange(3)).long()
-    page_size = case.cache.shape[2]
-    slots = case.block_table.long().gather(1, position // page_size) * page_size + position % page_size
-    proposer = SimpleNamespace(
-        model=model,
-        num_speculative_tokens=0,
-        _last_draft_probs="stale",
-        _enable_probabilistic_draft_probs=sampling is not None,
-        device=torch.device("cpu"),
-    )
+    by_position: bool = False,
+) -> Drafts:
+    """Draft after `make_step`."""
+    session = DraftSession(model, vllm_config("cpu"), num_drafts, num_drafts, seeds_by_position=by_position)
     if graphs is not None:
-        proposer._qm_spec_graphs = graphs
-    common = SimpleNamespace(
-        slot_mapping=slots.flatten(),
-        query_start_loc=starts,
-        block_table_tensor=case.block_table,
-        seq_lens=lengths,
-    )
-    drafted = plugin.propose(
-        proposer,
-        widths or [num_drafts] * 3,
-        torch.randint(SIZES.vocabulary, (9,), dtype=torch.int32),
-        torch.randn(9, 3 * SIZES.hidden).to(model.model.layer.slopes.dtype),
-        case.next_ids.int(),
-        starts[1:] - 1 - rejected,
-        common,
-        sampling,
-        rejected,
-        found,
-    )
-    return drafted, proposer._last_draft_probs
+        session.graphs = graphs
+    return session.propose(make_step(model, num_drafts, sampling), widths or [num_drafts] * 3, found)
 
 
 def sampled(*temperatures: float, **generators: torch.Generator) -> Any:
@@ -283,7 +204,7 @@ def test_a_draft_vocabulary_drafts_the_same_by_operator_by_graph_and_by_vllms_la
         # Of the head: first its rows are plain, then vLLM's layers compute all logits.
         change(reduced)
         reduced.logits_processor = reduced.logits_processor if change is wrapped else lambda _, hidden: hidden @ head.T
-        assert plugin.plain_weights(reduced) is None
+        assert plain_weights(reduced) is None
         assert torch.equal(propose(reduced, 4, None)[0], drafted)
         by_layers, layer_probs = propose(reduced, 4, sampling)
         assert torch.equal(by_layers, by_operator)
@@ -332,7 +253,7 @@ def test_what_is_looked_up_takes_the_place_of_drafts_and_may_be_more(model):
 
 
 def test_where_all_is_looked_up_nothing_else_is_drafted(model, monkeypatch):
-    monkeypatch.setattr(plugin, "draft_tokens", None)
+    monkeypatch.setattr(drafting, "draft_tokens", None)
     found = [Lookup((1, 2, 3, 4), 2), Lookup((5, 6, 7, 8), 4), Lookup((9, 9, 9, 9), 3)]
     for sampling in (None, sampled(1.0, 1.0, 1.0)):
         joined, probs = propose(model, 2, sampling, found=found)
@@ -353,7 +274,7 @@ def test_a_request_with_a_seed_takes_as_many_numbers_whatever_is_looked_up(model
 def test_a_request_with_a_seed_draws_its_drafts_from_it():
     def draw(seed: int) -> torch.Tensor:
         sampling = sampled(1.0, 1.0, 1.0, row1=torch.Generator().manual_seed(seed))
-        return plugin._random_numbers(sampling.generators, torch.empty(3, 8))
+        return drafting._random_numbers(sampling.generators, torch.empty(3, 8))
 
     first, second, other = draw(5), draw(5), draw(6)
     assert torch.equal(first[1], second[1]) and not torch.equal(first[1], other[1])
@@ -362,16 +283,15 @@ def test_a_request_with_a_seed_draws_its_drafts_from_it():
 
 
 def test_by_position_a_seeds_drafts_are_the_same_whatever_else_is_drafted(model):
-    model.seeds_by_position = True
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
-    drafted, probs = propose(model, 4, sampled(1.0, 1.0, 0.0, row1=generator))
+    drafted, probs = propose(model, 4, sampled(1.0, 1.0, 0.0, row1=generator), by_position=True)
     assert torch.equal(generator.get_state(), state), "verification takes the numbers, by position"
     assert probs.shape == (3, 4, SIZES.vocabulary), "for the request without a seed"
-    shorter, _ = propose(model, 2, sampled(0.5, 1.0, 1.0, row1=generator))
+    shorter, _ = propose(model, 2, sampled(0.5, 1.0, 1.0, row1=generator), by_position=True)
     assert shorter[1].tolist() == drafted[1, :2].tolist()
     seeds.draw_numbers(generator, 1)
-    later, _ = propose(model, 4, sampled(1.0, 1.0, 0.0, row1=generator))
+    later, _ = propose(model, 4, sampled(1.0, 1.0, 0.0, row1=generator), by_position=True)
     assert later[1].tolist() != drafted[1].tolist()
     assert torch.equal(later[2], drafted[2]), "greedy"
 
@@ -403,7 +323,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(plugin.backend, "backend", lambda device="cpu": "compiled")
     monkeypatch.setattr(plugin, "plain_weights", lambda model: object())
     return SimpleNamespace(
-        model=bare(QuickMergeForCausalLM),
+        model=bare(QuickMergeForCausalLM, session="the engine's"),
         device=torch.device("cuda"),
         vllm_config=vllm_config(),
         use_heterogeneous_vocab=False,
@@ -510,36 +430,33 @@ def test_the_attention_layer_reads_no_value_on_the_host_and_copies_none_from_it(
         assert impl.forward(None, query, key, value, cache, metadata, out) is out
 
 
-def proposed(drafts_after_step: bool) -> Any:
-    """What the runner gets of `propose`, for a model of ours."""
-    proposer = SimpleNamespace(
-        model=SimpleNamespace(drafts_after_step=drafts_after_step),
-        _last_draft_probs="stale",
-        device=torch.device("cpu"),
-        num_speculative_tokens=4,
-    )
-    next_token_ids = [8, 9]
-    return proposer, plugin.with_draft_loop(lambda *args: "vLLM's")(proposer, 4, 0, 1, 2, next_token_ids, 4, 5, 6)
+@pytest.fixture
+def proposed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return the proposer and what the runner gets of `propose`, for a model of ours whose session drafts so."""
+
+    def propose(draft: Callable[..., Any], drafts_after_step: bool, ours: bool = True) -> tuple[Any, Any]:
+        monkeypatch.setattr(plugin, "can_draft", lambda proposer: ours)
+        monkeypatch.setattr(DraftStep, "from_v1", lambda *args: args[1:])
+        session = DraftSession(None, None, 4, 4)
+        monkeypatch.setattr(session, "draft", draft)
+        proposer = SimpleNamespace(
+            model=bare(QuickMergeForCausalLM, drafts_after_step=drafts_after_step, session=session),
+            _last_draft_probs="stale",
+            device=torch.device("cpu"),
+        )
+        return proposer, plugin.with_draft_loop(lambda *args: "vLLM's")(proposer, 4, 0, 1, 2, [8, 9], 4, 5, 6)
+
+    return propose
 
 
 @pytest.mark.parametrize("drafts", [torch.tensor([[5, 6], [7, 8]]), torch.empty(2, 0), [[5, 6], [7]]])
 @pytest.mark.parametrize("probs", ["distributions", None])
-def test_drafts_are_made_when_the_engine_asks_for_them(monkeypatch, drafts, probs):
+def test_drafts_are_made_when_the_engine_asks_for_them(proposed, drafts, probs):
     asked = []
-
-    def draft_step(proposer: Any, *args: Any) -> Any:
-        asked.append(args)
-        proposer._last_draft_probs = probs
-        return drafts
-
-    monkeypatch.setattr(plugin, "can_draft", lambda proposer: True)
-    monkeypatch.setattr(plugin, "draft_step", draft_step)
-    proposer, pending = proposed(drafts_after_step=True)
+    proposer, pending = proposed(lambda step: asked.append(step) or Drafts(drafts, probs), drafts_after_step=True)
     assert not asked and proposer._last_draft_probs is None
-    proposer.take_last_draft_probs = lambda: proposer._last_draft_probs
     runner = SimpleNamespace(
         _draft_token_ids=pending,
-        drafter=proposer,
         _draft_probs=None,
         _draft_prob_req_ids=None,
         input_batch=SimpleNamespace(req_ids=["a", "b"], generators={}),
@@ -549,44 +466,41 @@ def test_drafts_are_made_when_the_engine_asks_for_them(monkeypatch, drafts, prob
     expected = drafts if isinstance(drafts, list) else drafts.tolist()
     # Without positions, which ours does not read; asked twice, drafted once.
     for _ in range(2):
-        assert take(runner) == expected and asked == [(4, 0, 2, [8, 9], 4, 5, 6, None)]
+        assert take(runner) == expected and asked == [(4, 0, 2, [8, 9], 4, 5, 6, None, [])]
     assert (runner._draft_probs, runner._draft_prob_req_ids) == ((probs, ["a", "b"]) if probs else (None, None))
 
 
-def test_elsewhere_drafts_are_made_at_once(monkeypatch):
-    monkeypatch.setattr(plugin, "draft_step", lambda *args: "ours")
-    for mine, expected in ((True, "ours"), (False, "vLLM's")):
-        monkeypatch.setattr(plugin, "can_draft", lambda proposer, mine=mine: mine)
-        assert proposed(drafts_after_step=False)[1] == expected
+def test_elsewhere_drafts_are_made_at_once(proposed):
+    for mine, expected, probs in ((True, "ours", "distributions"), (False, "vLLM's", "stale")):
+        proposer, drafts = proposed(lambda step: Drafts("ours", "distributions"), drafts_after_step=False, ours=mine)
+        assert drafts == expected and proposer._last_draft_probs == probs
     runner = SimpleNamespace(_draft_token_ids="tensor")
     assert plugin.with_pending_drafts(lambda self: self._draft_token_ids)(runner) == "tensor"
 
 
-def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(monkeypatch, caplog):
+def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(proposed, caplog):
     calls = []
 
     def failing(*args: Any) -> None:
         calls.append(args)
         raise IndexError("page 17")
 
-    monkeypatch.setattr(plugin, "can_draft", lambda proposer: True)
-    monkeypatch.setattr(plugin, "draft_step", failing)
-    proposer, drafts = proposed(drafts_after_step=False)
+    proposer, drafts = proposed(failing, drafts_after_step=False)
     assert drafts == [[], []] and proposer._last_draft_probs is None
-    draft = plugin.guarded(proposer, 3, lambda: calls.append("again"))
-    assert draft == [[], [], []] and len(calls) == 1, "it is not asked again"
+    session = proposer.model.session
+    assert session.failed
+    assert session.attempt(lambda: calls.append("again")) is None and len(calls) == 1, "it is not asked again"
     (record,) = caplog.records
     assert "goes on without drafts" in record.message and "page 17" in str(record.exc_info)
-    proposer.device = torch.device("meta")
-    assert plugin.guarded(proposer, 3, failing).shape == (3, 4)
+    assert plugin.no_drafts(3, 4, torch.device("meta")).token_ids.shape == (3, 4)
 
 
 # Fails in a draft that keeps the tokens of its step waiting.
 WATCHED = (
     """
 from vllm.v1.engine.core import EngineCore
-from qm_spec.integrations.vllm_plugin import proposer
-step, draft_step, stepping, seen = EngineCore.step, proposer.draft_step, [], set()
+from qm_spec.integrations.vllm_plugin.session import DraftSession
+step, draft, stepping, seen = EngineCore.step, DraftSession.draft, [], set()
 
 
 def watched_step(self):
@@ -601,10 +515,10 @@ def watched_step(self):
 def watched_draft(*args):
     seen.add("draft")
     assert not stepping, "drafted within the step"
-    return draft_step(*args)
+    return draft(*args)
 
 
-EngineCore.step, proposer.draft_step = watched_step, watched_draft
+EngineCore.step, DraftSession.draft = watched_step, watched_draft
 """
     + OFFLINE
     + """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -25,6 +25,9 @@ from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup
 from qm_spec.evaluation.metrics import DraftCounts
 from qm_spec.evaluation.replay import walk
 from qm_spec.integrations.vllm_plugin import lookup as plugin
+from qm_spec.integrations.vllm_plugin import proposer as v1
+from qm_spec.integrations.vllm_plugin.session import DraftSession
+from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
 
 pytestmark = pytest.mark.vllm
 
@@ -79,25 +82,51 @@ class Request:
         return self.token_ids[position]
 
 
-def step(requests: list[Request], rows: list[list[int]], rejected: list[int], newest: list[int]) -> list[Lookup]:
-    """Look up after one step of the target, which has read `rows`."""
-    proposer = SimpleNamespace(model=SimpleNamespace(lookup_length=MIN_LENGTH))
-    batch = SimpleNamespace(req_ids=[*map(str, range(len(requests))), "stale"], num_reqs=len(requests))
-    names = {str(number): request for number, request in enumerate(requests)}
-    assert plugin.with_request_states(lambda *args: args[3])(proposer, None, names, batch, None) is batch
-    ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
-    lengths = [request.computed + len(row) for request, row in zip(requests, rows, strict=True)]
-    return plugin.look_up(
-        proposer,
-        NUM_DRAFTS,
-        torch.tensor([token for row in rows for token in row], dtype=torch.int32),
-        torch.tensor(newest, dtype=torch.int32),
-        SimpleNamespace(query_start_loc=ends.int(), seq_lens=torch.tensor(lengths, dtype=torch.int32)),
-        torch.tensor(rejected, dtype=torch.int32),
-    )
+class Batches:
+    """The requests of an engine as the V1 runner tells our session of them, one batch after the other."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.session = DraftSession(None, None, NUM_DRAFTS, NUM_DRAFTS, lookup_length=MIN_LENGTH)
+        monkeypatch.setattr(v1, "session_of", lambda proposer: self.session)
+
+    def step(
+        self,
+        requests: list[Request],
+        rows: list[list[int]],
+        rejected: list[int],
+        newest: list[int],
+        live: list[Request] | None = None,
+    ) -> list[Lookup]:
+        """Look up after one step of the target, which has read `rows`; `live` are all requests that it knows."""
+        names = {str(id(request)): request for request in live or requests}
+        batch = SimpleNamespace(req_ids=[*(str(id(request)) for request in requests), "stale"], num_reqs=len(requests))
+        assert v1.with_request_states(lambda *args: args[3])(None, None, names, batch, None) is batch
+        ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
+        lengths = [request.computed + len(row) for request, row in zip(requests, rows, strict=True)]
+        step = draft_step(
+            token_ids=torch.tensor([token for row in rows for token in row], dtype=torch.int32),
+            next_token_ids=torch.tensor(newest, dtype=torch.int32),
+            query_start_loc=ends.int(),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            num_rejected=torch.tensor(rejected, dtype=torch.int32),
+            requests=self.session.batch,
+        )
+        return plugin.look_up(step, MIN_LENGTH)
 
 
-def test_indices_follow_their_requests_through_any_batch() -> None:
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
+    return Batches(monkeypatch)
+
+
+def draft_step(**fields: Any) -> DraftStep:
+    """A step of which no more than these fields is read."""
+    unread: Any = None
+    names = [name for name, field in DraftStep.__dataclass_fields__.items() if field.default is MISSING]
+    return DraftStep(**{**dict.fromkeys(names, unread), "num_drafts": NUM_DRAFTS, **fields})
+
+
+def test_indices_follow_their_requests_through_any_batch(batches: Batches) -> None:
     """Chunks of prompts, cached prefixes, rejected drafts, rows in any order, pauses, preemption, tokens taken back."""
     random = Random(0)
     seen: Counter[str] = Counter()
@@ -137,7 +166,8 @@ def test_indices_follow_their_requests_through_any_batch() -> None:
             rejected.append(len(drafts) - kept)
             newest.append(random.randrange(3))
             new.append([*drafts[:kept], newest[-1]])
-        found = step(batch, rows, rejected, newest)
+        found = batches.step(batch, rows, rejected, newest, live)
+        assert len(batches.session._requests) <= len(live), "those that are gone are forgotten"
         for request, row, number, tokens, lookup in zip(batch, rows, rejected, new, found, strict=True):
             request.computed += len(row) - number
             request.output_token_ids += tokens
@@ -150,30 +180,50 @@ def test_indices_follow_their_requests_through_any_batch() -> None:
 
 def test_the_token_behind_a_piece_of_a_prompt_is_the_prompts() -> None:
     reading, decoding, embedded = Request([10, 11, 12, 13, 14]), Request([1, 2], [3, 4, 5]), Request(None)
-    proposer = SimpleNamespace(_qm_spec_states=[reading, decoding, embedded])
     # The first has read two of its tokens; of the second one draft of two was rejected.
-    common = SimpleNamespace(seq_lens=torch.tensor([2, 5, 7], dtype=torch.int32))
-    vllms, rejected = torch.tensor([14, 5, 9], dtype=torch.int32), torch.tensor([0, 1, 0], dtype=torch.int32)
-    known = plugin.known_next_tokens(proposer, vllms, common, rejected)
-    assert known.tolist() == [12, 5, 9] and known.dtype == torch.int32
-    assert plugin.known_next_tokens(SimpleNamespace(), vllms, common, rejected) is vllms
+    starts, lengths, rejected = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 5, 6], [2, 5, 7], [0, 1, 0]))
+    common = SimpleNamespace(seq_lens=lengths, query_start_loc=starts, block_table_tensor=None, slot_mapping=None)
+    vllms, greedy = torch.tensor([14, 5, 9], dtype=torch.int32), SimpleNamespace(all_greedy=True, generators={})
+    proposer = SimpleNamespace(_enable_probabilistic_draft_probs=True)
+    nothing: Any = None
+
+    def known(requests: list[DraftRequest]) -> torch.Tensor:
+        step = DraftStep.from_v1(proposer, 4, nothing, nothing, vllms, None, common, greedy, rejected, requests)
+        assert step.last_rows.tolist() == [1, 4, 5] and step.num_verified.tolist() == [2, 4, 7] and not step.draws
+        return step.next_token_ids
+
+    next_ids = known([DraftRequest(request) for request in (reading, decoding, embedded)])
+    assert next_ids.tolist() == [12, 5, 9] and next_ids.dtype == torch.int32
+    assert known([]) is vllms
 
 
-def test_nothing_is_looked_up_before_sampled_tokens_have_arrived() -> None:
+def test_nothing_is_looked_up_before_sampled_tokens_have_arrived(batches: Batches) -> None:
     """As after steps without drafts under asynchronous scheduling."""
     request = Request([1, 2, 3, 4])
-    assert step([request], [[1, 2, 3, 4]], [0], [5])[0].length == 0
+    assert batches.step([request], [[1, 2, 3, 4]], [0], [5])[0].length == 0
     request.output_token_ids, request.computed = [-1, -1, -1], 6
-    assert step([request], [[1]], [0], [2]) == [Lookup((), 0)]
+    assert batches.step([request], [[1]], [0], [2]) == [Lookup((), 0)]
     request.output_token_ids, request.computed = [5, 6, 1], 7
-    assert step([request], [[2]], [0], [3]) == [Lookup((4, 5, 6, 1), 3)]
+    assert batches.step([request], [[2]], [0], [3]) == [Lookup((4, 5, 6, 1), 3)]
     unknown = Request(None, computed=6)
-    assert step([unknown], [[1]], [0], [2]) == [Lookup((), 0)]
+    assert batches.step([unknown], [[1]], [0], [2]) == [Lookup((), 0)]
+
+
+def test_another_request_of_the_same_name_has_an_index_of_its_own() -> None:
+    session = DraftSession(None, None, NUM_DRAFTS, NUM_DRAFTS)
+    first, second, other = Request([1]), Request([1]), Request([2])
+    session.note_batch(["a", "b"], {"a": first, "b": other})
+    known, others = session.batch
+    session.note_batch(["b", "a"], {"a": first, "b": other})
+    assert session.batch == [others, known]
+    session.note_batch(["a"], {"a": second, "b": other})
+    assert session.batch != [known] and session.batch[0].state is second
 
 
 def test_without_a_length_nothing_is_looked_up() -> None:
-    proposer: Any = SimpleNamespace(model=SimpleNamespace(lookup_length=0), _qm_spec_states=[Request([1])])
-    assert plugin.look_up(proposer, 2, torch.tensor([1]), torch.tensor([1]), None, None) == []
+    step = draft_step(token_ids=torch.tensor([1]), requests=[DraftRequest(Request([1]))])
+    assert plugin.look_up(step, 0) == []
+    assert plugin.look_up(draft_step(token_ids=torch.tensor([1])), MIN_LENGTH) == [], "requests are not known"
 
 
 def test_looked_up_drafts_come_with_distributions_that_are_sure_of_them() -> None:

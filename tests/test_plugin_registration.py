@@ -21,6 +21,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 from tiny_pair import run_in_vllm, write_drafter, write_target
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.v1.worker.gpu import spec_decode
 
 from qm_spec.config import ARCHITECTURE
 from qm_spec.integrations.vllm_plugin import aux_states, compat, register
@@ -89,6 +90,7 @@ def test_registering_twice_changes_nothing() -> None:
             ModelRegistry.models[ARCHITECTURE],
             EngineArgs.add_cli_args,
             EngineArgs.create_speculative_config,
+            spec_decode.init_speculator,
         )
 
     before = state()

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
-
-from torch import Tensor
 
 from qm_spec.drafter.controller import Candidate, Controller
 from qm_spec.drafter.suffix_index import Lookup
+from qm_spec.integrations.vllm_plugin.step import DraftStep
+from qm_spec.ops.draft_tokens import LEAST_TEMPERATURE
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
 
 VARIABLE = "QM_SPEC_ADAPT"
-# Temperatures below sample greedily; vLLM's own bound.
-_LEAST_TEMPERATURE = 1e-5
 _NOTHING = Lookup((), 0)
 
 
@@ -40,85 +36,49 @@ def adapts() -> bool:
     return given == "1"
 
 
-def begin_step(
-    proposer: Any, next_token_ids: Tensor, common_attn_metadata: Any, num_rejected_tokens: Tensor | None
-) -> Controller | None:
-    """Note the step that has ended; return what decides about the next, None where every step drafts.
+def make_controller(num_drafts: int, most_copies: int) -> Controller:
+    """Return what decides for one engine, and reports to vLLM's log.
 
     Args:
-        proposer: vLLM's EAGLE proposer with our model.
-        next_token_ids: `[B]`, the token after each request's last verified one.
-        common_attn_metadata: where each request's rows begin.
-        num_rejected_tokens: `[B]` of these rows, or None.
+        num_drafts: the most tokens that the prior drafts.
+        most_copies: the most that lookup drafts, 0 where it is off.
     """
-    requests = getattr(proposer, "_qm_spec_states", None)
-    if requests is None or not proposer.model.adapts or proposer.device.type != "cpu":
-        return None
-    if not hasattr(proposer, "_qm_spec_controller"):
-        proposer._qm_spec_controller = Controller(
-            proposer.model.num_drafts,
-            proposer.model.most_drafts if proposer.model.lookup_length else 0,
-            report=partial(logger.info, "qm_spec: %s"),
-        )
-    controller: Controller = proposer._qm_spec_controller
-    rows = common_attn_metadata.query_start_loc.diff()
-    verified = rows if num_rejected_tokens is None else rows - num_rejected_tokens
-    controller.begin(requests, rows.tolist(), verified.tolist(), next_token_ids.tolist())
-    return controller
+    return Controller(num_drafts, most_copies, report=partial(logger.info, "qm_spec: %s"))
+
+
+def begin_step(controller: Controller, step: DraftStep) -> None:
+    """Note the step that has ended, of known requests."""
+    rows = step.query_start_loc.diff()
+    verified = rows - step.num_rejected
+    controller.begin(step.requests, rows.tolist(), verified.tolist(), step.next_token_ids.tolist())
 
 
 def plan_step(
-    controller: Controller,
-    proposer: Any,
-    num_drafts: int,
-    found: Sequence[Lookup],
-    common_attn_metadata: Any,
-    num_rejected_tokens: Tensor | None,
-    sampling_metadata: Any,
+    controller: Controller, step: DraftStep, found: Sequence[Lookup]
 ) -> tuple[Sequence[int], Sequence[Lookup]]:
     """Return how many tokens to draft for each request, and of what was found the lookups to draft from.
 
     Args:
-        controller: after `begin`.
-        proposer: vLLM's EAGLE proposer with our model.
-        num_drafts: the most tokens of a request.
+        controller: after `begin_step`.
+        step: of known requests.
         found: one for each request; none at all where lookup is off.
-        common_attn_metadata: tokens of each request, with the rejected ones.
-        num_rejected_tokens: `[B]`, or None.
-        sampling_metadata: temperatures.
     """
-    requests = proposer._qm_spec_states
-    num_tokens = common_attn_metadata.seq_lens.tolist()
-    rejected = [0] * len(requests) if num_rejected_tokens is None else num_rejected_tokens.tolist()
-    greedy = sampling_metadata.all_greedy
-    temperatures = [0.0] * len(requests) if greedy else sampling_metadata.temperature.tolist()
+    requests = step.requests
+    temperatures = [0.0] * len(requests) if step.temperature is None else step.temperature.tolist()
     lookups = found or [_NOTHING] * len(requests)
     candidates = [
         Candidate(
             request,
-            min(num_drafts, _num_useful(request, length - wrong)),
-            lookup.drafts[:num_drafts],
+            min(step.num_drafts, request.num_useful(num_computed)),
+            lookup.drafts[: step.num_drafts],
             lookup.length,
-            temperature >= _LEAST_TEMPERATURE,
+            temperature >= LEAST_TEMPERATURE,
         )
-        for request, length, wrong, lookup, temperature in zip(
-            requests, num_tokens, rejected, lookups, temperatures[: len(requests)], strict=True
+        for request, num_computed, lookup, temperature in zip(
+            requests, step.num_verified.tolist(), lookups, temperatures, strict=True
         )
     ]
-    plan = controller.plan(candidates, sum(num_tokens))
+    plan = controller.plan(candidates, int(step.seq_lens.sum()))
     if found:
         found = [lookup if copies else _NOTHING for lookup, copies in zip(found, plan.copies, strict=True)]
     return plan.widths, found
-
-
-def _num_useful(request: Any, num_computed: int) -> int:
-    """Return how many drafts a request can still use: none while its prompt is read, and none of its last token.
-
-    Args:
-        request: vLLM's state of it.
-        num_computed: its verified tokens in the cache; one more has been sampled.
-    """
-    num_written, most = num_computed + 1 - request.num_prompt_tokens, request.sampling_params.max_tokens
-    if num_written < 1:
-        return 0
-    return sys.maxsize if most is None else max(most - num_written - 1, 0)

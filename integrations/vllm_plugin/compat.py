@@ -65,6 +65,16 @@ RESOLVE_DRAFTER = Patch(
     delete_when="vLLM has a registry of speculative methods that may resolve their own settings",
 )
 
+SPECULATOR = Patch(
+    target="vllm.v1.worker.gpu.spec_decode:init_speculator",
+    parameters=("vllm_config", "device", "req_states"),
+    replacement="qm_spec.integrations.vllm_plugin.request:with_speculator",
+    why="with the V2 runner a prompt costs keys and values only, and all drafts of a step one call",
+    how="takes our speculator where the draft model is ours; applied before the runner takes the function's name",
+    upstream="none",
+    delete_when="vLLM has a registry of speculators",
+)
+
 DRAFT_LOOP = Patch(
     target="vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.propose",
     parameters=(
@@ -102,10 +112,11 @@ DRAFTS_AFTER_STEP = Patch(
 REQUEST_STATES = Patch(
     target="vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.prepare_next_token_ids_padded",
     parameters=("self", "sampled_token_ids", "requests", "gpu_input_batch", "discard_request_mask"),
-    replacement="qm_spec.integrations.vllm_plugin.lookup:with_request_states",
+    replacement="qm_spec.integrations.vllm_plugin.proposer:with_request_states",
     why="suffix lookup (lookup_length), for which a request's earlier tokens must be found again, and drafting only "
-    "where it pays (QM_SPEC_ADAPT), for which each request's acceptance is followed",
-    how="notes which requests the rows are, which `propose` is not told; applied only where one of the two is on",
+    "where it pays (QM_SPEC_ADAPT), for which each request's acceptance is followed; on a CPU also the right token "
+    "behind a piece of a prompt",
+    how="tells our session which requests the rows are, which `propose` is not told; on a CPU, and where lookup is on",
     upstream="none",
     delete_when="vLLM tells a proposer's `propose` the requests of the batch",
 )

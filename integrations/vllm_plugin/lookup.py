@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from functools import cache, wraps
-from typing import Any
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.nn.functional import pad
 
 from qm_spec.drafter.config import QuickMergeConfig, check_lookup_length
 from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup, SuffixIndex
+from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
 
@@ -48,120 +48,60 @@ def most_drafts(config: QuickMergeConfig) -> int:
     return max(config.num_speculative_tokens, looked_up)
 
 
-def with_request_states(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return vLLM's `prepare_next_token_ids_padded` that notes the states of the batch's requests, row by row."""
-
-    @wraps(original)
-    def replaced(
-        self: Any,
-        sampled_token_ids: Tensor,
-        requests: dict[str, Any],
-        gpu_input_batch: Any,
-        discard_request_mask: Tensor,
-    ) -> Any:
-        self._qm_spec_states = [requests[name] for name in gpu_input_batch.req_ids[: gpu_input_batch.num_reqs]]
-        return original(self, sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
-
-    return replaced
-
-
 @cache
 def warn_without_lookup() -> None:
-    """Say once that lookup was asked for where it is not done: in vLLM's own draft loops."""
+    """Say once that lookup was asked for where it is not done: with the V2 runner and in vLLM's own draft loop."""
     logger.warning(
-        "qm_spec: %s or lookup_length asks for suffix lookup, but vLLM's own loop drafts here, without it; ours runs "
-        "on one rank with the V1 runner (VLLM_USE_V2_MODEL_RUNNER=0), on a GPU with compiled kernels",
+        "qm_spec: %s or lookup_length asks for suffix lookup, which there is not here; there is on one rank with the "
+        "V1 runner (VLLM_USE_V2_MODEL_RUNNER=0), on a GPU with compiled kernels",
         VARIABLE,
     )
 
 
-def look_up(
-    proposer: Any,
-    num_drafts: int,
-    target_token_ids: Tensor,
-    next_token_ids: Tensor,
-    common_attn_metadata: Any,
-    num_rejected_tokens: Tensor | None,
-) -> list[Lookup]:
+def look_up(step: DraftStep, min_length: int) -> list[Lookup]:
     """Add what the target has read in this step to the requests' indices and look their newest tokens up.
 
-    Each request's state keeps its index, which goes when vLLM forgets the request. Values are read on the host: that
-    is free on a CPU; a GPU's step is waited for.
+    Values are read on the host: that is free on a CPU; a GPU's step is waited for.
 
     Args:
-        proposer: vLLM's EAGLE proposer with our model.
-        num_drafts: K.
-        target_token_ids: `[T]` that the target has read, rejected ones included.
-        next_token_ids: `[B]`, the token after each request's last verified one.
-        common_attn_metadata: where each request's rows begin, and its tokens with the rejected ones.
-        num_rejected_tokens: `[B]`, or None.
+        step: of known requests.
+        min_length: shortest suffix that counts, in tokens; 0 where lookup is off.
 
     Returns:
-        One for each request; none at all where lookup is off.
+        One for each request; none at all where lookup is off or the requests are not known.
     """
-    min_length, states = proposer.model.lookup_length, getattr(proposer, "_qm_spec_states", None)
-    if not min_length or states is None:
+    if not min_length or not step.requests:
         return []
-    token_ids, newest = target_token_ids.tolist(), next_token_ids.tolist()
-    starts, lengths = common_attn_metadata.query_start_loc.tolist(), common_attn_metadata.seq_lens.tolist()
-    rejected = [0] * len(states) if num_rejected_tokens is None else num_rejected_tokens.tolist()
+    token_ids, newest, rejected = step.token_ids.tolist(), step.next_token_ids.tolist(), step.num_rejected.tolist()
+    starts, lengths = step.query_start_loc.tolist(), step.seq_lens.tolist()
     found = []
-    for row, state in enumerate(states):
+    for row, request in enumerate(step.requests):
         start, end = starts[row : row + 2]
-        index = _read(state, min_length, lengths[row] - (end - start), token_ids[start : end - rejected[row]])
+        index = _read(request, min_length, lengths[row] - (end - start), token_ids[start : end - rejected[row]])
         # Otherwise it lacks tokens that have not arrived.
         complete = len(index) == lengths[row] - rejected[row]
-        found.append(index.look_up(newest[row], num_drafts) if complete else Lookup((), 0))
+        found.append(index.look_up(newest[row], step.num_drafts) if complete else Lookup((), 0))
     return found
 
 
-def known_next_tokens(
-    proposer: Any, next_token_ids: Tensor, common_attn_metadata: Any, num_rejected_tokens: Tensor | None
-) -> Tensor:
-    """Return the token behind each request's last verified one `[B]`, on a CPU also where a prompt is read in pieces.
-
-    There vLLM names the prompt's last token behind every piece, and the memory would tell that for good.
-    """
-    states = getattr(proposer, "_qm_spec_states", None)
-    if states is None or next_token_ids.device.type != "cpu":
-        return next_token_ids
-    verified = common_attn_metadata.seq_lens.long()
-    if num_rejected_tokens is not None:
-        verified = verified - num_rejected_tokens
-    named = next_token_ids.tolist()
-    for row, (state, position) in enumerate(zip(states, verified.tolist(), strict=False)):
-        known = _token_ids(state, position, position + 1)
-        if known is not None:
-            (named[row],) = known
-    return next_token_ids.new_tensor(named)
-
-
-def _read(state: Any, min_length: int, first: int, token_ids: list[int]) -> SuffixIndex:
+def _read(request: DraftRequest, min_length: int, first: int, token_ids: list[int]) -> SuffixIndex:
     """Bring a request's index up to the verified tokens of this step, which stand at `first`."""
-    index = getattr(state, "_qm_spec_index", None)
+    index = request.index
     if index is None:
-        index = state._qm_spec_index = SuffixIndex(min_length)
+        index = request.index = SuffixIndex(min_length)
     if len(index) < first:
         # A prefix from the cache, or steps that drafted nothing.
-        skipped = _token_ids(state, len(index), first)
+        skipped = request.token_ids(len(index), first)
         if skipped is None:
             return index
         index.read(skipped)
     if len(index) > first:
         # A preempted request is read again, and what it had sampled last may have been taken back.
         kept = index.token_ids[:first]
-        index = state._qm_spec_index = SuffixIndex(min_length)
+        index = request.index = SuffixIndex(min_length)
         index.read(kept)
     index.read(token_ids)
     return index
-
-
-def _token_ids(state: Any, start: int, end: int) -> list[int] | None:
-    """Return a request's tokens as the runner knows them; None for embeddings, and before sampled ones have arrived."""
-    if state.prompt_token_ids is None:
-        return None
-    token_ids = [state.get_token_id(position) for position in range(start, end)]
-    return None if min(token_ids) < 0 else token_ids
 
 
 def draft_widths(found: Sequence[Lookup], num_requests: int, num_drafts: int) -> list[int]:

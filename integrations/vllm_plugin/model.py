@@ -25,6 +25,7 @@ from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
 from qm_spec.integrations.vllm_plugin.head import DraftRows, plain_head
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length, warn_without_lookup
+from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.ops import backend
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
@@ -126,30 +127,35 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         self.draft_rows = DraftRows(*sizes) if self.config.draft_vocab_size < self.config.vocab_size else None
         self.use_parallel_drafting = False
         compat.apply(compat.DRAFT_LOOP)
-        self.lookup_length, self.adapts = lookup_length(self.config), adapts()
-        # Lookup may draft more than the prior, where the number may change from step to step.
         on_cpu, most = vllm_config.device_config.device_type == "cpu", vllm_config.num_speculative_tokens
-        self.num_drafts = min(self.config.num_speculative_tokens, most) if on_cpu else most
-        self.most_drafts = most
         # A GPU's step is still running when drafting begins, and other schedulers ask for drafts at other times.
         one_at_a_time = vllm_config.parallel_config.pipeline_parallel_size == 1
         one_at_a_time = one_at_a_time and not vllm_config.scheduler_config.async_scheduling
         self.drafts_after_step = on_cpu and one_at_a_time and compat.apply(compat.DRAFTS_AFTER_STEP)
-        if self.lookup_length or self.adapts:
+        self.session = DraftSession(
+            self,
+            vllm_config,
+            # Lookup may draft more than the prior, where the number may change from step to step.
+            num_drafts=min(self.config.num_speculative_tokens, most) if on_cpu else most,
+            most_drafts=most,
+            lookup_length=lookup_length(self.config),
+            adapts=adapts(),
+            seeds_by_position=(
+                on_cpu
+                and not vllm_config.model_config.use_fp64_gumbel
+                and seeds.supported()
+                and compat.apply(compat.SEEDED_ROWS)
+                and compat.apply(compat.SEED_NUMBERS)
+            ),
+        )
+        # On a CPU also for the tokens behind pieces of prompts.
+        if on_cpu or self.session.lookup_length:
             compat.apply(compat.REQUEST_STATES)
-        if self.lookup_length and vllm_config.use_v2_model_runner:
+        if self.session.lookup_length and vllm_config.use_v2_model_runner:
             warn_without_lookup()
         _tell_operators(vllm_config.device_config.device_type)
         compat.apply(compat.CPU_EXPANSION)
         compat.apply(compat.CPU_SEEDS)
-        # Whether a seed's sample is the same whatever is drafted.
-        self.seeds_by_position = (
-            on_cpu
-            and not vllm_config.model_config.use_fp64_gumbel
-            and seeds.supported()
-            and compat.apply(compat.SEEDED_ROWS)
-            and compat.apply(compat.SEED_NUMBERS)
-        )
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
         """Fuse the target's auxiliary states: `[T, 3 D]` to `[T, D]`.

@@ -34,3 +34,4 @@ def _register() -> None:
     # A flag whose value nothing resolves would end in a puzzling error of vLLM's.
     if compat.apply(compat.RESOLVE_DRAFTER):
         compat.apply(compat.SPECULATIVE_MODEL_FLAG)
+    compat.apply(compat.SPECULATOR)

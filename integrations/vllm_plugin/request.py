@@ -19,7 +19,7 @@ from qm_spec.integrations.vllm_plugin.aux_states import require_aux_hidden_state
 from qm_spec.integrations.vllm_plugin.lookup import most_drafts
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
@@ -105,6 +105,21 @@ def _not_ours(config: SpeculativeConfig | None) -> SpeculativeConfig | None:
     return config
 
 
+def with_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the V2 runner's `init_speculator` that takes ours where the draft model is ours."""
+
+    @functools.wraps(original)
+    def init_speculator(vllm_config: VllmConfig, device: Any, req_states: Any) -> Any:
+        drafter = vllm_config.speculative_config.draft_model_config
+        if drafter is None or ARCHITECTURE not in drafter.architectures:
+            return original(vllm_config, device, req_states)
+        from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
+
+        return QuickMergeSpeculator(vllm_config, device)
+
+    return init_speculator
+
+
 def find_request(args: EngineArgs) -> dict[str, Any] | None:
     """Return the merged speculative settings if they ask for a QuickMerge drafter, else None.
 
@@ -159,8 +174,8 @@ def resolve(
     config = QuickMergeConfig.from_pretrained(drafter)
     require_first_state(target_model_config.architecture, config.eagle_aux_hidden_state_layer_ids)
     _require_fitting_heads(config.num_key_value_heads, target_parallel_config.tensor_parallel_size)
-    # With LoRA vLLM wants the most tokens for all requests to fit into one step; with the V2 runner vLLM's own loop
-    # drafts, without lookup and always as many.
+    # With LoRA vLLM wants the most tokens for all requests to fit into one step; with the V2 runner all requests have
+    # as many drafts, and none of them are looked up.
     if asked is None and current_platform.is_cpu() and not args.enable_lora and not _runs_v2():
         depth = most_drafts(config)
     logger.info("qm_spec: drafter %s, up to %d tokens per step", shown(drafter), depth)

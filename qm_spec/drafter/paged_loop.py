@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from qm_spec.config import MergeConfig
 from qm_spec.ops import merge_groups_, merged_attention
-from qm_spec.ops.draft_tokens import LEAST_TEMPERATURE, DenseLayer, DraftWeights
+from qm_spec.ops.draft_tokens import LEAST_TEMPERATURE, DenseLayer, DraftLayer, DraftWeights
 
 
 class DraftInputs(NamedTuple):
@@ -32,6 +33,92 @@ class DraftInputs(NamedTuple):
     next_ids: Tensor
     temperature: Tensor | None = None
     uniform: Tensor | None = None
+
+
+def paged_draft_steps(
+    layer: DraftLayer,
+    embed: Callable[[Tensor], Tensor],
+    sample: Callable[[Tensor, int], Tensor],
+    cache: Tensor,
+    config: MergeConfig,
+    inputs: DraftInputs,
+    num_drafts: int,
+) -> Tensor:
+    """Merge what has grown old, then draft K tokens step by step, for any target and any way to sample.
+
+    Args:
+        layer: the prior.
+        embed: token ids `[B]` to embeddings `[B, D]`.
+        sample: the head's input `[B, D]` and the number of the step to token ids `[B]` of the target.
+        cache: `[pages, G, P, C]`, changed in place by merging.
+        config: of the merged cache.
+        inputs: of B requests.
+        num_drafts: K, at least 1.
+
+    Returns:
+        `[B, K]` token ids.
+    """
+    # Only verified tokens count here, so nothing provisional is merged. With no tokens, as in padding, nothing is.
+    merge_groups_(cache, inputs.block_table, inputs.num_tokens, layer.head_dim, config)
+    state, token_ids = inputs.state, inputs.next_ids
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    drafted: list[Tensor] = []
+    for step in range(num_drafts):
+        embedding = embed(token_ids)
+        if step > 0:
+            own_key, own_value = layer.keys_values(state, embedding)
+            keys.append(own_key)
+            values.append(own_value)
+        query, residual = layer.query(embedding, state)
+        attended = _attend(layer, query, cache, config, inputs, keys, values)
+        output, state = layer.finish(attended, residual)
+        token_ids = sample(output, step)
+        drafted.append(token_ids)
+    return torch.stack(drafted, 1)
+
+
+def _attend(
+    layer: DraftLayer,
+    query: Tensor,
+    cache: Tensor,
+    config: MergeConfig,
+    inputs: DraftInputs,
+    keys: list[Tensor],
+    values: list[Tensor],
+) -> Tensor:
+    """Attend to the memory and to the J drafted tokens: `[B, H, d]`; keys and values are J times `[B, G, d]`."""
+    slopes, far_bias = layer.slopes.float(), layer.far_bias.float()
+    batch, _, head_dim = query.shape
+    num_drafted = len(keys)
+    # The operator's row stands at the newest verified token, this one `num_drafted` tokens later. That takes
+    # slope * num_drafted off the score of each raw entry: as much as to add it to the merged ones, then take it
+    # off all.
+    memory, lse, _ = merged_attention(
+        query,
+        cache,
+        inputs.block_table,
+        inputs.num_tokens,
+        torch.arange(batch + 1, dtype=torch.int32, device=query.device),
+        slopes,
+        far_bias + num_drafted * slopes,
+        1,
+        config,
+    )
+    # The reference's softmax over nothing is NaN.
+    memory = memory.masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
+    if not keys:
+        return memory
+    own_keys, own_values = torch.stack(keys, 1).float(), torch.stack(values, 1).float()
+    grouped = query.float().view(batch, own_keys.shape[2], -1, head_dim)
+    scores = torch.einsum("bgmd,bjgd->bgmj", grouped, own_keys).flatten(1, 2) * head_dim**-0.5
+    scores = scores - slopes.unsqueeze(-1) * torch.arange(num_drafted - 1, -1, -1, device=query.device)
+    memory_score = (lse - num_drafted * slopes).unsqueeze(-1)
+    shares = torch.cat([memory_score, scores], -1).softmax(-1)
+    far, near = shares.split([1, num_drafted], -1)
+    near = near.view(*grouped.shape[:3], num_drafted)
+    own = torch.einsum("bgmj,bjgd->bgmd", near, own_values).flatten(1, 2)
+    return (far * memory + own).to(query.dtype)
 
 
 @dataclass(frozen=True)
@@ -69,67 +156,29 @@ class PagedLoop:
             The target's token ids `[B, K]` int64, and the distributions over the head's rows that they were drawn from
             `[B, K, Vd]` float32, at temperature 1 in greedy rows; `[B, 0, Vd]` without a temperature.
         """
-        weights, layer = self.weights, DenseLayer(self.weights, self.eps)
-        # Only verified tokens count here, so nothing provisional is merged. With no tokens, as in padding, nothing is.
-        merge_groups_(self.cache, inputs.block_table, inputs.num_tokens, layer.head_dim, self.config)
-        # An id out of range would stop a GPU for good.
-        state, token_ids = inputs.state, inputs.next_ids.clamp(0, len(weights.embedding) - 1)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        drafted: list[Tensor] = []
-        probs: list[Tensor] = []
-        for step in range(num_drafts):
-            embedding = F.embedding(token_ids, weights.embedding)
-            if step > 0:
-                own_key, own_value = layer.keys_values(state, embedding)
-                keys.append(own_key)
-                values.append(own_value)
-            query, residual = layer.query(embedding, state)
-            output, state = layer.finish(self._attend(query, inputs, keys, values), residual)
+        weights, probs = self.weights, list[Tensor]()
+
+        def sample(output: Tensor, step: int) -> Tensor:
             logits = F.linear(output, weights.head)
             if inputs.temperature is None or inputs.uniform is None:
                 row = logits.argmax(-1)
             else:
                 row, distribution = draw(logits, inputs.temperature, inputs.uniform[:, step])
                 probs.append(distribution)
-            token_ids = weights.to_token_ids(row)
-            drafted.append(token_ids)
-        no_probs = state.new_empty(len(state), 0, len(weights.head), dtype=torch.float32)
-        return torch.stack(drafted, 1), torch.stack(probs, 1) if probs else no_probs
+            return weights.to_token_ids(row)
 
-    def _attend(self, query: Tensor, inputs: DraftInputs, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """Attend to the memory and to the J drafted tokens: `[B, H, d]`; keys and values are J times `[B, G, d]`."""
-        slopes, far_bias = self.weights.slopes.float(), self.weights.far_bias.float()
-        batch, _, head_dim = query.shape
-        num_drafted = len(keys)
-        # The operator's row stands at the newest verified token, this one `num_drafted` tokens later. That takes
-        # slope * num_drafted off the score of each raw entry: as much as to add it to the merged ones, then take it
-        # off all.
-        memory, lse, _ = merged_attention(
-            query,
+        drafted = paged_draft_steps(
+            DenseLayer(weights, self.eps),
+            lambda token_ids: F.embedding(token_ids, weights.embedding),
+            sample,
             self.cache,
-            inputs.block_table,
-            inputs.num_tokens,
-            torch.arange(batch + 1, dtype=torch.int32, device=query.device),
-            slopes,
-            far_bias + num_drafted * slopes,
-            1,
             self.config,
+            # An id out of range would stop a GPU for good.
+            inputs._replace(next_ids=inputs.next_ids.clamp(0, len(weights.embedding) - 1)),
+            num_drafts,
         )
-        # The reference's softmax over nothing is NaN.
-        memory = memory.masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
-        if not keys:
-            return memory
-        own_keys, own_values = torch.stack(keys, 1).float(), torch.stack(values, 1).float()
-        grouped = query.float().view(batch, own_keys.shape[2], -1, head_dim)
-        scores = torch.einsum("bgmd,bjgd->bgmj", grouped, own_keys).flatten(1, 2) * head_dim**-0.5
-        scores = scores - slopes.unsqueeze(-1) * torch.arange(num_drafted - 1, -1, -1, device=query.device)
-        memory_score = (lse - num_drafted * slopes).unsqueeze(-1)
-        shares = torch.cat([memory_score, scores], -1).softmax(-1)
-        far, near = shares.split([1, num_drafted], -1)
-        near = near.view(*grouped.shape[:3], num_drafted)
-        own = torch.einsum("bgmj,bjgd->bgmd", near, own_values).flatten(1, 2)
-        return (far * memory + own).to(query.dtype)
+        no_probs = inputs.state.new_empty(len(drafted), 0, len(weights.head), dtype=torch.float32)
+        return drafted, torch.stack(probs, 1) if probs else no_probs
 
 
 def draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,236 @@
+"""Drafting for one engine in one call, on a GPU in one graph, and what it has learnt of the engine's requests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from qm_spec.drafter.controller import Controller
+from qm_spec.drafter.cuda_graph import CudaCapture
+from qm_spec.drafter.draft_graphs import DraftGraphs
+from qm_spec.drafter.head import spread
+from qm_spec.drafter.loop import DraftLoop, dense_weights
+from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop, draw
+from qm_spec.drafter.suffix_index import Lookup
+from qm_spec.integrations.vllm_plugin.adaptive import begin_step, make_controller, plan_step
+from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
+from qm_spec.integrations.vllm_plugin.head import plain_head, plain_table
+from qm_spec.integrations.vllm_plugin.lookup import draft_widths, join_drafts, look_up
+from qm_spec.integrations.vllm_plugin.seeds import next_numbers
+from qm_spec.integrations.vllm_plugin.seeds import sample as sample_by_number
+from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
+from qm_spec.ops import merge_groups_
+from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
+
+logger = logging.getLogger("vllm.plugins.qm_spec")
+
+# In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_draft_tokens.py).
+MOST_REQUESTS_16_BIT = 16
+
+Drafted = TypeVar("Drafted")
+
+
+def plain_weights(model: Any) -> DraftWeights | None:
+    """Return the weights of a drafter whose target has plain ones, None where vLLM's own layers must draft.
+
+    Of the target's head only the rows of the draft vocabulary are there.
+
+    Args:
+        model: the drafter, with the target's embedding and head in place.
+    """
+    embedding, head, rows = plain_table(model, model.model.embed_tokens), plain_head(model), model.draft_rows
+    if embedding is None or head is None:
+        return None
+    if rows is None:
+        return dense_weights(model.model.layer, embedding, head)
+    return dense_weights(model.model.layer, embedding, rows.gather(head), rows.token_ids)
+
+
+class Drafts(NamedTuple):
+    """What was drafted behind one step.
+
+    Attributes:
+        token_ids: `[B, W]` int64 where all requests have W, else a list for each.
+        probs: `[B, W, V]` distributions that they were drawn from, for the widest request; None where they are sure.
+    """
+
+    token_ids: Tensor | list[list[int]]
+    probs: Tensor | None
+
+
+class DraftSession:
+    """The drafter of one engine.
+
+    Args:
+        model: `QuickMergeForCausalLM`.
+        vllm_config: for the sizes of CUDA graphs, which vLLM settles after the model is made.
+        num_drafts: the most tokens that the prior drafts.
+        most_drafts: the most tokens of a request; lookup may draft more than the prior.
+        lookup_length: shortest suffix to look up, in tokens, 0 for none.
+        adapts: whether no more is drafted than pays, on a CPU.
+        seeds_by_position: whether a seed's sample is the same whatever is drafted.
+
+    Attributes:
+        batch: requests of the last step, row by row; none at all where vLLM does not tell.
+        failed: drafting has failed and is over.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vllm_config: Any,
+        num_drafts: int,
+        most_drafts: int,
+        *,
+        lookup_length: int = 0,
+        adapts: bool = False,
+        seeds_by_position: bool = False,
+    ) -> None:
+        self.model, self.vllm_config = model, vllm_config
+        self.num_drafts, self.most_drafts = num_drafts, most_drafts
+        self.lookup_length, self.adapts, self.seeds_by_position = lookup_length, adapts, seeds_by_position
+        self.batch: list[DraftRequest] = []
+        self.failed = False
+        self._requests: dict[str, DraftRequest] = {}
+
+    @cached_property
+    def graphs(self) -> DraftGraphs | None:
+        """The draft graphs, made at the first step; None on a CPU."""
+        on_gpu = self.vllm_config.device_config.device_type == "cuda"
+        return DraftGraphs(CudaCapture(), graph_sizes(self.vllm_config)) if on_gpu else None
+
+    @cached_property
+    def controller(self) -> Controller:
+        """What decides how many tokens to draft."""
+        return make_controller(self.num_drafts, self.most_drafts if self.lookup_length else 0)
+
+    def note_batch(self, names: Sequence[str], states: Mapping[str, Any]) -> None:
+        """Note the requests of the next step to draft behind, and forget those that vLLM has forgotten.
+
+        Args:
+            names: of the batch, row by row.
+            states: by name, vLLM's states of all its requests.
+        """
+        self._requests = {
+            name: request for name, request in self._requests.items() if states.get(name) is request.state
+        }
+        self.batch = [self._requests.setdefault(name, DraftRequest(states[name])) for name in names]
+
+    def attempt(self, draft: Callable[[], Drafted]) -> Drafted | None:
+        """Return what `draft` returns; None for good after it has raised: decoding needs no drafts."""
+        if not self.failed:
+            try:
+                return draft()
+            except Exception:
+                self.failed = True
+                logger.exception(
+                    "qm_spec: drafting failed, so this engine goes on without drafts. Outputs stay right; "
+                    "please report what follows"
+                )
+        return None
+
+    def draft(self, step: DraftStep) -> Drafts:
+        """Decide how many tokens to draft behind this step, write its states into the merged cache and draft."""
+        on_cpu = step.next_token_ids.device.type == "cpu"
+        controller = self.controller if self.adapts and on_cpu and step.requests else None
+        if controller is not None:
+            begin_step(controller, step)
+        found: Sequence[Lookup] = look_up(step, self.lookup_length)
+        num_requests, num_drafts = len(step.next_token_ids), min(step.num_drafts, self.num_drafts)
+        widths: Sequence[int]
+        if step.generators and not self.seeds_by_position:
+            # A request's own seed must give the same text again, and each draft takes random numbers from it.
+            widths = [num_drafts] * num_requests
+            controller = None
+        elif controller is not None:
+            widths, found = plan_step(controller, step, found)
+        else:
+            widths = draft_widths(found, num_requests, num_drafts)
+        drafts = self.propose(step, widths, found)
+        if controller is not None:
+            controller.end()
+        return drafts
+
+    def propose(self, step: DraftStep, widths: Sequence[int], found: Sequence[Lookup] = ()) -> Drafts:
+        """Write this step's states into the merged cache and draft from it.
+
+        Args:
+            step: of B requests.
+            widths: tokens to draft for each request; the prior drafts as many for all as the most of those without a
+                lookup. 0 for all still writes the cache.
+            found: what suffix lookup drafts for each request; empty where it is off.
+        """
+        model = self.model
+        layer, merge, cache = model.model.layer, model.config.merge, model.model.attn.kv_cache
+        loop = DraftLoop(layer, model.model.embed_tokens, model.compute_logits, merge)
+
+        states, rows, next_ids = model.combine_hidden_states(step.states), step.last_rows.long(), step.next_token_ids
+        loop.remember(cache, states, step.following_token_ids, step.slot_mapping[: len(states)])
+        seeded = step.generators or {} if step.draws else {}
+        num_drafts = max((width for row, width in enumerate(widths) if not (found and found[row].length)), default=0)
+        if seeded and not self.seeds_by_position:
+            # The same sample again only if every step takes as many numbers from the seed.
+            num_drafts = min(widths)
+        if num_drafts == 0:
+            # A later step merges what this one leaves. Without distributions drafts count as sure.
+            nothing = next_ids.new_empty((len(next_ids), 0), dtype=torch.int64)
+            return Drafts(join_drafts(found, nothing, None, widths)[0], None)
+        state, table, verified = states[rows], step.block_table, step.num_verified
+
+        weights = plain_weights(model)
+        if self.graphs is None and len(state) > MOST_REQUESTS_16_BIT and state.dtype.itemsize == 2:
+            weights = None
+        temperature = uniform = None
+        if step.draws:
+            temperature = step.temperature
+            uniform = _random_numbers({} if self.seeds_by_position else seeded, state.new_empty(len(state), num_drafts))
+        numbers = None
+        if seeded and self.seeds_by_position:
+            # The operator draws by other numbers.
+            weights, seeded_rows = None, list(seeded)
+            numbers = torch.stack([next_numbers(generator, num_drafts) for generator in seeded.values()])
+        with torch.inference_mode():
+            probs: Tensor | None
+            if weights is None:
+                step_probs: list[Tensor] = []
+
+                def sample(logits: Tensor) -> Tensor:
+                    if temperature is None or uniform is None:
+                        return logits.argmax(-1)
+                    token_ids, distribution = draw(logits, temperature, uniform[:, len(step_probs)])
+                    if numbers is not None:
+                        own = logits[seeded_rows].float() / temperature[seeded_rows].unsqueeze(-1)
+                        token_ids[seeded_rows] = sample_by_number(own, numbers[:, len(step_probs)])
+                    step_probs.append(distribution)
+                    return token_ids
+
+                drafted = loop.draft(cache, table, verified, state, next_ids, num_drafts, sample)
+                probs = torch.stack(step_probs, dim=1) if step_probs else None
+            else:
+                eps = layer.norm.eps
+                if self.graphs is not None:
+                    paged = PagedLoop(weights, eps, cache, merge)
+                    inputs = DraftInputs(table, verified, state, next_ids, temperature, uniform)
+                    drafted, probs = self.graphs.draft(paged, inputs, num_drafts)
+                else:
+                    merge_groups_(cache, table, verified, layer.head_dim, merge)
+                    drafted, probs = draft_tokens(
+                        cache, table, verified, state, next_ids, weights, num_drafts, eps, merge, temperature, uniform
+                    )
+                # What verifies drafts knows the target's vocabulary only.
+                if step.draws and model.draft_rows is not None:
+                    probs = spread(probs, weights.token_ids, model.config.vocab_size, 0.0)
+            return Drafts(*join_drafts(found, drafted, probs if step.draws else None, widths))
+
+
+def _random_numbers(generators: Mapping[int, torch.Generator], like: Tensor) -> Tensor:
+    """Return float64 numbers in 0..1, shape `[B, K]`; those of rows with a generator come from that."""
+    uniform = torch.rand_like(like, dtype=torch.float64)
+    for row, generator in generators.items():
+        uniform[row] = torch.rand(like.shape[1:], dtype=torch.float64, device=like.device, generator=generator)
+    return uniform

@@ -1,0 +1,403 @@
+"""vLLM's V2 runner with our speculator: the same drafts as in V1, and decoding stays what it is without."""
+
+from __future__ import annotations
+
+import json
+from itertools import takewhile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
+
+from offline_engine import OFFLINE, run_offline
+from plugin_doubles import SIZES, make_model, make_step
+from recorded_graph import Recorder, WithoutHost, without_values
+from v2_engine import V2
+from vllm.config import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+import qm_spec
+from qm_spec.config import ARCHITECTURE
+from qm_spec.integrations.vllm_plugin.request import with_speculator
+from qm_spec.integrations.vllm_plugin.session import DraftSession
+from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
+from qm_spec.integrations.vllm_plugin.step import DraftStep
+
+pytestmark = pytest.mark.vllm
+
+NUM_DRAFTS = 4
+BUFFERS = ("num_verified", "idx_mapping", "hidden_states", "next_token_ids", "current_draft_step", "draft_tokens")
+
+
+# On doubles
+
+
+def manager(mode: CUDAGraphMode, replay: Any = None) -> Any:
+    """What a batch of three finds among captured graphs: one for four if any."""
+    found = BatchExecutionDescriptor(cg_mode=mode, num_tokens=4, num_reqs=4)
+    return SimpleNamespace(
+        dispatch=lambda *args, **settings: found,
+        specialize_spec_tokens=lambda descriptor, num_drafts: descriptor,
+        run_fullgraph=lambda descriptor: replay(),
+    )
+
+
+def make_speculator(model: Any) -> Any:
+    """Return ours without the set-up that its constructor asks an engine for; drafts are greedy."""
+    model.model.attn.layer_name = "draft"
+    model.session = DraftSession(model, None, NUM_DRAFTS, NUM_DRAFTS)
+    speculator = QuickMergeSpeculator.__new__(QuickMergeSpeculator)
+    settings = {
+        "model": model,
+        "num_speculative_steps": NUM_DRAFTS,
+        "draft_tokens": torch.full((4, NUM_DRAFTS), -7),
+        "idx_mapping": torch.zeros(4, dtype=torch.int64),
+        "temperature": torch.zeros(6),
+        "seeds": torch.zeros(6, dtype=torch.int64),
+        "current_draft_step": torch.tensor(0),
+        "hidden_states": torch.zeros(12, SIZES.hidden),
+        "num_verified": torch.full((4,), 99, dtype=torch.int32),
+        "next_token_ids": torch.zeros(4, dtype=torch.int64),
+        "decode_cudagraph_manager": manager(CUDAGraphMode.NONE),
+        "attn_groups": [],
+        "draft_logits": None,
+        "use_local_argmax_reduction": False,
+        "acceptance_estimator": None,
+    }
+    for name, value in settings.items():
+        setattr(speculator, name, value)
+    return speculator
+
+
+def run(speculator: Any, step: DraftStep, unpaged: bool = False, **settings: Any) -> torch.Tensor:
+    """Draft behind a step as the V2 runner tells it; of request 2 the prompt is being read."""
+    places = torch.tensor([5, 0, 3])
+    last_sampled, next_prefill = torch.full((6, 1), 11), torch.full((1, 6), 12, dtype=torch.int32)
+    last_sampled[places[:2], 0] = step.next_token_ids[:2].long()
+    next_prefill[0, places[2]] = step.next_token_ids[2]
+    padding = 3
+    batch = SimpleNamespace(
+        num_reqs=3,
+        num_tokens=len(step.token_ids),
+        idx_mapping=places,
+        query_start_loc=step.query_start_loc,
+        seq_lens=step.seq_lens,
+        input_ids=torch.nn.functional.pad(step.token_ids, (0, padding)),
+    )
+    slots = torch.nn.functional.pad(step.slot_mapping, (0, padding), value=-1)
+    metadata = {"draft": SimpleNamespace(block_table=step.block_table, slot_mapping=slots), "target": None}
+    aux = list(torch.nn.functional.pad(step.states, (0, 0, 0, padding)).chunk(3, -1))
+    return speculator.propose(
+        batch,
+        None if unpaged else metadata,
+        None,
+        None,
+        aux,
+        torch.tensor([1, 3, 0]),
+        step.num_rejected,
+        last_sampled,
+        next_prefill,
+        torch.zeros(6),
+        torch.zeros(6, dtype=torch.int64),
+        dp_sync_state=None,
+        **settings,
+    )
+
+
+@pytest.fixture
+def model() -> Any:
+    return make_model()
+
+
+def pages(model: Any) -> torch.Tensor:
+    return model.case.cache.nan_to_num(nan=-1.0).clone()
+
+
+def test_the_same_step_has_the_same_drafts_and_leaves_the_same_pages_in_both_runners(model: Any) -> None:
+    before = model.case.cache.clone()
+    expected = DraftSession(model, SimpleNamespace(device_config=SimpleNamespace(device_type="cpu")), 4, 4).propose(
+        make_step(model, NUM_DRAFTS, None), [NUM_DRAFTS] * 3
+    )
+    after = pages(model)
+    model.case.cache.copy_(before)
+    drafts = run(make_speculator(model), make_step(model, NUM_DRAFTS, None))
+    assert torch.equal(drafts, expected.token_ids)
+    assert torch.equal(pages(model), after) and not torch.equal(after, before.nan_to_num(nan=-1.0))
+
+
+def test_fewer_drafts_may_be_asked_for_and_none_still_fill_the_pages(model: Any) -> None:
+    step, before = make_step(model, NUM_DRAFTS, None), model.case.cache.clone()
+    all_four = run(make_speculator(model), step).clone()
+    for num_drafts in (2, 0):
+        model.case.cache.copy_(before)
+        drafts = run(make_speculator(model), step, num_speculative_tokens=num_drafts)
+        assert drafts.shape == all_four.shape and torch.equal(drafts[:, :num_drafts], all_four[:, :num_drafts])
+        assert (drafts[:, num_drafts:] == -7).all()
+        assert not torch.equal(pages(model), before.nan_to_num(nan=-1.0))
+
+
+def test_a_graph_of_a_larger_batch_drafts_the_same_and_touches_nothing_in_its_padding(model: Any) -> None:
+    """The graph's double has no host: what the loop had read there would stay as it was when it was recorded."""
+    step, before = make_step(model, NUM_DRAFTS, None), model.case.cache.clone()
+    speculator = make_speculator(model)
+    eager = run(speculator, step).clone()
+    after = pages(model)
+    # The row behind the batch names pages of the others.
+    table = torch.cat([step.block_table, step.block_table[:1]])
+    metadata = {"draft": SimpleNamespace(block_table=table)}
+    speculator.num_verified.zero_()
+    replay = Recorder()(lambda: speculator._draft_all(4, 4, metadata, None, None, CUDAGraphMode.NONE, NUM_DRAFTS))
+    model.case.cache.copy_(before)
+    speculator.num_verified.fill_(99)
+    speculator.draft_tokens.fill_(-7)
+    speculator.decode_cudagraph_manager = manager(CUDAGraphMode.FULL, replay)
+    assert torch.equal(run(speculator, step), eager)
+    assert torch.equal(pages(model), after)
+
+
+def test_the_loop_reads_no_value_on_the_host(model: Any) -> None:
+    """So that it can be captured; positions of pages are values too."""
+    model.case.cache.nan_to_num_()
+    speculator = make_speculator(model)
+    inner, step = model.model, make_step(model, NUM_DRAFTS, None)
+    inner.layer.to("meta")
+    cache, embedding, table, *buffers = without_values(
+        inner.attn.kv_cache,
+        inner.embed_tokens.weight,
+        step.block_table,
+        *(getattr(speculator, name) for name in BUFFERS),
+    )
+    for name, buffer in zip(BUFFERS, buffers, strict=True):
+        setattr(speculator, name, buffer)
+    inner.attn.kv_cache, inner.embed_tokens = cache, lambda ids: torch.nn.functional.embedding(ids, embedding)
+    model.compute_logits = lambda hidden: hidden @ embedding.T
+    with WithoutHost():
+        metadata = {"draft": SimpleNamespace(block_table=table)}
+        speculator._draft_all(3, 3, metadata, None, None, CUDAGraphMode.NONE, NUM_DRAFTS)
+
+
+def test_a_dummy_batch_touches_no_page(model: Any) -> None:
+    """Such as vLLM's warm-up, and idle ranks: rows without slots, whose tables name real pages."""
+    step, before = make_step(model, NUM_DRAFTS, None), pages(model)
+    step.slot_mapping.fill_(-1)
+    speculator = make_speculator(model)
+    assert run(speculator, step, dummy_run=True).shape == (3, NUM_DRAFTS)
+    assert run(speculator, step, dummy_run=True, unpaged=True).shape == (3, NUM_DRAFTS)
+    assert torch.equal(pages(model), before) and not model.session.failed
+    # Before there are pages.
+    model.model.attn.kv_cache = torch.tensor([])
+    assert run(speculator, step, dummy_run=True, unpaged=True, is_profile=True).shape == (3, NUM_DRAFTS)
+    assert not model.session.failed
+
+
+def test_drafts_are_drawn_by_vllm_for_the_position_before_them(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def sample(self: Any, output: Any, positions: Any, places: Any, *rest: Any) -> torch.Tensor:
+        asked.append((positions.tolist(), places.tolist(), int(rest[2])))
+        return torch.tensor([7, 8, 9])
+
+    monkeypatch.setattr(DraftModelSpeculator, "sample_draft", sample)
+    step = make_step(model, NUM_DRAFTS, None)
+    assert run(make_speculator(model), step).tolist() == [[7] * 4, [8] * 4, [9] * 4]
+    verified = step.num_verified
+    assert asked == [((verified + number).tolist(), [5, 0, 3], number) for number in range(NUM_DRAFTS)]
+
+
+def test_a_speculator_that_fails_drafts_sure_zeros(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Verification must not take them for draws from the distributions of earlier steps."""
+    speculator = make_speculator(model)
+    speculator.draft_logits = torch.zeros(6, NUM_DRAFTS, SIZES.vocabulary)
+    model.combine_hidden_states = None
+    step = make_step(model, NUM_DRAFTS, None)
+    for _ in range(2):
+        speculator.draft_tokens.fill_(3)
+        assert (run(speculator, step) == 0).all()
+    assert len([record for record in caplog.records if "goes on without drafts" in record.message]) == 1
+    probs = speculator.draft_logits.softmax(-1)
+    assert (probs[[5, 0, 3], :, 0] == 1).all()
+    assert (probs[[1, 2, 4], :, 0] < 1).all(), "drafts of requests that were not in the batch keep theirs"
+
+
+@pytest.mark.parametrize(("architectures", "ours"), [([ARCHITECTURE], True), (["Eagle3LlamaForCausalLM"], False)])
+def test_ours_is_taken_for_our_model_only(
+    architectures: list[str], ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QuickMergeSpeculator, "__init__", lambda self, vllm_config, device: None)
+    drafter = SimpleNamespace(architectures=architectures)
+    for model_config, expected in ((drafter, ours), (None, False)):
+        config: Any = SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=model_config))
+        speculator = with_speculator(lambda *args: "vLLM's")(config, None, None)
+        assert (speculator == "vLLM's") != expected
+        assert isinstance(speculator, QuickMergeSpeculator) == expected
+
+
+# Engines on the shipped pair
+
+ZOO = Path(qm_spec.__file__).parent / "zoo" / "novels"
+NUM_TOKENS = 12
+# Tokens of the prompts, of which the engine reads 64 in a step.
+LENGTHS = (8, 40, 150)
+# Notes what each step drafts for whom, in either runner; which class drafts in V2; and of what a step reads of vLLM the
+# names that did not hold what they should.
+NOTED = """
+import torch
+from qm_spec.integrations.vllm_plugin.session import DraftSession
+drafted, speculators, broken, seen = [], set(), set(), set()
+draft_v1 = DraftSession.draft
+
+
+def note(model, step, token_ids):
+    check(model, step)
+    rows = zip(step.num_verified.tolist(), step.next_token_ids.tolist(), token_ids, strict=True)
+    drafted.append([[*row] for row in rows])
+
+
+def check(model, step):
+    num_rows, rows = len(step.token_ids), step.query_start_loc.diff()
+    batch, first = len(rows), step.seq_lens - rows
+    page_size, starts = model.model.attn.kv_cache.shape[2], step.query_start_loc.tolist()
+    slots = []
+    for row in range(batch):
+        place = torch.arange(first[row], step.seq_lens[row])
+        slots.append(step.block_table[row].long()[place // page_size] * page_size + place % page_size)
+    holds = {
+        "num_drafts": step.num_drafts == 4,
+        "token_ids": ((step.token_ids >= 0) & (step.token_ids < model.config.vocab_size)).all(),
+        "states": step.states.shape == (num_rows, 3 * model.config.hidden_size) and step.states.isfinite().all(),
+        "next_token_ids": step.next_token_ids.shape == (batch,),
+        "last_rows": torch.equal(step.last_rows.long(), (step.query_start_loc[1:] - 1 - step.num_rejected).long()),
+        "query_start_loc": starts[0] == 0 and starts[-1] == num_rows and (rows > 0).all(),
+        "seq_lens": step.seq_lens.shape == (batch,) and (first >= 0).all(),
+        "num_rejected": ((step.num_rejected >= 0) & (step.num_rejected < rows)).all(),
+        "block_table": step.block_table.dtype == torch.int32 and len(step.block_table) == batch,
+        "slot_mapping": torch.equal(step.slot_mapping[:num_rows], torch.cat(slots)),
+        "temperature": not step.draws or step.temperature.tolist() == [1.0] * batch,
+        "generators": not step.draws or [*step.generators] == [*range(batch)],
+    }
+    if step.draws:
+        seen.add("draws")
+    for row, request in enumerate(step.requests):
+        seen.add("requests")
+        start, end, verified = starts[row], starts[row + 1] - int(step.num_rejected[row]), int(step.num_verified[row])
+        read = [*step.token_ids[start:end].tolist(), int(step.next_token_ids[row])]
+        holds["requests"] = request.token_ids(int(first[row]), verified + 1) == read
+        written = verified + 1 - len(request.state.prompt_token_ids)
+        holds["num_useful"] = request.num_useful(verified) == (max(11 - written, 0) if written > 0 else 0)
+    broken.update(name for name, whether in holds.items() if not whether)
+
+
+def noted_v1(self, step):
+    drafts = draft_v1(self, step)
+    note(self.model, step, drafts.token_ids.tolist())
+    return drafts
+
+
+DraftSession.draft = noted_v1
+"""
+NOTED_V2 = """
+from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
+remember_v2, draft_v2, steps = QuickMergeSpeculator._remember, QuickMergeSpeculator._draft, []
+
+
+def noted_remember(self, step, num_reqs, dummy_run):
+    steps[:] = [] if dummy_run else [step]
+    remember_v2(self, step, num_reqs, dummy_run)
+
+
+def noted_v2(self, num_reqs, *args):
+    draft_v2(self, num_reqs, *args)
+    speculators.add(type(self).__name__)
+    for step in steps:
+        note(self.model, step, self.draft_tokens[:num_reqs].tolist())
+
+
+QuickMergeSpeculator._remember, QuickMergeSpeculator._draft = noted_remember, noted_v2
+"""
+WITH_NOTES = """
+result = json.load(open(sys.argv[2]))
+notes = {"drafted": drafted, "speculators": [*speculators], "broken": sorted(broken), "seen": sorted(seen)}
+json.dump({**result, **notes}, open(sys.argv[2], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[dict[str, Any]]:
+    """Each prompt alone, then the longest again, whose first pages are kept; all together; samples."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ZOO / "target")
+    texts = [json.loads(line)["text"] for line in (ZOO / "prompts.jsonl").read_text().splitlines()]
+    prompts = [
+        {"prompt_token_ids": tokenizer(text)["input_ids"][:length]}
+        for text, length in zip(texts, LENGTHS, strict=False)
+    ]
+    greedy = {"temperature": 0, "max_tokens": NUM_TOKENS}
+    sampled = {"temperature": 1, "max_tokens": NUM_TOKENS, "seed": 5}
+    return [
+        *({"prompts": [prompt], "sampling": greedy} for prompt in [*prompts, prompts[-1]]),
+        {"prompts": [{**prompt, "cache_salt": "together"} for prompt in prompts], "sampling": greedy},
+        *[{"prompts": prompts[:1], "sampling": sampled}] * 2,
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(requests: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The requests in V2 without and with our drafter, and in V1 with it; lookup and adaptation off."""
+    engine = {
+        "model": str(ZOO / "target"),
+        "max_model_len": 512,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "block_size": 32,
+        "enable_prefix_caching": True,
+    }
+    ours = {"model": "qm_spec", "num_speculative_tokens": NUM_DRAFTS}
+    v1 = NOTED + OFFLINE + WITH_NOTES
+    v2 = V2.replace("import json, sys\n", NOTED + NOTED_V2 + "import json, sys\n") + WITH_NOTES
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QM_SPEC_LOOKUP", "0")
+        return SimpleNamespace(
+            plain=run_offline(tmp_path_factory.mktemp("plain"), engine, requests, V2),
+            v2=run_offline(tmp_path_factory.mktemp("v2"), {**engine, "speculative_config": ours}, requests, v2),
+            v1=run_offline(tmp_path_factory.mktemp("v1"), {**engine, "speculative_config": ours}, requests, v1),
+        )
+
+
+def test_greedy_outputs_are_those_without_drafts_and_those_of_v1(runs: Any) -> None:
+    assert runs.v2["speculators"] == ["QuickMergeSpeculator"] and runs.v2["errors"] == [None] * len(runs.v2["errors"])
+    assert runs.v2["answers"][:5] == runs.plain["answers"][:5] == runs.v1["answers"][:5]
+    assert all(len(ids) == NUM_TOKENS for answers in runs.v2["answers"] for ids in answers)
+    accepted = runs.v2["counters"][4]["vllm:spec_decode_num_accepted_tokens"]
+    assert accepted > 20, "drafts are kept, so that the texts show something"
+
+
+def test_requests_alone_have_the_drafts_of_v1(runs: Any) -> None:
+    """Also behind pieces of a prompt, and where a prompt's first pages are kept from the request before."""
+
+    def alone(run: Any) -> list[Any]:
+        return [rows[0] for rows in takewhile(lambda rows: len(rows) == 1, run["drafted"])]
+
+    ours = alone(runs.v2)
+    assert ours == alone(runs.v1)
+    # The last prompt's first pieces are read the first time only.
+    assert [verified for verified, *_ in ours].count(64) == 1
+    assert [verified for verified, *_ in ours].count(150) == 2
+
+
+def test_what_a_step_reads_of_vllm_is_what_it_is_taken_for(runs: Any) -> None:
+    """In both live runners: after a change of vLLM's the names that do not fit are listed here."""
+    assert runs.v1["broken"] == runs.v2["broken"] == []
+    assert runs.v1["seen"] == ["draws", "requests"] and runs.v2["seen"] == []
+
+
+def test_seeds_reproduce_samples_whose_drafts_are_drawn(runs: Any) -> None:
+    first, second = runs.v2["answers"][5:]
+    assert first == second and first != runs.v2["answers"][0], "they were sampled"
+    before, after = (runs.v2["counters"][place]["vllm:spec_decode_num_accepted_tokens"] for place in (4, 6))
+    assert after > before
