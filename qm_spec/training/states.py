@@ -18,8 +18,8 @@ from qm_spec.training.documents import Document
 
 # Of the states behind the target's last norm, which its vocabulary head reads.
 LAST = -1
-# Tokens, padding included, that `TargetStates.keep` reads at a time. A CPU's caches hold no more: SmolLM2-135M reads 1,100
-# a second in passes of 1024 and 710 in passes of 8192.
+# Tokens, padding included, that `TargetStates.keep` reads at a time. A CPU's caches hold no more: SmolLM2-135M reads
+# 1,100 a second in passes of 1024 and 710 in passes of 8192.
 _TOKENS_PER_PASS = {"cpu": 1024}
 _MOST_TOKENS_PER_PASS = 8192
 
