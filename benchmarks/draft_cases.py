@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qm_spec.config import MergeConfig
+from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.ops.append_kv import append_kv_reference
 from qm_spec.ops.draft_tokens import DenseLayer, DraftWeights, draft_steps, draft_tokens
 from qm_spec.ops.entries import gather_entries
@@ -152,6 +154,24 @@ def random_weights(sizes: PriorSizes, dtype: torch.dtype) -> DraftWeights:
         far_bias=torch.randn(sizes.num_heads).to(dtype),
         token_ids=torch.randperm(sizes.vocabulary)[: sizes.draft_vocabulary or 0].sort().values,
     )
+
+
+def random_prior(sizes: PriorSizes, merge: MergeConfig, *, next_token_values: bool = True) -> QuickMergePrior:
+    """Return a prior of these sizes, frozen, with random weights from torch's global generator."""
+    config = QuickMergeConfig(
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        vocab_size=sizes.vocabulary,
+        next_token_values=next_token_values,
+        quickmerge=merge.to_dict(),
+    )
+    prior = QuickMergePrior(config).eval().requires_grad_(False)
+    for parameter in prior.layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return prior
 
 
 def make_case(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from draft_cases import PriorSizes, make_case
+from draft_cases import PriorSizes, make_case, random_prior
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -15,8 +15,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from qm_spec.config import MergeConfig
-from qm_spec.drafter.config import QuickMergeConfig
-from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.integrations.vllm_plugin.step import DraftStep
 
 SIZES = PriorSizes(48, 4, 2, 16, 96, 200)
@@ -37,19 +35,8 @@ def make_model() -> Any:
     """Make what drafting reads of `QuickMergeForCausalLM`, with a target of plain weights."""
     torch.manual_seed(0)
     case = make_case([70, 9, 200], SIZES, config=MERGE)
-    config = QuickMergeConfig(
-        hidden_size=SIZES.hidden,
-        intermediate_size=SIZES.intermediate,
-        num_attention_heads=SIZES.num_heads,
-        num_key_value_heads=SIZES.num_kv_heads,
-        head_dim=SIZES.head_dim,
-        vocab_size=SIZES.vocabulary,
-        next_token_values=True,
-        quickmerge=MERGE.to_dict(),
-    )
-    layer = QuickMergePrior(config).eval().layer.requires_grad_(False)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    prior = random_prior(SIZES, MERGE)
+    layer = prior.layer
     padding = torch.full((PADDED_VOCABULARY - SIZES.vocabulary, SIZES.hidden), float("nan"))
     weights = [torch.cat([weight, padding]) for weight in (case.weights.embedding, case.weights.head)]
     method = UnquantizedEmbeddingMethod()
@@ -61,7 +48,7 @@ def make_model() -> Any:
     )
     return SimpleNamespace(
         case=case,
-        config=config,
+        config=prior.config,
         model=SimpleNamespace(layer=layer, embed_tokens=embed, attn=SimpleNamespace(kv_cache=case.cache)),
         lm_head=head,
         logits_processor=processor,

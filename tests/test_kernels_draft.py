@@ -7,13 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from draft_cases import DraftCase, PriorSizes, make_case
+from draft_cases import DraftCase, PriorSizes, make_case, random_prior
 from torch import Tensor
 
 from qm_spec.config import MergeConfig
-from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.loop import DraftLoop, dense_weights
-from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.ops import backend
 from qm_spec.ops.draft_tokens import draft_tokens_reference
 
@@ -245,19 +243,7 @@ def test_rows_of_the_embedding_behind_the_vocabulary_are_padding():
 @pytest.mark.parametrize(("num_drafts", "next_token_values"), [(1, False), (4, False), (4, True)])
 def test_drafts_what_the_loop_drafts_layer_by_layer(num_drafts, next_token_values):
     """The operator with a prior's weights, against `DraftLoop` with its modules."""
-    config = QuickMergeConfig(
-        hidden_size=SMALL.hidden,
-        intermediate_size=SMALL.intermediate,
-        num_attention_heads=SMALL.num_heads,
-        num_key_value_heads=SMALL.num_kv_heads,
-        head_dim=SMALL.head_dim,
-        vocab_size=SMALL.vocabulary,
-        next_token_values=next_token_values,
-        quickmerge=SHORT_WINDOW.to_dict(),
-    )
-    layer = QuickMergePrior(config).eval().layer
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    layer = random_prior(SMALL, SHORT_WINDOW, next_token_values=next_token_values).layer
     case = make_case([300, 12], SMALL, config=SHORT_WINDOW)
     embedding, head = case.weights.embedding, case.weights.head
     loop = DraftLoop(layer, lambda ids: embedding[ids], lambda hidden: hidden @ head.T, SHORT_WINDOW)

@@ -286,9 +286,10 @@ def check(model, step):
         seen.add("requests")
         start, end, verified = starts[row], starts[row + 1] - int(step.num_rejected[row]), int(step.num_verified[row])
         read = [*step.token_ids[start:end].tolist(), int(step.next_token_ids[row])]
-        holds["requests"] = request.token_ids(int(first[row]), verified + 1) == read
+        holds[f"requests of row {row}"] = request.token_ids(int(first[row]), verified + 1) == read
         written = verified + 1 - len(request.state.prompt_token_ids)
-        holds["num_useful"] = request.num_useful(verified) == (max(11 - written, 0) if written > 0 else 0)
+        useful = max(11 - written, 0) if written > 0 else 0
+        holds[f"num_useful of row {row}"] = request.num_useful(verified) == useful
     broken.update(name for name, whether in holds.items() if not whether)
 
 

@@ -122,8 +122,7 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
                 return session.draft(step)
 
             def guarded() -> Drafts:
-                nothing = no_drafts(len(next_token_ids), num_speculative_tokens, self.device)
-                return session.attempt(draft) or nothing
+                return session.attempt(draft) or no_drafts(len(next_token_ids), num_speculative_tokens, self.device)
 
             self._last_draft_probs = None
             if self.model.drafts_after_step:

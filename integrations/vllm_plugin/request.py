@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from qm_spec.config import ARCHITECTURE
 from qm_spec.discovery import check_drafter, find_drafter, is_drafter, vllm_settings
@@ -96,13 +96,17 @@ def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _not_ours(config: SpeculativeConfig | None) -> SpeculativeConfig | None:
     """Return a configuration that was not ours to resolve, unless its draft model is: then nothing has checked it."""
-    drafter = getattr(config, "draft_model_config", None)
-    if drafter is not None and ARCHITECTURE in (getattr(drafter, "architectures", None) or ()):
+    drafter = None if config is None else config.draft_model_config
+    if _is_our_model(drafter):
         raise ValueError(
             f"qm_spec: a QuickMerge drafter must be a local folder, so that it is checked before it is loaded, got "
             f"{shown(drafter.model)}; download it (hf download {shown(drafter.model)} --local-dir DIR) and name DIR"
         )
     return config
+
+
+def _is_our_model(drafter: ModelConfig | None) -> TypeGuard[ModelConfig]:
+    return drafter is not None and ARCHITECTURE in drafter.architectures
 
 
 def with_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,7 +115,7 @@ def with_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def init_speculator(vllm_config: VllmConfig, device: Any, req_states: Any) -> Any:
         drafter = vllm_config.speculative_config.draft_model_config
-        if drafter is None or ARCHITECTURE not in drafter.architectures:
+        if not _is_our_model(drafter):
             return original(vllm_config, device, req_states)
         from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
 
