@@ -48,6 +48,7 @@ def timed(owner: Any, name: str, label: str, spent: dict[str, float], clock: Cal
 def main(
     target: Annotated[Path, typer.Option(help="Folder of the target.")] = NOVELS / "target",
     method: Annotated[str, typer.Option(help="none, qm_spec or qm_spec-reference.")] = "qm_spec",
+    dtype: Annotated[str, typer.Option(help="Of the target: float32 or bfloat16.")] = "float32",
     context: Annotated[int, typer.Option(help="Prompt tokens.")] = 256,
     steps: Annotated[int, typer.Option(help="Measured decode steps.")] = 100,
     cpu_time: Annotated[
@@ -79,7 +80,7 @@ def main(
     import qm_spec
 
     config = None if method == "none" else qm_spec.speculative_config(target)
-    llm = LLM(str(target), dtype="float32", enforce_eager=True, max_model_len=context + 1024, speculative_config=config)
+    llm = LLM(str(target), dtype=dtype, max_model_len=context + 1024, speculative_config=config)
     clock = time.thread_time if cpu_time else time.perf_counter
     spent: dict[str, float] = defaultdict(float)
     for label, module, path in TIMED:
