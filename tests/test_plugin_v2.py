@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 import qm_spec
 from qm_spec.config import ARCHITECTURE
-from qm_spec.integrations.vllm_plugin.request import with_speculator
+from qm_spec.integrations.vllm_plugin.patches.v2_speculator import with_speculator
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
 from qm_spec.integrations.vllm_plugin.step import DraftStep
