@@ -26,7 +26,12 @@ class Copies(NamedTuple):
 
 
 def find_copies(
-    token_ids: Tensor, places: Tensor, num_tokens: Tensor, min_length: int, num_drafts: int, max_length: int = MAX_LENGTH
+    token_ids: Tensor,
+    places: Tensor,
+    num_tokens: Tensor,
+    min_length: int,
+    num_drafts: int,
+    max_length: int = MAX_LENGTH,
 ) -> Copies:
     """Find each request's newest tokens in its own text, and copy what followed them there.
 
@@ -34,7 +39,7 @@ def find_copies(
     newest token goes round. Here all places are compared, so a common suffix is followed back to the beginning.
 
     Args:
-        token_ids: `[R, L]` int32 or int64, L at least 1, texts from the left; what stands behind their ends does not matter.
+        token_ids: `[R, L]` int32 or int64, L at least 1, texts; what stands behind their ends does not matter.
         places: `[B]` int64, a row of these for each request.
         num_tokens: `[B]`, tokens of each text, the newest included; texts longer than L find nothing.
         min_length: shortest suffix that counts, in tokens, at least 1.
