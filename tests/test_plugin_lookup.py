@@ -59,7 +59,7 @@ def test_where_vllms_own_loop_drafts_the_log_says_so_once(caplog: pytest.LogCapt
         plugin.warn_without_lookup()
     logging.getLogger("vllm.plugins.qm_spec").removeHandler(caplog.handler)
     texts = {record.getMessage() for record in caplog.records}
-    assert len(texts) == 1 and "VLLM_USE_V2_MODEL_RUNNER=0" in texts.pop()
+    assert len(texts) == 1 and "VLLM_USE_V2_MODEL_RUNNER=1" in texts.pop()
 
 
 # Requests in batches

@@ -395,6 +395,32 @@ def test_with_the_v2_runner_a_step_drafts_what_the_prior_was_trained_for(
 
 
 @pytest.mark.parametrize(
+    ("settings", "most"), [({}, 16), ({"enable_adaptive_verification": False}, 3), ({"num_speculative_tokens": 2}, 2)]
+)
+def test_where_the_v2_runner_chooses_what_to_verify_lookup_drafts_more_than_the_prior(
+    settings: dict[str, Any],
+    most: int,
+    target: Path,
+    drafter: Path,
+    log: list[logging.LogRecord],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qm_spec.integrations.vllm_plugin import request
+
+    monkeypatch.setenv("QM_SPEC_LOOKUP", "4")
+    config = make_args(target).create_engine_config()
+    monkeypatch.setattr(request, "_runs_v2", lambda: True)
+    args = make_args(target, speculative_config={"model": "qm_spec", "enable_adaptive_verification": True, **settings})
+    # The whole engine's config is refused without CUDA graphs.
+    speculative = args.create_speculative_config(config.model_config, config.parallel_config)
+    assert speculative.num_speculative_tokens == most
+    of_prior = min(most, 3)
+    assert speculative.draft_model_config.hf_config.model.num_speculative_tokens == of_prior
+    (said,) = [record.getMessage() for record in log if "tokens per step" in record.getMessage()]
+    assert f"up to {most} tokens per step, {of_prior} by the prior and {most} copied by lookup" in said
+
+
+@pytest.mark.parametrize(
     ("of_target", "of_drafter"),
     [("auto", "safetensors"), ("safetensors", "safetensors"), ("sharded_state", "safetensors"), ("dummy", None)],
 )
@@ -438,7 +464,6 @@ def test_the_runner_that_is_asked_for_is_known(asked: bool, monkeypatch: pytest.
 def test_drafts_are_drawn_on_a_cpu_where_verification_can_weigh_them(
     target: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.platforms import current_platform
 
     def method(**settings: Any) -> str:
         args = make_args(target, speculative_config={"model": "qm_spec", **settings})
@@ -446,8 +471,40 @@ def test_drafts_are_drawn_on_a_cpu_where_verification_can_weigh_them(
 
     assert method() == "probabilistic"
     assert method(rejection_sample_method="block") == "greedy"
+    assert method(use_local_argmax_reduction=True) == "greedy", "vLLM takes no distributions then"
+
+
+@pytest.mark.parametrize("asked", [None, "greedy", "probabilistic"])
+@pytest.mark.parametrize(("max_num_seqs", "fits"), [(10, True), (11, False), (None, False)])
+def test_drafts_are_drawn_on_a_gpu_where_their_distributions_fit(
+    max_num_seqs: int | None,
+    fits: bool,
+    asked: str | None,
+    target: Path,
+    drafter: Path,
+    log: list[logging.LogRecord],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unless the user says. Without a number of requests vLLM's own default counts, which it sets later."""
+    from vllm.platforms import current_platform
+
+    from qm_spec.integrations.vllm_plugin import request
+
+    args = make_args(
+        target,
+        speculative_config={"model": "qm_spec"} | ({"draft_sample_method": asked} if asked else {}),
+        max_num_seqs=max_num_seqs,
+    )
+    vocabulary = json.loads((target / "config.json").read_text())["vocab_size"]
+    monkeypatch.setattr(request, "MOST_DISTRIBUTION_BYTES", 10 * 3 * vocabulary * 4)
     monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
-    assert method() == "greedy"
+    drawn = "probabilistic" if fits else "greedy"
+    method = args.create_engine_config().speculative_config.draft_sample_method
+    assert method == (asked or drawn)
+    texts = [record.getMessage() for record in log if "at a temperature above 0 drafts are" in record.getMessage()]
+    assert len(texts) == (asked is None)
+    if asked is None:
+        assert ("drafts are drawn" in texts[0]) == fits and "draft_sample_method" in texts[0]
 
 
 def test_a_setting_given_twice_is_left_for_vllm_to_refuse(target: Path, drafter: Path) -> None:

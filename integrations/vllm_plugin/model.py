@@ -24,7 +24,7 @@ from qm_spec.integrations.vllm_plugin import compat, seeds
 from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
 from qm_spec.integrations.vllm_plugin.head import DraftRows, plain_head
-from qm_spec.integrations.vllm_plugin.lookup import lookup_length, warn_without_lookup
+from qm_spec.integrations.vllm_plugin.lookup import lookup_length
 from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import CPU_EXPANSION
 from qm_spec.integrations.vllm_plugin.patches.cpu_seeds import CPU_SEEDS
 from qm_spec.integrations.vllm_plugin.patches.draft_loop import DRAFT_LOOP
@@ -45,6 +45,12 @@ _PARALLEL = {
 
 # Holds the tokens that a checkpoint's `d2t` names.
 _TOKEN_IDS = "draft_rows.token_ids"
+
+
+def drafter_config(vllm_config: VllmConfig) -> QuickMergeConfig:
+    """Return the config of an engine's drafter, which vLLM has wrapped in one for EAGLE."""
+    wrapped = vllm_config.speculative_config.draft_model_config.hf_config
+    return QuickMergeConfig.from_dict(wrapped.model.to_dict())
 
 
 def _parallel_linear(inputs: int, outputs: int, split: str, name: str) -> nn.Module:
@@ -120,8 +126,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         compat.require_supported()
         compat.require_runner(vllm_config.use_v2_model_runner)
         nn.Module.__init__(self)
-        wrapped = vllm_config.speculative_config.draft_model_config.hf_config
-        self.config = QuickMergeConfig.from_dict(wrapped.model.to_dict())
+        self.config = drafter_config(vllm_config)
         self.model = QuickMergeModel(self.config, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
@@ -134,6 +139,9 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         self.use_parallel_drafting = False
         compat.apply(DRAFT_LOOP)
         on_cpu, most = vllm_config.device_config.device_type == "cpu", vllm_config.num_speculative_tokens
+        # Lists of different lengths on a CPU, or drafts that are not verified with the V2 runner.
+        numbers_vary = on_cpu and not vllm_config.use_v2_model_runner
+        numbers_vary |= vllm_config.speculative_config.enable_adaptive_verification
         # A GPU's step is still running when drafting begins, and other schedulers ask for drafts at other times.
         one_at_a_time = vllm_config.parallel_config.pipeline_parallel_size == 1
         one_at_a_time = one_at_a_time and not vllm_config.scheduler_config.async_scheduling
@@ -141,8 +149,8 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         self.session = DraftSession(
             self,
             vllm_config,
-            # Lookup may draft more than the prior, where the number may change from step to step.
-            num_drafts=min(self.config.num_speculative_tokens, most) if on_cpu else most,
+            # Lookup may draft more than the prior, where the number may differ between requests.
+            num_drafts=min(self.config.num_speculative_tokens, most) if numbers_vary else most,
             most_drafts=most,
             lookup_length=lookup_length(self.config),
             adapts=adapts(),
@@ -157,8 +165,6 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         # On a CPU also for the tokens behind pieces of prompts.
         if on_cpu or self.session.lookup_length:
             compat.apply(REQUEST_STATES)
-        if self.session.lookup_length and vllm_config.use_v2_model_runner:
-            warn_without_lookup()
         _tell_operators(vllm_config.device_config.device_type)
         compat.apply(CPU_EXPANSION)
         compat.apply(CPU_SEEDS)

@@ -12,7 +12,7 @@ from qm_spec.discovery.files import shown
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.integrations.vllm_plugin import compat
 from qm_spec.integrations.vllm_plugin.aux_states import require_aux_hidden_states, require_first_state
-from qm_spec.integrations.vllm_plugin.lookup import most_drafts
+from qm_spec.integrations.vllm_plugin.lookup import lookup_length, most_drafts
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.plugins.qm_spec")
 
 METHOD = "qm_spec"
+# The most memory of a GPU that the distributions of drafts may take unasked, counted in float32: with 4 drafts over a
+# vocabulary of 128k it is 0.5 GiB for 256 requests, and 2 for 1024.
+MOST_DISTRIBUTION_BYTES = 4 << 30
 
 
 def is_our_model(drafter: ModelConfig | None) -> TypeGuard[ModelConfig]:
@@ -82,16 +85,22 @@ def resolve(
     config = QuickMergeConfig.from_pretrained(drafter)
     require_first_state(target_model_config.architecture, config.eagle_aux_hidden_state_layer_ids)
     _require_fitting_heads(config.num_key_value_heads, target_parallel_config.tensor_parallel_size)
-    # With LoRA vLLM wants the most tokens for all requests to fit into one step; with the V2 runner all requests have
-    # as many drafts, and none of them are looked up.
-    if asked is None and current_platform.is_cpu() and not args.enable_lora and not _runs_v2():
+    of_prior = depth
+    # Lookup may draft more than the prior where the number may differ between requests: on a CPU with the V1 runner,
+    # and where V2 decides what to verify. With LoRA vLLM wants the most tokens for all requests to fit into one step.
+    numbers_vary = request.get("enable_adaptive_verification") if _runs_v2() else current_platform.is_cpu()
+    if asked is None and numbers_vary and not args.enable_lora:
         depth = most_drafts(config)
-    logger.info("qm_spec: drafter %s, up to %d tokens per step", shown(drafter), depth)
+    logger.info(
+        "qm_spec: drafter %s, up to %d tokens per step%s",
+        shown(drafter),
+        depth,
+        f", {of_prior} by the prior and {depth} copied by lookup" if lookup_length(config) else "",
+    )
     settings = {**request, **vllm_settings(drafter, depth)}
-    # At a temperature above 0 drafts that are drawn are kept far more often than the most likely tokens. Distributions
-    # take memory for all requests, K and the vocabulary, so on a GPU, where it is dear, this is the user's choice.
-    if current_platform.is_cpu() and request.get("rejection_sample_method", "standard") == "standard":
-        settings.setdefault("draft_sample_method", "probabilistic")
+    if _may_draw(request):
+        num_bytes = _most_requests(args, target_parallel_config) * depth * target_model_config.get_vocab_size() * 4
+        settings["draft_sample_method"] = _draft_sample_method(num_bytes)
     # A drafter is always safetensors, whatever holds the target (GGUF, shards, a tensorizer's file); "auto" would take
     # another file that lies beside the one that was checked.
     if args.load_format != "dummy":
@@ -99,6 +108,49 @@ def resolve(
     if "disable_eagle_block_drop" in request:
         settings["disable_eagle_block_drop"] = request["disable_eagle_block_drop"]
     return settings
+
+
+def _may_draw(request: dict[str, Any]) -> bool:
+    """Tell whether drafts may be drawn from distributions, where the user does not say how they are chosen."""
+    return (
+        "draft_sample_method" not in request
+        and request.get("rejection_sample_method", "standard") == "standard"
+        and not request.get("use_local_argmax_reduction")
+    )
+
+
+def _draft_sample_method(num_bytes: int) -> str:
+    """Return how drafts are chosen at a temperature above 0: drawn, where there is memory for their distributions.
+
+    Drawn ones are accepted far more often than the most likely tokens. On a CPU distributions are kept for a step's
+    requests only; on a GPU for all that there may be, which takes memory from the pages.
+
+    Args:
+        num_bytes: of all distributions, in float32.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return "probabilistic"
+    fits = num_bytes <= MOST_DISTRIBUTION_BYTES
+    logger.info(
+        "qm_spec: at a temperature above 0 drafts are %s: their distributions take up to %.2f GiB, and %s %.0f; "
+        "draft_sample_method decides otherwise",
+        "drawn" if fits else "the most likely tokens",
+        num_bytes / 2**30,
+        "may take" if fits else "take no more unasked than",
+        MOST_DISTRIBUTION_BYTES / 2**30,
+    )
+    return "probabilistic" if fits else "greedy"
+
+
+def _most_requests(args: EngineArgs, parallel: ParallelConfig) -> int:
+    """Return how many requests a step may have; where the user does not say, what vLLM will settle on at most."""
+    if args.max_num_seqs is not None:
+        return args.max_num_seqs
+    _, by_context = args.get_batch_defaults(parallel.world_size)
+    most: int = max(by_context.values())
+    return 2 * most if args.performance_mode == "throughput" else most
 
 
 def _runs_v2() -> bool:

@@ -23,7 +23,7 @@ def with_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(vllm_config, device, req_states)
         from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
 
-        return QuickMergeSpeculator(vllm_config, device)
+        return QuickMergeSpeculator(vllm_config, device, req_states)
 
     return init_speculator
 
