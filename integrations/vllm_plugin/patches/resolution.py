@@ -51,8 +51,7 @@ def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _not_ours(config: SpeculativeConfig | None) -> SpeculativeConfig | None:
     """Return a configuration that was not ours to resolve, unless its draft model is: then nothing has checked it."""
-    drafter = None if config is None else config.draft_model_config
-    if is_our_model(drafter):
+    if config is not None and is_our_model(drafter := config.draft_model_config):
         raise ValueError(
             f"qm_spec: a QuickMerge drafter must be a local folder, so that it is checked before it is loaded, got "
             f"{shown(drafter.model)}; download it (hf download {shown(drafter.model)} --local-dir DIR) and name DIR"
