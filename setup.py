@@ -40,9 +40,8 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 CUDA_FLAGS = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 # Code for the A100 and the H100, and PTX, which later GPUs compile for themselves.
 CUDA_ARCHITECTURES = "8.0 9.0+PTX"
-# The runtime is linked in, for there is none to find under a torch for another CUDA; its symbols stay inside, or that
-# torch's own runtime would be called by these names.
-CUDA_RUNTIME = ["-lcudart_static", "-Wl,--exclude-libs,libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
+# The runtime is linked in, for under a torch for another CUDA there is none to find. Its symbols are hidden in there.
+CUDA_RUNTIME = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 # Every torch has libtorch, whose dependency on libtorch_cuda, where there is one, finds what the kernels call of it.
 # So they link beside a torch without CUDA; the linker would leave out a library that has nothing they call.
 CUDA_TORCH = ["-Wl,--no-as-needed", "-ltorch"]

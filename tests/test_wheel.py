@@ -123,7 +123,9 @@ def test_the_installed_wheel_runs_its_kernels_on_the_cpu(site: Path) -> None:
 def test_cuda_kernels_that_do_not_load_fall_back_without_a_traceback(site: Path) -> None:
     ran = report(site, "13.0")
     assert ran.stdout.endswith(" compiled reference [[[1.0, 1.0, 1.0]]]\n"), ran.stderr
-    assert f"{site}/qm_spec/_C_cuda.abi3.so do not load" in ran.stderr
+    assert re.search(
+        "_C_cuda.abi3.so do not load: .*undefined symbol: (" + "|".join(OF_LIBTORCH_CUDA) + ")", ran.stderr
+    )
     assert "the slower references run in their place" in ran.stderr
     assert "Traceback" not in ran.stderr
 

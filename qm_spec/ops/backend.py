@@ -69,8 +69,8 @@ def _load_module(device: str, choice: str) -> bool:
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
-        # As after an upgrade of torch.
-        problem = f"qm_spec: the kernels in {spec.origin} do not load: {error}"
+        # As after an upgrade of torch, which gives the loader's reason as the cause.
+        problem = f"qm_spec: the kernels in {spec.origin} do not load: {error.__cause__ or error}"
         if choice == "compiled":
             raise RuntimeError(f"{problem}; {how_to_build(device)}, or set QM_SPEC_BACKEND=reference") from error
         logger.warning(
