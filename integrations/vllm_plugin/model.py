@@ -66,7 +66,7 @@ def _tell_operators(device: str) -> None:
             "qm_spec: no compiled kernels for %s, so PyTorch references run, which are slower, and on a GPU the target "
             "loses its full CUDA graphs; %s",
             device,
-            f"QM_SPEC_CUDA=1, then {backend.BUILD}" if device == "cuda" else backend.BUILD,
+            backend.how_to_build(device),
         )
 
 
