@@ -31,6 +31,9 @@ logger = logging.getLogger("vllm.plugins.qm_spec")
 
 # In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_draft_tokens.py).
 MOST_REQUESTS_16_BIT = 16
+# Steps in a row in which drafting may fail. A fault that passes costs the drafts of a step; one that stays would fill
+# the log.
+MOST_FAILURES = 3
 
 Drafted = TypeVar("Drafted")
 
@@ -77,7 +80,7 @@ class DraftSession:
 
     Attributes:
         batch: requests of the last step, row by row; none at all where vLLM does not tell.
-        failed: drafting has failed and is over.
+        num_failures: steps in a row in which drafting has failed; from `MOST_FAILURES` on it is over.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class DraftSession:
         self.num_drafts, self.most_drafts = num_drafts, most_drafts
         self.lookup_length, self.adapts, self.seeds_by_position = lookup_length, adapts, seeds_by_position
         self.batch: list[DraftRequest] = []
-        self.failed = False
+        self.num_failures = 0
         self._requests: dict[str, DraftRequest] = {}
 
     @cached_property
@@ -122,17 +125,34 @@ class DraftSession:
         self.batch = [self._requests.setdefault(name, DraftRequest(states[name])) for name in names]
 
     def attempt(self, draft: Callable[[], Drafted]) -> Drafted | None:
-        """Return what `draft` returns; None for good after it has raised: decoding needs no drafts."""
-        if not self.failed:
-            try:
-                return draft()
-            except Exception:
-                self.failed = True
-                logger.exception(
-                    "qm_spec: drafting failed, so this engine goes on without drafts. Outputs stay right; "
-                    "please report what follows"
-                )
-        return None
+        """Return what `draft` returns, None where it raises: decoding needs no drafts.
+
+        After `MOST_FAILURES` steps in a row it is not called again. What the pages lack of a failed step costs
+        acceptance only: readers trust no page, and merging drops what is not finite.
+        """
+        if self.num_failures >= MOST_FAILURES:
+            return None
+        try:
+            drafted = draft()
+        except Exception:
+            self.num_failures += 1
+            self._forget()
+            over = self.num_failures >= MOST_FAILURES
+            logger.warning(
+                "qm_spec: drafting failed, so %s. Outputs stay right; please report what follows",
+                f"after {MOST_FAILURES} steps in a row this engine goes on without drafts; start it again to draft"
+                if over
+                else "this step goes on without drafts",
+                exc_info=True,
+            )
+            return None
+        self.num_failures = 0
+        return drafted
+
+    def _forget(self) -> None:
+        """Drop what a step that failed may have left half noted: indices are made anew, and costs measured anew."""
+        self._requests.clear()
+        self.__dict__.pop("controller", None)
 
     def draft(self, step: DraftStep) -> Drafts:
         """Decide how many tokens to draft behind this step, write its states into the merged cache and draft."""
@@ -225,7 +245,22 @@ class DraftSession:
                 # What verifies drafts knows the target's vocabulary only.
                 if step.draws and model.draft_rows is not None:
                     probs = spread(probs, weights.token_ids, model.config.vocab_size, 0.0)
+            if step.draws and probs is not None:
+                _make_sure(probs, drafted)
             return Drafts(*join_drafts(found, drafted, probs if step.draws else None, widths))
+
+
+def _make_sure(probs: Tensor, drafted: Tensor) -> None:
+    """Call drafts sure, in place, whose distribution `[B, K, V]` is not finite: verification must not weigh by it.
+
+    Such are those of a request that has read what is not finite, until its window has moved on.
+    """
+    places = drafted.unsqueeze(-1)
+    # A distribution with one NaN in it is all NaN.
+    broken = ~probs.gather(-1, places).isfinite()
+    # The host reads a CPU's values for nothing; elsewhere it would wait.
+    if probs.device.type != "cpu" or broken.any():
+        probs.masked_fill_(broken, 0.0).scatter_add_(-1, places, broken.to(probs.dtype))
 
 
 def _random_numbers(generators: Mapping[int, torch.Generator], like: Tensor) -> Tensor:

@@ -265,6 +265,8 @@ class QuickMergeSpeculator(EagleSpeculator):
 
         def sample(output: Tensor, number: int) -> Tensor:
             self.current_draft_step.fill_(number)
+            # Drafts behind what is not finite may be any, but verification must not weigh them by such a distribution.
+            output = output.nan_to_num(0.0, 0.0, 0.0)
             # vLLM draws a token by the position before it. That of the first draft holds the token behind those read.
             token_ids: Tensor = self.sample_draft(
                 output,
