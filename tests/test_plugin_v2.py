@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 import qm_spec
 from qm_spec.config import ARCHITECTURE
+from qm_spec.integrations.vllm_plugin.counters import DeviceCounts
 from qm_spec.integrations.vllm_plugin.request import with_speculator
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
@@ -68,6 +70,8 @@ def make_speculator(model: Any) -> Any:
         "draft_logits": None,
         "use_local_argmax_reduction": False,
         "acceptance_estimator": None,
+        "counts": DeviceCounts(torch.device("cpu")),
+        "has_drafted": False,
     }
     for name, value in settings.items():
         setattr(speculator, name, value)
@@ -88,6 +92,7 @@ def run(speculator: Any, step: DraftStep, unpaged: bool = False, **settings: Any
         query_start_loc=step.query_start_loc,
         seq_lens=step.seq_lens,
         input_ids=torch.nn.functional.pad(step.token_ids, (0, padding)),
+        num_draft_tokens_per_req=np.array([2, 2, 0]),
     )
     slots = torch.nn.functional.pad(step.slot_mapping, (0, padding), value=-1)
     metadata = {"draft": SimpleNamespace(block_table=step.block_table, slot_mapping=slots), "target": None}
@@ -222,6 +227,40 @@ def test_a_speculator_that_fails_drafts_sure_zeros(model: Any, caplog: pytest.Lo
     probs = speculator.draft_logits.softmax(-1)
     assert (probs[[5, 0, 3], :, 0] == 1).all()
     assert (probs[[1, 2, 4], :, 0] < 1).all(), "drafts of requests that were not in the batch keep theirs"
+
+
+def test_an_engine_that_is_off_drafts_sure_zeros_and_still_fills_the_pages(model: Any) -> None:
+    """As vLLM takes no fewer than K; so the loop costs nothing, and drafts are as good as ever afterwards."""
+    step, before = make_step(model, NUM_DRAFTS, None), model.case.cache.clone()
+    expected = run(make_speculator(model), step).clone()
+    model.case.cache.copy_(before)
+    speculator = make_speculator(model)
+    speculator.draft_logits = torch.zeros(6, NUM_DRAFTS, SIZES.vocabulary)
+    model.session.turn(False)
+    assert (run(speculator, step) == 0).all() and (speculator.draft_logits[5].softmax(-1)[:, 0] == 1).all()
+    assert not torch.equal(pages(model), before.nan_to_num(nan=-1.0))
+    model.session.turn(True)
+    speculator.draft_logits = None
+    assert torch.equal(run(speculator, step), expected)
+    assert model.session.counters.by_name()["steps"] == {"plain": 1, "prior": 1, "lookup": 0}
+    assert model.session.counters.by_name()["failed_steps"] == 0
+
+
+def test_verified_drafts_are_counted_without_the_host(model: Any) -> None:
+    """Of three requests two had two drafts each, of which two were rejected; dummy batches count nothing."""
+    speculator, step = make_speculator(model), make_step(model, NUM_DRAFTS, None)
+    step.num_rejected[:] = torch.tensor([2, 0, 0])
+    run(speculator, step, dummy_run=True)
+    # The first step verifies drafts of nobody's, the third has counted the second.
+    for _ in range(3):
+        run(speculator, step)
+    counted = model.session.counters.by_name()
+    assert counted["drafts"] == {"prior": 2, "lookup": 0} and counted["draft_tokens"]["prior"] == 4
+    assert counted["accepted_tokens"]["prior"] == 2 and counted["steps"]["prior"] == 3
+    model.session.turn(False)
+    for _ in range(4):
+        run(speculator, step)
+    assert model.session.counters.by_name()["drafts"]["prior"] == 6, "zeros are no drafts of ours"
 
 
 @pytest.mark.parametrize(("architectures", "ours"), [([ARCHITECTURE], True), (["Eagle3LlamaForCausalLM"], False)])

@@ -27,26 +27,40 @@ def session_of(proposer: Any) -> DraftSession | None:
 def can_draft(proposer: Any) -> bool:
     """Tell whether our loop can draft for this proposer; if not, vLLM's own loop does.
 
-    It runs on one rank, on the CPU, and on a GPU with compiled kernels and a target of plain weights.
-    Ranks of data parallelism run vLLM's loop, in which they wait for each other. Multimodal rotary
-    positions do not matter to ours, token ids of another vocabulary do.
+    Multimodal rotary positions do not matter to ours, token ids of another vocabulary do.
     """
     return (
         session_of(proposer) is not None
-        and (proposer.device.type == "cpu" or _can_draft_on_gpu(proposer))
-        and get_tensor_model_parallel_world_size() == 1
-        and proposer.vllm_config.parallel_config.data_parallel_size == 1
+        and obstacle(proposer.model, proposer.vllm_config, proposer.device.type) is None
         and not proposer.use_heterogeneous_vocab
         and not proposer.supports_mm_inputs
     )
 
 
-def _can_draft_on_gpu(proposer: Any) -> bool:
-    return (
-        proposer.device.type == "cuda"
-        and backend.backend("cuda") == "compiled"
-        and plain_weights(proposer.model) is not None
-    )
+def obstacle(model: Any, vllm_config: Any, device: str) -> str | None:
+    """Return why vLLM's own loop must draft, None where ours can.
+
+    Ours runs on one rank, on the CPU, and on a GPU with compiled kernels and a target of plain weights. Ranks of data
+    parallelism run vLLM's loop, in which they wait for each other.
+
+    Args:
+        model: the drafter, with the target's embedding and head in place.
+        vllm_config: of the engine.
+        device: its type.
+    """
+    if get_tensor_model_parallel_world_size() > 1:
+        return "there are several ranks of tensor parallelism"
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        return "there are several ranks of data parallelism"
+    if device == "cpu":
+        return None
+    if device != "cuda":
+        return f"there is none for {device}"
+    if backend.backend("cuda") != "compiled":
+        return "there are no compiled kernels"
+    if plain_weights(model) is None:
+        return "the target's embedding or head is quantised, scaled or carries LoRA"
+    return None
 
 
 def no_drafts(num_requests: int, num_drafts: int, device: torch.device) -> Drafts:
@@ -106,7 +120,7 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
         session = session_of(self)
         if session is not None and can_draft(self):
 
-            def draft() -> Drafts:
+            def draft() -> Drafts | None:
                 step = DraftStep.from_v1(
                     self,
                     num_speculative_tokens,
@@ -132,7 +146,7 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
         if session is not None and session.lookup_length:
             warn_without_lookup()
         most = num_speculative_tokens if session is None else min(num_speculative_tokens, session.num_drafts)
-        return original(
+        drafts = original(
             self,
             most,
             target_token_ids,
@@ -146,6 +160,11 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
             num_rejected_tokens_gpu,
             slot_mappings,
         )
+        if session is not None and not session.switch.on:
+            # Its keys and values are written.
+            self._last_draft_probs = None
+            return no_drafts(len(next_token_ids), num_speculative_tokens, self.device).token_ids
+        return drafts
 
     return replaced
 

@@ -17,6 +17,7 @@ from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.integrations.vllm_plugin import compat
 from qm_spec.integrations.vllm_plugin.aux_states import require_aux_hidden_states, require_first_state
 from qm_spec.integrations.vllm_plugin.lookup import most_drafts
+from qm_spec.integrations.vllm_plugin.metrics import shared_folder
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.plugins.qm_spec")
 
 METHOD = "qm_spec"
+WORKER_EXTENSION = "qm_spec.integrations.vllm_plugin.worker.QuickMergeWorkerExtension"
 FLAG = "--speculative-model"
 
 
@@ -89,6 +91,11 @@ def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
             # Otherwise the V1 runner drafts for nobody while one request is within K tokens of its end; drafts take no
             # room in the pages, and the scheduler cuts those behind the end.
             drafter.max_model_len = target_model_config.max_model_len + config.num_speculative_tokens
+            if not self.disable_log_stats:
+                # With the draft model it reaches the engine, wherever that runs.
+                drafter.hf_config.qm_spec_metrics = shared_folder()
+            if not target_parallel_config.worker_extension_cls:
+                target_parallel_config.worker_extension_cls = WORKER_EXTENSION
         return config
 
     return create_speculative_config

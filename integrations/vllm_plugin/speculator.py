@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import S
 
 from qm_spec.drafter.loop import DraftLoop
 from qm_spec.drafter.paged_loop import DraftInputs, paged_draft_steps
+from qm_spec.integrations.vllm_plugin.counters import DeviceCounts
 from qm_spec.integrations.vllm_plugin.step import DraftStep
 from qm_spec.ops.page import slot_elements
 
@@ -31,12 +32,16 @@ class QuickMergeSpeculator(EagleSpeculator):
         num_verified: `[R]` int32, tokens in the pages by row of the batch; 0 in rows without a request, so that
             nothing is merged or attended to there.
         next_token_ids: `[R]` int64, the token behind each of them. Their states are in `hidden_states`.
+        counts: of verified drafts.
+        has_drafted: whether what the next step verifies are drafts of ours, and not zeros.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.num_verified = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.next_token_ids = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+        self.counts = DeviceCounts(device)
+        self.has_drafted = False
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Prepare full graphs of the loop where the target's decode steps have them, else none."""
@@ -45,6 +50,7 @@ class QuickMergeSpeculator(EagleSpeculator):
         self.decode_cudagraph_manager = SpeculatorCudaGraphManager(
             self.vllm_config, self.device, mode, decode_query_len=1
         )
+        self.model.session.captures = full
 
     def capture(self) -> None:
         """Capture the loop, in vLLM's own capture phase; it runs without graphs if that fails."""
@@ -122,15 +128,33 @@ class QuickMergeSpeculator(EagleSpeculator):
                 next_prefill_tokens,
             )
             self._remember(step, num_reqs, dummy_run)
-            if num_drafts:
-                # A later step merges what one without drafts leaves.
+            # A later step merges what one without drafts leaves.
+            drafts_now = num_drafts > 0 and session.switch.on
+            if drafts_now:
                 self._draft(num_reqs, attn_metadata, is_profile, num_drafts)
-            return True
+            if not dummy_run:
+                self._count(input_batch.num_draft_tokens_per_req, num_rejected, drafts_now)
+            return session.switch.on
 
-        drafts = self.draft_tokens[:num_reqs]
-        if not self.model.session.attempt(draft):
+        session, drafts = self.model.session, self.draft_tokens[:num_reqs]
+        if not session.attempt(draft):
             self._draft_zeros(drafts, None if dummy_run else input_batch.idx_mapping)
         return drafts
+
+    def _count(self, num_draft_tokens: Any, num_rejected: Tensor, drafts_now: bool) -> None:
+        """Count this step, without a value read on the host.
+
+        Args:
+            num_draft_tokens: `[B]` on the host, of the drafts that it has verified; None where there were none.
+            num_rejected: `[B]`, of these.
+            drafts_now: whether there are drafts behind it.
+        """
+        counters = self.model.session.counters
+        counters["steps", "prior" if drafts_now else "plain"] += 1
+        if num_draft_tokens is not None and self.has_drafted:
+            self.counts.note(int((num_draft_tokens > 0).sum()), int(num_draft_tokens.sum()), num_rejected)
+        counters.note_drafts("prior", *self.counts.take())
+        self.has_drafted = drafts_now
 
     def _metadata(self, attn_metadata: dict[str, Any] | None) -> Any:
         return (attn_metadata or {}).get(self.model.model.attn.layer_name)
@@ -179,6 +203,7 @@ class QuickMergeSpeculator(EagleSpeculator):
                 # The graph reads the table that it was captured with.
                 group.map_to_kernel_block_table(self.block_tables.input_block_tables[group.kv_cache_group_id])
         self.decode_cudagraph_manager.run_fullgraph(graph)
+        self.model.session.counters["graph_replays", ""] += 1
 
     def _draft_all(
         self,
@@ -220,7 +245,7 @@ class QuickMergeSpeculator(EagleSpeculator):
         )
 
     def _draft_zeros(self, drafts: Tensor, places: Tensor | None) -> None:
-        """Draft token 0 for all, as drafting has failed and vLLM takes no fewer than K.
+        """Draft token 0 for all, as drafting has failed or is off and vLLM takes no fewer than K.
 
         Verification must be told that they are sure, or it takes them for draws from what is kept of earlier steps.
 

@@ -20,10 +20,20 @@ class DraftRequest:
     Attributes:
         state: the V1 runner's `CachedRequestState`.
         index: of its tokens, made by the first lookup.
+        source: of the draft that the target verifies next, `prior` or `lookup`; None where it has none.
+        num_drafted: tokens of that draft.
     """
 
     state: Any
     index: SuffixIndex | None = None
+    source: str | None = None
+    num_drafted: int = 0
+
+    @property
+    def asked(self) -> object:
+        """What it says of drafting for it, see `switch.py`; None for nothing."""
+        given = getattr(self.state.sampling_params, "extra_args", None)
+        return given.get("qm_spec") if given else None
 
     def token_ids(self, start: int, end: int) -> list[int] | None:
         """Return its tokens as vLLM knows them; None for embeddings, and before sampled ones have arrived."""
@@ -32,13 +42,21 @@ class DraftRequest:
         token_ids = [self.state.get_token_id(position) for position in range(start, end)]
         return None if min(token_ids) < 0 else token_ids
 
+    def num_written(self, num_computed: int) -> int:
+        """Return how many tokens have been sampled for it, 0 or less while its prompt is read.
+
+        Args:
+            num_computed: its verified tokens in the cache; one more has been sampled.
+        """
+        return num_computed + 1 - int(self.state.num_prompt_tokens)
+
     def num_useful(self, num_computed: int) -> int:
         """Return how many drafts it can still use: none while its prompt is read, and none of its last token.
 
         Args:
             num_computed: its verified tokens in the cache; one more has been sampled.
         """
-        num_written = num_computed + 1 - self.state.num_prompt_tokens
+        num_written = self.num_written(num_computed)
         most = self.state.sampling_params.max_tokens
         if num_written < 1:
             return 0
