@@ -69,6 +69,13 @@ def smollm2() -> Path:
         pytest.skip(str(error))
 
 
+@pytest.fixture(autouse=True)
+def package_log() -> Iterator[None]:
+    """Give the package's log back to the root logger, where `caplog` listens, if a test has registered the plug-in."""
+    yield
+    logging.getLogger("qm_spec").parent = logging.getLogger()
+
+
 @pytest.fixture
 def plugin_log() -> Iterator[list[logging.LogRecord]]:
     """What our logger under vLLM's is told; `caplog` hears it once, twice or never, as vLLM has set up logging."""

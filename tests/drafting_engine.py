@@ -11,16 +11,16 @@ import torch
 
 from qm_spec.integrations.vllm_plugin import session as drafting
 from qm_spec.integrations.vllm_plugin.session import Drafts, DraftSession
-from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
+from qm_spec.integrations.vllm_plugin.step import DraftStep
 
 NUM_DRAFTS, MOST_DRAFTS = 4, 16
 PROMPT = 10
 
 
-def request(**extra: Any) -> DraftRequest:
-    """A request with a prompt of `PROMPT` tokens and these extra arguments."""
+def request(**extra: Any) -> Any:
+    """What is read of a request of vLLM's, with a prompt of `PROMPT` tokens and these extra arguments."""
     sampling = SimpleNamespace(max_tokens=100, extra_args=extra or None)
-    return DraftRequest(SimpleNamespace(num_prompt_tokens=PROMPT, sampling_params=sampling))
+    return SimpleNamespace(num_prompt_tokens=PROMPT, sampling_params=sampling)
 
 
 class Engine:
@@ -46,8 +46,10 @@ class Engine:
         monkeypatch.setattr(drafting, "look_up", lambda step, length: found)
         monkeypatch.setattr(self.session, "propose", propose)
 
-    def step(self, requests: list[DraftRequest], rows: list[int], rejected: list[int], lengths: list[int]) -> Any:
+    def step(self, requests: list[Any], rows: list[int], rejected: list[int], lengths: list[int]) -> Any:
         """Draft behind a step in which each request has read so many rows, up to so many tokens."""
+        states = {str(id(one)): one for one in requests}
+        self.session.note_batch([*states], states)
         unread = {name: None for name, field in DraftStep.__dataclass_fields__.items() if field.default is MISSING}
         read: dict[str, Any] = {
             "num_drafts": MOST_DRAFTS,
@@ -55,6 +57,6 @@ class Engine:
             "query_start_loc": torch.tensor([0, *rows]).cumsum(0),
             "num_rejected": torch.tensor(rejected),
             "seq_lens": torch.tensor(lengths),
-            "requests": requests,
+            "requests": self.session.batch,
         }
         return self.session.draft(DraftStep(**{**unread, **read}))

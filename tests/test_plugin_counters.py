@@ -195,3 +195,17 @@ def test_a_server_of_several_processes_reads_vllms_own_folder(tmp_path: Path, mo
 def test_an_engine_away_from_its_server_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     assert open_file("/not/on/this/machine", {}) is None and open_file(None, {}) is None
+
+
+def test_an_engine_starts_where_the_servers_folder_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin_log: list[logging.LogRecord]
+) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+
+    def full(*args: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert open_file(str(tmp_path), {}) is None
+    (record,) = plugin_log
+    assert "no space left" in record.getMessage()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
-from drafting_engine import Engine, request
+from drafting_engine import MOST_DRAFTS, Engine, request
 from plugin_doubles import make_model, make_step
 
+from qm_spec.drafter.controller import Plan
 from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.switch import Switch
@@ -33,11 +35,24 @@ def test_a_request_has_as_many_drafts_as_it_asks_for(monkeypatch: pytest.MonkeyP
     assert alone.widths == [[0]] and alone.session.counters.by_name()["steps"]["plain"] == 1
 
 
+def test_the_controller_plans_with_what_requests_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would take what was never drafted for cheap."""
+    engine = Engine(monkeypatch, adapts=True)
+    planned: list[Any] = []
+
+    def plan(candidates: Any, num_tokens: int) -> Plan:
+        planned.append([one.most for one in candidates])
+        return Plan([0, 0], [False, False], 0, 2.0, 1.0)
+
+    monkeypatch.setattr(engine.session.controller, "plan", plan)
+    engine.step([request(qm_spec="off"), request()], [10] * 2, [0] * 2, [10] * 2)
+    assert planned == [[0, MOST_DRAFTS]]
+
+
 @pytest.mark.parametrize("asked", ["Off", "on", 17, -1, 2.0, True, [2], "2", "x\n" * 500])
 def test_what_makes_no_sense_is_ignored_and_said_once(asked: Any, plugin_log: list[logging.LogRecord]) -> None:
     switch = Switch(16)
-    widths, _ = switch.limit([request(qm_spec=asked)] * 2, [4, 4], ())
-    assert widths == [4, 4]
+    assert switch.most_tokens(asked) == switch.most_tokens(asked) == switch.most_tokens(None) == sys.maxsize
     (record,) = plugin_log
     text = record.getMessage()
     assert "0..16" in text and repr(asked)[:20] in text and "\n" not in text and len(text) < 300

@@ -8,6 +8,7 @@ them. Where vLLM itself is in that mode (several API servers, or `PROMETHEUS_MUL
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import tempfile
 import uuid
@@ -16,7 +17,11 @@ from pathlib import Path
 
 from qm_spec.integrations.vllm_plugin.counters import METRICS, Counters
 
+logger = logging.getLogger("vllm.plugins.qm_spec")
+
 PREFIX = "qm_spec:"
+# Many times what the numbers take.
+_FILE_BYTES = 2**16
 _VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
@@ -47,7 +52,10 @@ class MetricsFile:
         from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
         # The part before the first underscore is the type of all numbers in it.
-        self._file = MmapedDict(str(Path(folder) / f"counter_qmspec{uuid.uuid4().hex}.db"))
+        file = Path(folder) / f"counter_qmspec{uuid.uuid4().hex}.db"
+        # A disk that is full must say so here: to write into the mapping would end the process.
+        file.write_bytes(bytes(_FILE_BYTES))
+        self._file = MmapedDict(str(file))
         self._keys = {}
         for metric in METRICS:
             for kind in metric.kinds:
@@ -63,7 +71,13 @@ class MetricsFile:
 
 
 def open_file(folder: str | None, labels: Mapping[str, str]) -> MetricsFile | None:
-    """Return the engine's file; None where the server's folder is not here, as on another machine."""
+    """Return the engine's file; None where the server's folder is not here, as on another machine, or is full."""
     # A server of several processes settles its folder after it has made the engine's configuration.
     folder = folder and (os.environ.get(_VARIABLE) or folder)
-    return MetricsFile(folder, labels) if folder and Path(folder).is_dir() else None
+    if not folder or not Path(folder).is_dir():
+        return None
+    try:
+        return MetricsFile(folder, labels)
+    except OSError as error:
+        logger.warning("qm_spec: /metrics will not have this engine's counters: %s", error)
+        return None

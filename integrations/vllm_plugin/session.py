@@ -26,7 +26,7 @@ from qm_spec.integrations.vllm_plugin.report import Report
 from qm_spec.integrations.vllm_plugin.seeds import next_numbers
 from qm_spec.integrations.vllm_plugin.seeds import sample as sample_by_number
 from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
-from qm_spec.integrations.vllm_plugin.switch import Switch
+from qm_spec.integrations.vllm_plugin.switch import Switch, limit_drafts
 from qm_spec.ops import merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
 
@@ -136,7 +136,11 @@ class DraftSession:
         self._requests = {
             name: request for name, request in self._requests.items() if states.get(name) is request.state
         }
-        self.batch = [self._requests.setdefault(name, DraftRequest(states[name])) for name in names]
+        for name in names:
+            if name not in self._requests:
+                self._requests[name] = request = DraftRequest(states[name])
+                request.most_drafts = self.switch.most_tokens(request.asked)
+        self.batch = [self._requests[name] for name in names]
 
     def attempt(self, draft: Callable[[], Drafted]) -> Drafted | None:
         """Return what `draft` returns; None for good after it has raised: decoding needs no drafts."""
@@ -183,9 +187,9 @@ class DraftSession:
             widths, found = plan_step(controller, step, found)
         else:
             widths = draft_widths(found, num_requests, num_drafts)
-        if on_cpu and step.requests and not (step.generators and not self.seeds_by_position):
-            # Others take as many drafts for all.
-            widths, found = self.switch.limit(step.requests, widths, found)
+            if on_cpu and step.requests:
+                # A GPU drafts as many for all.
+                widths, found = limit_drafts(step.requests, widths, found)
         drafts = self.propose(step, widths, found)
         self._count_drafted(step, widths, found)
         if controller is not None:

@@ -22,12 +22,14 @@ class DraftRequest:
         index: of its tokens, made by the first lookup.
         source: of the draft that the target verifies next, `prior` or `lookup`; None where it has none.
         num_drafted: tokens of that draft.
+        most_drafts: tokens that it lets a step draft.
     """
 
     state: Any
     index: SuffixIndex | None = None
     source: str | None = None
     num_drafted: int = 0
+    most_drafts: int = sys.maxsize
 
     @property
     def asked(self) -> object:
@@ -51,7 +53,7 @@ class DraftRequest:
         return num_computed + 1 - int(self.state.num_prompt_tokens)
 
     def num_useful(self, num_computed: int) -> int:
-        """Return how many drafts it can still use: none while its prompt is read, and none of its last token.
+        """Return how many drafts it can still use: none while its prompt is read, none of its last token, as it asks.
 
         Args:
             num_computed: its verified tokens in the cache; one more has been sampled.
@@ -60,7 +62,7 @@ class DraftRequest:
         most = self.state.sampling_params.max_tokens
         if num_written < 1:
             return 0
-        return sys.maxsize if most is None else max(most - num_written - 1, 0)
+        return self.most_drafts if most is None else min(self.most_drafts, max(most - num_written - 1, 0))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ takes any value, and an error in its engine would end all requests, so what make
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 
 from qm_spec.drafter.suffix_index import Lookup
@@ -39,8 +40,10 @@ class Switch:
         """Return how many tokens a step may draft for a request.
 
         Args:
-            asked: what the request says.
+            asked: what the request says; None for nothing.
         """
+        if asked is None:
+            return sys.maxsize
         if asked == "off":
             return 0
         if isinstance(asked, int) and not isinstance(asked, bool) and 0 <= asked <= self.most:
@@ -54,22 +57,20 @@ class Switch:
                 self.most,
                 asked,
             )
-        return self.most
+        return sys.maxsize
 
-    def limit(
-        self, requests: Sequence[DraftRequest], widths: Sequence[int], found: Sequence[Lookup]
-    ) -> tuple[Sequence[int], Sequence[Lookup]]:
-        """Return how many tokens to draft for each request, and the lookups to draft from.
 
-        Args:
-            requests: B of them.
-            widths: tokens of each so far.
-            found: one for each; none at all where lookup is off.
-        """
-        widths = [
-            width if one.asked is None else min(width, self.most_tokens(one.asked))
-            for one, width in zip(requests, widths, strict=True)
-        ]
-        if found:
-            found = [lookup if width else _NOTHING for lookup, width in zip(found, widths, strict=True)]
-        return widths, found
+def limit_drafts(
+    requests: Sequence[DraftRequest], widths: Sequence[int], found: Sequence[Lookup]
+) -> tuple[Sequence[int], Sequence[Lookup]]:
+    """Return how many tokens to draft for each request, and the lookups to draft from, as the requests want it.
+
+    Args:
+        requests: B of them.
+        widths: tokens of each so far.
+        found: one for each; none at all where lookup is off.
+    """
+    widths = [min(width, request.most_drafts) for request, width in zip(requests, widths, strict=True)]
+    if found:
+        found = [lookup if width else _NOTHING for lookup, width in zip(found, widths, strict=True)]
+    return widths, found
