@@ -74,6 +74,7 @@ class Request:
     prompt_token_ids: list[int] | None
     output_token_ids: list[int] = field(default_factory=list)
     computed: int = 0
+    sampling_params: Any = None
 
     @property
     def token_ids(self) -> list[int]:

@@ -27,6 +27,7 @@ from qm_spec.config import ARCHITECTURE
 from qm_spec.drafter.suffix_index import SuffixIndex
 from qm_spec.integrations.vllm_plugin import speculator as speculator_module
 from qm_spec.integrations.vllm_plugin.copies import CopiedDrafts
+from qm_spec.integrations.vllm_plugin.counters import DeviceCounts
 from qm_spec.integrations.vllm_plugin.patches.v2_speculator import with_speculator
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
@@ -88,6 +89,8 @@ def make_speculator(model: Any, most_drafts: int = NUM_DRAFTS, lookup_length: in
         "draft_logits": None,
         "use_local_argmax_reduction": False,
         "acceptance_estimator": None,
+        "counts": DeviceCounts(torch.device("cpu")),
+        "has_drafted": False,
     }
     for name, value in settings.items():
         setattr(speculator, name, value)
@@ -116,6 +119,8 @@ def run(speculator: Any, step: DraftStep, unpaged: bool = False, **settings: Any
         seq_lens=step.seq_lens,
         seq_lens_cpu_upper_bound=step.seq_lens,
         input_ids=torch.nn.functional.pad(step.token_ids, (0, padding)),
+        num_draft_tokens=4,
+        cu_num_logits=torch.tensor([0, 3, 6, 7]),
     )
     slots = torch.nn.functional.pad(step.slot_mapping, (0, padding), value=-1)
     metadata = {"draft": SimpleNamespace(block_table=step.block_table, slot_mapping=slots), "target": None}
@@ -394,6 +399,40 @@ def test_all_tokens_are_on_the_device_where_they_fit(most: int, moved: bool, mon
     states = SimpleNamespace(max_num_reqs=6, max_model_len=300, device=torch.device("cpu"), all_token_ids="host")
     speculator_module.keep_tokens_on_device(states)
     assert states.all_token_ids == (((6, 300), torch.int32, states.device) if moved else "host")
+
+
+def test_an_engine_that_is_off_drafts_sure_zeros_and_still_fills_the_pages(model: Any) -> None:
+    """As vLLM takes no fewer than K; so the loop costs nothing, and drafts are as good as ever afterwards."""
+    step, before = make_step(model, NUM_DRAFTS, None), model.case.cache.clone()
+    expected = run(make_speculator(model), step).clone()
+    model.case.cache.copy_(before)
+    speculator = make_speculator(model)
+    speculator.draft_logits = torch.zeros(6, NUM_DRAFTS, SIZES.vocabulary)
+    model.session.turn(False)
+    assert (run(speculator, step) == 0).all() and (speculator.draft_logits[5].softmax(-1)[:, 0] == 1).all()
+    assert not torch.equal(pages(model), before.nan_to_num(nan=-1.0))
+    model.session.turn(True)
+    speculator.draft_logits = None
+    assert torch.equal(run(speculator, step), expected)
+    assert model.session.counters.by_name()["steps"] == {"plain": 1, "prior": 1, "lookup": 0}
+    assert model.session.counters.by_name()["failed_steps"] == 0
+
+
+def test_verified_drafts_are_counted_without_the_host(model: Any) -> None:
+    """Of three requests two had two drafts each, of which two were rejected; dummy batches count nothing."""
+    speculator, step = make_speculator(model), make_step(model, NUM_DRAFTS, None)
+    step.num_rejected[:] = torch.tensor([2, 0, 0])
+    run(speculator, step, dummy_run=True)
+    # The first step verifies drafts of nobody's, the third has counted the second.
+    for _ in range(3):
+        run(speculator, step)
+    counted = model.session.counters.by_name()
+    assert counted["drafts"] == {"prior": 2, "lookup": 0} and counted["draft_tokens"]["prior"] == 4
+    assert counted["accepted_tokens"]["prior"] == 2 and counted["steps"]["prior"] == 3
+    model.session.turn(False)
+    for _ in range(4):
+        run(speculator, step)
+    assert model.session.counters.by_name()["drafts"]["prior"] == 6, "zeros are no drafts of ours"
 
 
 @pytest.mark.parametrize(("architectures", "ours"), [([ARCHITECTURE], True), (["Eagle3LlamaForCausalLM"], False)])
