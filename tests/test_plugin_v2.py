@@ -27,6 +27,7 @@ from qm_spec.config import ARCHITECTURE
 from qm_spec.drafter.suffix_index import SuffixIndex
 from qm_spec.integrations.vllm_plugin import speculator as speculator_module
 from qm_spec.integrations.vllm_plugin.copies import CopiedDrafts
+from qm_spec.integrations.vllm_plugin.counters import DeviceCounts
 from qm_spec.integrations.vllm_plugin.patches.v2_speculator import with_speculator
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
@@ -88,6 +89,8 @@ def make_speculator(model: Any, most_drafts: int = NUM_DRAFTS, lookup_length: in
         "draft_logits": None,
         "use_local_argmax_reduction": False,
         "acceptance_estimator": None,
+        "counts": DeviceCounts(torch.device("cpu")),
+        "has_drafted": False,
     }
     for name, value in settings.items():
         setattr(speculator, name, value)
@@ -116,6 +119,8 @@ def run(speculator: Any, step: DraftStep, unpaged: bool = False, **settings: Any
         seq_lens=step.seq_lens,
         seq_lens_cpu_upper_bound=step.seq_lens,
         input_ids=torch.nn.functional.pad(step.token_ids, (0, padding)),
+        num_draft_tokens=4,
+        cu_num_logits=torch.tensor([0, 3, 6, 7]),
     )
     slots = torch.nn.functional.pad(step.slot_mapping, (0, padding), value=-1)
     metadata = {"draft": SimpleNamespace(block_table=step.block_table, slot_mapping=slots), "target": None}
@@ -234,11 +239,11 @@ def test_a_dummy_batch_touches_no_page(model: Any) -> None:
     speculator = make_speculator(model)
     assert run(speculator, step, dummy_run=True).shape == (3, NUM_DRAFTS)
     assert run(speculator, step, dummy_run=True, unpaged=True).shape == (3, NUM_DRAFTS)
-    assert torch.equal(pages(model), before) and not model.session.failed
+    assert torch.equal(pages(model), before) and model.session.num_failures == 0
     # Before there are pages.
     model.model.attn.kv_cache = torch.tensor([])
     assert run(speculator, step, dummy_run=True, unpaged=True, is_profile=True).shape == (3, NUM_DRAFTS)
-    assert not model.session.failed
+    assert model.session.num_failures == 0
 
 
 def test_drafts_are_drawn_by_vllm_for_the_position_before_them(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,16 +263,31 @@ def test_drafts_are_drawn_by_vllm_for_the_position_before_them(model: Any, monke
 def test_a_speculator_that_fails_drafts_sure_zeros(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Verification must not take them for draws from the distributions of earlier steps."""
     speculator = make_speculator(model)
+    step, cache = make_step(model, NUM_DRAFTS, None), model.case.cache.clone()
+    drafts = run(speculator, step).clone()
     speculator.draft_logits = torch.zeros(6, NUM_DRAFTS, SIZES.vocabulary)
-    model.combine_hidden_states = None
-    step = make_step(model, NUM_DRAFTS, None)
+    combine, model.combine_hidden_states = model.combine_hidden_states, None
     for _ in range(2):
         speculator.draft_tokens.fill_(3)
         assert (run(speculator, step) == 0).all()
-    assert len([record for record in caplog.records if "goes on without drafts" in record.message]) == 1
+    records = [record for record in caplog.records if "this step goes on without drafts" in record.message]
+    assert len(records) == 2 and all(record.exc_info for record in records)
     probs = speculator.draft_logits.softmax(-1)
     assert (probs[[5, 0, 3], :, 0] == 1).all()
     assert (probs[[1, 2, 4], :, 0] < 1).all(), "drafts of requests that were not in the batch keep theirs"
+    model.combine_hidden_states, speculator.draft_logits = combine, None
+    model.case.cache.copy_(cache)
+    assert torch.equal(run(speculator, step), drafts), "the step after drafts again"
+
+
+def test_what_a_speculator_draws_from_is_finite_whatever_the_pages_hold(model: Any) -> None:
+    """Verification would weigh drafts by it, and may not write other tokens than the target's."""
+    seen = []
+    model.compute_logits = lambda hidden: seen.append(hidden.clone()) or hidden @ model.lm_head.weight[:200].T
+    step = make_step(model, NUM_DRAFTS, None)
+    step.states[0] = float("nan")
+    assert run(make_speculator(model), step).shape == (3, NUM_DRAFTS)
+    assert len(seen) == NUM_DRAFTS and all(hidden.isfinite().all() for hidden in seen)
 
 
 # Lookup
@@ -289,10 +309,10 @@ def test_what_followed_the_newest_tokens_before_is_drafted(model: Any) -> None:
     assert torch.equal(drafts[1:], by_prior[1:])
     # A batch without requests looks at no text.
     speculator.req_states.all_token_ids.gpu = None
-    assert not model.session.failed
+    assert model.session.num_failures == 0
     model.case.cache.copy_(before)
     run(speculator, step, dummy_run=True, unpaged=True)
-    assert not model.session.failed and (speculator.copied.lengths == 0).all()
+    assert model.session.num_failures == 0 and (speculator.copied.lengths == 0).all()
 
 
 @pytest.mark.parametrize("local_argmax", [False, True])
@@ -356,7 +376,7 @@ def test_drafts_behind_the_priors_are_sure_whatever_they_are(model: Any) -> None
             assert (drafts[0, NUM_DRAFTS:] == 0).all() == (shift is None)
             sure = speculator.draft_logits[list(PLACES), NUM_DRAFTS:].softmax(-1)
             assert (sure.gather(2, drafts[:, NUM_DRAFTS:].unsqueeze(2)) == 1).all()
-    assert not model.session.failed
+    assert model.session.num_failures == 0
 
 
 def test_an_estimate_of_the_priors_acceptance_learns_nothing_from_copies(model: Any) -> None:
@@ -381,6 +401,40 @@ def test_all_tokens_are_on_the_device_where_they_fit(most: int, moved: bool, mon
     assert states.all_token_ids == (((6, 300), torch.int32, states.device) if moved else "host")
 
 
+def test_an_engine_that_is_off_drafts_sure_zeros_and_still_fills_the_pages(model: Any) -> None:
+    """As vLLM takes no fewer than K; so the loop costs nothing, and drafts are as good as ever afterwards."""
+    step, before = make_step(model, NUM_DRAFTS, None), model.case.cache.clone()
+    expected = run(make_speculator(model), step).clone()
+    model.case.cache.copy_(before)
+    speculator = make_speculator(model)
+    speculator.draft_logits = torch.zeros(6, NUM_DRAFTS, SIZES.vocabulary)
+    model.session.turn(False)
+    assert (run(speculator, step) == 0).all() and (speculator.draft_logits[5].softmax(-1)[:, 0] == 1).all()
+    assert not torch.equal(pages(model), before.nan_to_num(nan=-1.0))
+    model.session.turn(True)
+    speculator.draft_logits = None
+    assert torch.equal(run(speculator, step), expected)
+    assert model.session.counters.by_name()["steps"] == {"plain": 1, "prior": 1, "lookup": 0}
+    assert model.session.counters.by_name()["failed_steps"] == 0
+
+
+def test_verified_drafts_are_counted_without_the_host(model: Any) -> None:
+    """Of three requests two had two drafts each, of which two were rejected; dummy batches count nothing."""
+    speculator, step = make_speculator(model), make_step(model, NUM_DRAFTS, None)
+    step.num_rejected[:] = torch.tensor([2, 0, 0])
+    run(speculator, step, dummy_run=True)
+    # The first step verifies drafts of nobody's, the third has counted the second.
+    for _ in range(3):
+        run(speculator, step)
+    counted = model.session.counters.by_name()
+    assert counted["drafts"] == {"prior": 2, "lookup": 0} and counted["draft_tokens"]["prior"] == 4
+    assert counted["accepted_tokens"]["prior"] == 2 and counted["steps"]["prior"] == 3
+    model.session.turn(False)
+    for _ in range(4):
+        run(speculator, step)
+    assert model.session.counters.by_name()["drafts"]["prior"] == 6, "zeros are no drafts of ours"
+
+
 @pytest.mark.parametrize(("architectures", "ours"), [([ARCHITECTURE], True), (["Eagle3LlamaForCausalLM"], False)])
 def test_ours_is_taken_for_our_model_only(
     architectures: list[str], ours: bool, monkeypatch: pytest.MonkeyPatch
@@ -398,6 +452,15 @@ def test_ours_is_taken_for_our_model_only(
 
 ZOO = Path(qm_spec.__file__).parent / "zoo" / "novels"
 NUM_TOKENS = 12
+ENGINE = {
+    "model": str(ZOO / "target"),
+    "max_model_len": 512,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "block_size": 32,
+    "enable_prefix_caching": True,
+}
+OURS = {"model": "qm_spec", "num_speculative_tokens": NUM_DRAFTS}
 # Tokens of the prompts, of which the engine reads 64 in a step.
 LENGTHS = (8, 40, 150)
 # Notes what each step drafts for whom, in either runner; which class drafts in V2; and of what a step reads of vLLM the
@@ -506,23 +569,14 @@ def requests() -> list[dict[str, Any]]:
 
 def run_all(requests: list[dict[str, Any]], lookup_length: int, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Run requests in V2 without and with our drafter, and in V1 with it; adaptation is off."""
-    engine = {
-        "model": str(ZOO / "target"),
-        "max_model_len": 512,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 64,
-        "block_size": 32,
-        "enable_prefix_caching": True,
-    }
-    ours = {"model": "qm_spec", "num_speculative_tokens": NUM_DRAFTS}
     v1 = NOTED + OFFLINE + WITH_NOTES
     v2 = V2.replace("import json, sys\n", NOTED + NOTED_V2 + "import json, sys\n") + WITH_NOTES
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QM_SPEC_LOOKUP", str(lookup_length))
         return SimpleNamespace(
-            plain=run_offline(tmp_path_factory.mktemp("plain"), engine, requests, V2),
-            v2=run_offline(tmp_path_factory.mktemp("v2"), {**engine, "speculative_config": ours}, requests, v2),
-            v1=run_offline(tmp_path_factory.mktemp("v1"), {**engine, "speculative_config": ours}, requests, v1),
+            plain=run_offline(tmp_path_factory.mktemp("plain"), ENGINE, requests, V2),
+            v2=run_offline(tmp_path_factory.mktemp("v2"), {**ENGINE, "speculative_config": OURS}, requests, v2),
+            v1=run_offline(tmp_path_factory.mktemp("v1"), {**ENGINE, "speculative_config": OURS}, requests, v1),
         )
 
 
@@ -573,6 +627,37 @@ def test_requests_alone_have_the_drafts_of_v1(runs: Any) -> None:
     # The last prompt's first pieces are read the first time only.
     assert [verified for verified, *_ in ours].count(64) == 1
     assert [verified for verified, *_ in ours].count(150) == 2
+
+
+# Drafting fails before it writes the last two pieces of the prompt, and once more later.
+FAILING = """
+from qm_spec.drafter.loop import DraftLoop
+remember, written = DraftLoop.remember, []
+
+
+def failing(self, cache, states, following, slots):
+    if (slots >= 0).any():
+        written.append(len(slots))
+        if len(written) in (2, 3, 6):
+            raise IndexError("page 17")
+    remember(self, cache, states, following, slots)
+
+
+DraftLoop.remember = failing
+"""
+
+
+@pytest.mark.parametrize("program", [OFFLINE, V2], ids=["v1", "v2"])
+def test_steps_whose_drafting_fails_change_no_token_and_later_ones_draft(
+    program: str, requests: list[dict[str, Any]], runs: Any, tmp_path: Path
+) -> None:
+    """Though the pages lack what those steps did not write."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QM_SPEC_LOOKUP", "0")
+        program = program.replace("import json, sys\n", FAILING + "import json, sys\n")
+        answer = run_offline(tmp_path, {**ENGINE, "speculative_config": OURS}, requests[2:3], program)
+    assert answer["answers"][0] == runs.plain["answers"][2]
+    assert answer["counters"][0]["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
 def test_what_a_step_reads_of_vllm_is_what_it_is_taken_for(runs: Any) -> None:
