@@ -209,6 +209,20 @@ def test_a_graph_drafts_what_lookup_finds_at_each_replay(model: Any) -> None:
         assert torch.equal(drafts, eager) == repeats and torch.equal(drafts[1:], eager[1:])
 
 
+@pytest.mark.parametrize(("replays", "mode"), [(True, "FULL_DECODE_ONLY"), (False, "NONE")])
+def test_the_loop_is_captured_where_the_operators_hold_in_a_graph(
+    replays: bool, mode: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculator_module, "can_capture", lambda vllm_config: replays)
+    monkeypatch.setattr(
+        speculator_module, "SpeculatorCudaGraphManager", lambda config, device, mode, decode_query_len: mode.name
+    )
+    speculator = make_speculator(model)
+    speculator.vllm_config, speculator.device = None, torch.device("cpu")
+    speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+    assert speculator.decode_cudagraph_manager == mode and model.session.captures is replays
+
+
 def test_the_loop_reads_no_value_on_the_host(model: Any) -> None:
     """So that it can be captured; positions of pages are values too."""
     model.case.cache.nan_to_num_()
