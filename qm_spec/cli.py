@@ -91,25 +91,6 @@ def train_target_command(
     typer.echo(f"saved {out}: {stage['valid_loss_nats_per_token']:.3f} nats per token")
 
 
-@app.command("plant-induction")
-def plant_induction_command(
-    target: Target,
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Folder of the new model.")],
-    layers: Annotated[str, typer.Option(help="Layers to take over.")] = "0,1,2,5,9,13,17,19",
-    depth: Annotated[int, typer.Option(min=1, help="Of them, those before the two copying layers.")] = 3,
-    seed: int = 0,
-) -> None:
-    """Wire two copying layers into a small Llama, which `train-target` then fits to them.
-
-    Example: `qm-spec plant-induction --target target --data novels/train --out planted`
-    """
-    from qm_spec.training.induction import plant_target
-
-    plant_target(target, data, out, keep_layers=[int(layer) for layer in layers.split(",")], depth=depth, seed=seed)
-    typer.echo(f"saved {out}")
-
-
 @app.command("dependent-text")
 def dependent_text_command(
     data: Data,
