@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from script import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ROOT, run_main
+from script import NOVELS, run_main, split_list, with_plain_errors
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from transformers import LlamaForCausalLM
 
     from qm_spec.evaluation.language import Score
-
-NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
 
 
 # Long contexts cost seconds per call, so these are measured there.
@@ -36,6 +34,7 @@ Examples:
 """
 
 
+@with_plain_errors
 def main(
     target: Annotated[
         Path, typer.Option(metavar="DIR", help="A Llama model and its tokenizer.", show_default="the shipped pair's")
@@ -80,32 +79,18 @@ def main(
         return
     if quick:
         windows, depths, ratios, context, long, repeats = 4, "0", "2,4", 256, False, 1
-    try:
-        settings = {
-            "methods": split_list(methods) or list(METHODS),
-            "ratios": [float(entry) for entry in split_list(ratios)],
-            "depths": [int(entry) for entry in split_list(depths)],
-            "context": context,
-            "continuation": continuation,
-            "num_windows": windows,
-            "proportional": proportional,
-            "seed": seed,
-        }
-        check(settings)
-        run = Run(target, text, settings, out, threads, repeats, cost, long)
-    except (OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from error
-    try:
-        run()
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; the same command goes on from {run.rows_file}", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def split_list(text: str) -> list[str]:
-    """Return the entries of a comma-separated list without the spaces around them."""
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
+    settings = {
+        "methods": split_list(methods) or list(METHODS),
+        "ratios": [float(entry) for entry in split_list(ratios)],
+        "depths": [int(entry) for entry in split_list(depths)],
+        "context": context,
+        "continuation": continuation,
+        "num_windows": windows,
+        "proportional": proportional,
+        "seed": seed,
+    }
+    check(settings)
+    Run(target, text, settings, out, threads, repeats, cost, long)()
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -207,7 +192,7 @@ class Run:
             ],
             "costs": costs,
         }
-        (self.out / "quickmerge.json").write_text(json.dumps(results, indent=1) + "\n")
+        provenance.write_record(self.out / "quickmerge.json", results)
         draw(results, self.out / "quickmerge.png")
         tables = format_tables(results)
         write_tables(tables, self.out / "quickmerge.md")

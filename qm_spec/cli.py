@@ -364,6 +364,7 @@ def simulate_command(
 
     from qm_spec.evaluation.simulation import command
     from qm_spec.evaluation.simulation.hardware import load_hardware
+    from qm_spec.provenance import write_record
 
     console = Console(quiet=as_json, width=max(150, Console().width))
     if validate and acceptance is None:
@@ -397,7 +398,7 @@ def simulate_command(
     if as_json:
         typer.echo(json.dumps(answer, indent=1))
     if out is not None:
-        command.write_answer(answer, out)
+        write_record(out, answer)
 
 
 @app.command("measure-hardware")

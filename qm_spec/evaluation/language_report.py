@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from qm_spec.evaluation.language import NONE, WHOLE, Score, run_name
 from qm_spec.evaluation.reduction import METHODS
+from qm_spec.evaluation.table import align_table
 
 Row = dict[str, Any]
 REFERENCE = "quickmerge"
@@ -123,19 +124,6 @@ def _minus(values: Sequence[float], others: Sequence[float]) -> list[float]:
     return [value - other for value, other in zip(values, others, strict=True)]
 
 
-def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table that is also aligned in a terminal, the first column to the left."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        aligned = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = [("-" * (width - 1) + ":") if i else "-" * width for i, width in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
-
-
 def quality_table(rows: Sequence[Row], accuracy: bool = False) -> str:
     """Return methods by ratios: perplexity and what is lost of the context's worth, or the accuracy."""
     whole, none, *reduced = rows
@@ -148,7 +136,7 @@ def quality_table(rows: Sequence[Row], accuracy: bool = False) -> str:
         ["whole context (1x)", *[form.format(**whole)] * len(ratios)],
         ["no context", *[_quality_cell(none, accuracy)] * len(ratios)],
     ]
-    return format_rows(["method", *(f"{ratio:g}x" for ratio in ratios)], [*ends, *body])
+    return align_table(["method", *(f"{ratio:g}x" for ratio in ratios)], [*ends, *body])
 
 
 def _quality_cell(row: Row, accuracy: bool) -> str:
@@ -167,7 +155,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
         cells[row["method"], row["ratio"]] = f"**{text}**" if low > 0 or high < 0 else text
     methods = list(dict.fromkeys(row["method"] for row in rows))
     body = [[_label(method), *(cells[method, ratio] for ratio in ratios)] for method in methods]
-    return format_rows(["quickmerge minus", *(f"{ratio:g}x" for ratio in ratios)], body)
+    return align_table(["quickmerge minus", *(f"{ratio:g}x" for ratio in ratios)], body)
 
 
 def cost_table(rows: Sequence[Row]) -> str:
@@ -186,7 +174,7 @@ def cost_table(rows: Sequence[Row]) -> str:
     top = f"{whole['prefill_ms']:.0f} ms / {whole['decode_ms_per_token']:.1f} ms / {peak}"
     kv = [f"{whole['kv_bytes'] / 1e6:.1f} MB x {kv_ratio[ratio]:.2f}" for ratio in ratios]
     ends = [["whole context (1x)", *[top] * len(ratios)], ["keys and values, all methods", *kv]]
-    return format_rows(["method", *(f"{ratio:g}x" for ratio in ratios)], [*ends, *body])
+    return align_table(["method", *(f"{ratio:g}x" for ratio in ratios)], [*ends, *body])
 
 
 def _label(method: str) -> str:

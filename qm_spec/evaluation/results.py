@@ -10,10 +10,11 @@ turns, see `qm_spec.evaluation.turns`. After a sweep there is a `recommendation`
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from qm_spec.provenance import write_record
 
 SCHEMA_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
@@ -108,11 +109,5 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:
     """Write `folder/results.json` so that a reader sees the whole old file or the whole new one."""
-    file, partial = folder / FILE_NAME, folder / f"{FILE_NAME}.partial"
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(results, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
-    return file
+    write_record(folder / FILE_NAME, results)
+    return folder / FILE_NAME

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,10 +210,3 @@ def validate(
         answer["files"][str(path)] = rows
         console.print(validation_table(rows, str(path)))
     return answer
-
-
-def write_answer(answer: dict[str, Any], file: Path) -> None:
-    """Write an answer so that a reader sees the whole old file or the whole new one."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)

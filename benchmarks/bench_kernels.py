@@ -1,36 +1,29 @@
-"""Measure the kernels: time, share of the memory's bandwidth, and speed against PyTorch, in one table.
-
-`bench_<operator>.py` lists what is measured of an operator; this runs one of them, or all.
-"""
+"""Measure the kernels: time, share of the memory's bandwidth, and speed against PyTorch, in one table."""
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from baseline import Comparison, compare_records, read_record
 from cases import Case
-from fma import peak_flops_per_s
+from plans import PLANS
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from script import run_main
 from torch import Tensor
 
-import qm_spec.ops
 from qm_spec.ops import backend
-from qm_spec.provenance import command, git_commit, versions
+from qm_spec.provenance import conditions, write_record
 
-FOLDER = Path(__file__).resolve().parent
 # Larger than the last-level cache of any machine this is meant for.
 COPIED_BYTES = 1 << 28
 MATRIX = 2048
@@ -40,13 +33,9 @@ WARMING_CALLS = 3
 EXAMPLES = """
 Examples:
 
-    python benchmarks/kernels.py
+    python benchmarks/bench_kernels.py --out results/kernels.json
 
-    python benchmarks/bench_saliency_merge.py --threads 1 --save results/saliency_merge.json
-
-    python benchmarks/kernels.py --save results/kernels.json
-
-    python benchmarks/kernels.py --compare results/kernels.json --tolerance 0.1
+    python benchmarks/bench_kernels.py saliency_merge merge_groups --threads 1
 """
 
 
@@ -165,17 +154,13 @@ def ceilings(device: str, rounds: int) -> tuple[float, float]:
     return 2 * COPIED_BYTES / min(copy) * 1e3, 2 * MATRIX**3 / min(product) * 1e3
 
 
-def table(rows: list[Measurement], bandwidth: float, product: float, peak: float | None) -> Table:
-    """Lay the measurements out; no kernel made of float32 products can take more than all of the peak."""
-    title = (
-        f"copy {bandwidth / 1e9:.1f} GB/s, torch.mm {product / 1e9:.0f} GFLOP/s (float32)"
-        + (f", peak of multiply-adds {peak / 1e9:.0f} GFLOP/s" if peak else "")
-        + ", measured in this run"
-    )
+def table(rows: list[Measurement], bandwidth: float, product: float) -> Table:
+    """Lay the measurements out."""
+    title = f"copy {bandwidth / 1e9:.1f} GB/s, torch.mm {product / 1e9:.0f} GFLOP/s (float32), measured in this run"
     result = Table(title=title)
     for name in ("operator", "sizes", "dtype"):
         result.add_column(name, no_wrap=True)
-    for name in ("ms", "cold ms", "MB", "of copy", "GFLOP/s", "of torch.mm", "of peak", "x reference", "x alternative"):
+    for name in ("ms", "cold ms", "MB", "of copy", "GFLOP/s", "of torch.mm", "x reference", "x alternative"):
         result.add_column(name, justify="right")
     result.add_column("alternative", no_wrap=True)
     for row in rows:
@@ -190,7 +175,6 @@ def table(rows: list[Measurement], bandwidth: float, product: float, peak: float
             f"{row.moved_bytes / row.time_ms * 1e3 / bandwidth:.0%}",
             f"{rate / 1e9:.0f}" if rate else "",
             f"{rate / product:.0%}" if rate else "",
-            f"{rate / peak:.0%}" if rate and peak else "",
             f"{row.reference_ms / row.time_ms:.1f}",
             f"{row.alternative_ms / row.time_ms:.1f}" if row.alternative_ms else "",
             row.alternative,
@@ -199,81 +183,48 @@ def table(rows: list[Measurement], bandwidth: float, product: float, peak: float
 
 
 def run_cases(names: list[str], device: str, threads: int | None, rounds: int) -> dict[str, Any]:
-    """Measure the operators that `bench_<name>.py` describes, print the table, and return the record."""
+    """Measure some of `PLANS`, print the table, and return the record."""
     if threads:
         torch.set_num_threads(threads)
     if backend.backend(device) != "compiled":
         print(f"kernels: {device} runs the references, so nothing can be faster; see csrc/README.md", file=sys.stderr)
     bandwidth, product = ceilings(device, rounds)
-    peak = peak_flops_per_s(torch.get_num_threads(), rounds) if device == "cpu" else None
-    planned = [plan for name in names for plan in import_module(f"bench_{name}").PLAN]
+    planned = [plan for name in names for plan in PLANS[name]]
     progress = track(planned, "measuring", console=Console(stderr=True), transient=True)
     rows = [measure(case, sizes, dtype, device, rounds) for case, sizes, dtype in progress]
     # Wide enough for every column, also where there is no terminal.
-    Console(width=max(170, Console().width)).print(table(rows, bandwidth, product, peak))
+    Console(width=max(170, Console().width)).print(table(rows, bandwidth, product))
     return {
-        "command": command(),
-        "commit": git_commit(),
-        "versions": versions(),
+        **conditions(),
         "backend": backend.backend(device),
         "device": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "copy_bytes_per_s": bandwidth,
         "mm_float32_flops_per_s": product,
-        "fma_float32_flops_per_s": peak,
         "rows": [asdict(row) for row in rows],
     }
 
 
-def report_changes(comparison: Comparison, tolerance: float) -> int:
-    """Print what has become slower and what cannot be compared; return the exit code, 1 for regressions."""
-    for where, missing in (("the baseline", comparison.only_before), ("this run", comparison.only_after)):
-        for name in missing:
-            print(f"only in {where}: {name}", file=sys.stderr)
-    regressions = comparison.regressions(tolerance)
-    for change in regressions:
-        print(f"slower: {change}")
-    print(f"{len(regressions)} of {len(comparison.changes)} are slower than the baseline by more than {tolerance:.0%}")
-    return 1 if regressions else 0
-
-
-def program(names: list[str]) -> None:
-    """Run the command line that all of the kernels' benchmarks have in common."""
-
-    def main(
-        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-        threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's own")] = None,
-        rounds: Annotated[int, typer.Option(min=3, help="Times that each is measured.")] = 21,
-        out: Annotated[
-            Path | None, typer.Option("--save", "--out", metavar="FILE", help="Write the record here.")
-        ] = None,
-        compare: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="Print what is slower than in this record.")
-        ] = None,
-        tolerance: Annotated[
-            float, typer.Option(min=0, help="Share by which an operator may be slower, beside its reference.")
-        ] = 0.1,
-    ) -> None:
-        if device not in ("cpu", "cuda"):
-            raise typer.BadParameter(f"device must be cpu or cuda, got {device}")
-        try:
-            # Read first, so that a wrong path does not cost a measurement.
-            before = None if compare is None else read_record(compare)
-            record = run_cases(names, device, threads, rounds)
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(record, indent=1) + "\n")
-            code = 0 if before is None else report_changes(compare_records(before, record), tolerance)
-        except (OSError, ValueError) as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
-        raise typer.Exit(code)
-
-    main.__doc__ = f"Measure {', '.join(names)}.\n{EXAMPLES}"
-    typer.run(main)
+def main(
+    operators: Annotated[
+        list[str] | None, typer.Argument(metavar="OPERATOR...", help=f"Of {', '.join(PLANS)}.", show_default="all")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's own")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Times that each is measured.")] = 21,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the record here, a line a row.")] = None,
+) -> None:
+    """Measure the kernels beside their references and the obvious alternative, in turn."""
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device must be cpu or cuda, got {device}")
+    names = operators or list(PLANS)
+    if unknown := [name for name in names if name not in PLANS]:
+        raise typer.BadParameter(f"operators are {', '.join(PLANS)}, got {', '.join(unknown)}")
+    record = run_cases(names, device, threads, rounds)
+    if out is not None:
+        write_record(out, record)
 
 
 if __name__ == "__main__":
-    found = (path.stem.removeprefix("bench_") for path in sorted(FOLDER.glob("bench_*.py")))
-    program([name for name in found if any(operator.startswith(name) for operator in qm_spec.ops.__all__)])
+    run_main(main, EXAMPLES)
