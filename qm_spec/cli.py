@@ -91,33 +91,6 @@ def train_target_command(
     typer.echo(f"saved {out}: {stage['valid_loss_nats_per_token']:.3f} nats per token")
 
 
-@app.command("dependent-text")
-def dependent_text_command(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="File of JSON lines; `train` and `train-target` read it.")],
-    documents: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
-    min_length: Annotated[int, typer.Option(help="Characters of the shortest.")] = 1000,
-    max_length: Annotated[int, typer.Option(help="Characters of the longest.")] = 16000,
-    kinds: Annotated[str | None, typer.Option(help="Of dependence, with commas.", show_default="all")] = None,
-    density: Annotated[float, typer.Option(help="Wanted share of characters that earlier text tells.")] = 0.2,
-    seed: int = 0,
-) -> None:
-    """Write documents whose later text depends on distant earlier text: quotations, records, needles...
-
-    Example: `qm-spec dependent-text --data novels/train --documents 3000 --out dependent.jsonl`
-    """
-    from rich.progress import track
-
-    from qm_spec.training.data import find_files, read_documents
-    from qm_spec.training.dependent import KINDS, generate_many, write_jsonl
-
-    filler = list(read_documents(find_files(data)))
-    chosen = KINDS if kinds is None else tuple(kinds.split(","))
-    made = generate_many(documents, (min_length, max_length), seed, filler, kinds=chosen, density=density)
-    write_jsonl(out, track(made, total=documents, description="documents"))
-    typer.echo(f"saved {out}")
-
-
 @app.command("train")
 def train_command(
     target: Target,

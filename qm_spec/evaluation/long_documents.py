@@ -1,4 +1,4 @@
-"""Prompts of a wanted length in tokens: generated documents with dependent spans, and books."""
+"""Prompts of a wanted length in tokens: generated documents, and books."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qm_spec.evaluation.generated import KINDS, MIN_LENGTH, generate
 from qm_spec.evaluation.prompts import BUILTIN_FILE, read_prompts
 from qm_spec.evaluation.shards import TokenPrompt
-from qm_spec.training.dependent import KINDS, MIN_LENGTH, generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,14 +40,14 @@ class DocumentWriter:
         """Return `num_tokens` token ids, the same ones for the same arguments.
 
         Args:
-            kind: one of `qm_spec.training.dependent.KINDS`.
+            kind: one of `qm_spec.evaluation.generated.KINDS`.
 
         Raises:
             ValueError: the kind is unknown.
         """
         length = max(MIN_LENGTH, int(_MARGIN * num_tokens * self._characters_per_token))
         while True:
-            token_ids = self._tokenized(generate(kind, length, seed, self._filler).text)
+            token_ids = self._tokenized(generate(kind, length, seed, self._filler))
             if len(token_ids) >= num_tokens:
                 return tuple(token_ids[:num_tokens])
             length *= 2

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from qm_spec.data.prompt_rows import Prompt
+from qm_spec.evaluation.generated import KINDS
 from qm_spec.evaluation.long_documents import DocumentWriter, book_prompts, generated_prompts
 from qm_spec.evaluation.prompts import BUILTIN_FILE, read_prompts, tokenize_prompts
 from qm_spec.evaluation.settings import BUILTIN
 from qm_spec.evaluation.shards import TokenPrompt
-from qm_spec.training.dependent import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
