@@ -59,8 +59,9 @@ def write_record(file: Path, record: dict[str, Any]) -> None:
     """Write a record as JSON, a row of its tables to a line; a reader sees the whole old file or the whole new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
+    text = _lines(record, "\n")
     with partial.open("w", encoding="utf-8") as stream:
-        stream.write(_lines(record, "\n") + "\n")
+        stream.write(text + "\n")
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(file)

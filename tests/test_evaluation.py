@@ -452,25 +452,6 @@ def test_results_replace_the_old_file_whole(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == {"runs": [1]}
 
 
-@pytest.mark.parametrize("contexts", [(256,), (256, 1024)])
-@pytest.mark.parametrize("reference", [True, False])
-def test_plots_are_drawn_of_any_runs(tmp_path, contexts, reference):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'qm_spec[eval]'")
-    from qm_spec.evaluation.plots import write_plots
-
-    plain = one_pass(4.0, (1, 2, 3), (4, 5, 6), counts=DraftCounts())
-    runs = [
-        {**record(method, ours, plain if reference else None), "context_tokens": context}
-        for context in contexts
-        for method, ours in (("none", plain), ("ngram", plain), ("qm_spec", None), ("someone's", plain))
-    ]
-    write_plots(runs, tmp_path)
-    for name in ("acceptance.png", "speedup.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="at least one run"):
-        write_plots([], tmp_path)
-
-
 # Settings and environment
 
 

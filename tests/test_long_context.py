@@ -194,7 +194,7 @@ def test_speed_is_measured_by_the_shared_harness_on_prompts_of_all_domains(tmp_p
         one.method: (one.shard.engine.speculative_config or {}).get("num_speculative_tokens")
         for one in benchmark._measurements
     }
-    assert [depths[name] for name in methods] == [None, 4, 16, None, 4]
+    assert [depths[name] for name in methods] == [None, 4, 16, None, None]
     with pytest.raises(typer.Exit):
         long_context.main(speed="novels", lengths="40", num_prompts=1, ngram=False, out=tmp_path)
     assert [one.name for one in asked[1].methods] == ["none", "qm_spec"]

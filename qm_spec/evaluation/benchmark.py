@@ -438,9 +438,9 @@ class Benchmark:
             and seen.setdefault(one.method, one.engine_name) == one.engine_name
         ]
         if runs:
-            from qm_spec.evaluation.plots import write_plots
+            from qm_spec.evaluation.report.render import write_plots
 
-            write_plots(runs, settings.out)
+            write_plots({**self.results, "runs": runs}, settings.out)
 
     def _take_stored(self, store: ShardStore) -> None:
         found = total = 0

@@ -243,11 +243,6 @@ def line_style(name: str, names: Sequence[str]) -> dict[str, Any]:
     return {"color": colour, "marker": one.marker, "linestyle": one.line, "fillstyle": fill}
 
 
-def palette() -> list[str]:
-    """Return every colour that `line_style` gives."""
-    return list(dict.fromkeys([*(one.colour for one in METHODS.values()), *_OTHER_COLOURS]))
-
-
 def check_baseline(name: str, folder: Path, target: Path, num_speculative_tokens: int | None) -> None:
     """Refuse a baseline's folder that cannot draft for a target.
 

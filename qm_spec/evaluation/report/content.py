@@ -13,11 +13,10 @@ from qm_spec.evaluation.doubts import noise
 from qm_spec.evaluation.methods import NOISE_METHOD, REFERENCE_METHOD
 from qm_spec.evaluation.recommend import pareto_front, served
 from qm_spec.evaluation.report.acceptance_plots import acceptance_plots
-from qm_spec.evaluation.report.drawing import Plot
+from qm_spec.evaluation.report.drawing import STYLE, Plot
 from qm_spec.evaluation.report.measurements import DRAFTED, Measured, Measurements
 from qm_spec.evaluation.report.request_plots import request_plots
 from qm_spec.evaluation.report.speed_plots import speed_plots
-from qm_spec.evaluation.report.svg import STYLE
 from qm_spec.evaluation.results import RequestRow
 from qm_spec.evaluation.spec_bench import task_header, task_line, task_names, with_tasks
 from qm_spec.evaluation.statistics import (

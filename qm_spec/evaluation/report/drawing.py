@@ -12,11 +12,30 @@ from matplotlib.figure import Figure
 from qm_spec.evaluation import methods as registry
 from qm_spec.evaluation.methods import REFERENCE_METHOD
 from qm_spec.evaluation.report.measurements import Axis, Measured, Measurements
-from qm_spec.evaluation.report.svg import INK
 from qm_spec.evaluation.statistics import CONFIDENCE, Estimate
 
-# The colours of methods that would be too dark on a dark page.
-DARK_PALETTE = {"#0072B2": "#4BA3E3", "#009E73": "#2CC295", "#D55E00": "#F28A45"}
+INK = "#1b1f24"
+_FAINT = "#b9c0ca"
+STYLE: Any = {
+    "svg.fonttype": "none",
+    # The same results give the same file.
+    "svg.hashsalt": "qm_spec",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": _FAINT,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": _FAINT,
+    "grid.alpha": 0.35,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 _WIDTH_INCHES = 5.0
 _HEIGHT_INCHES = 3.2
 
@@ -26,10 +45,10 @@ class Plot:
     """A figure with its words.
 
     Args:
-        name: of its file, and of its ids in a page.
+        name: of its file, and of its place in a page.
         title: what it shows.
         caption: under which conditions, and how to read it.
-        figure: drawn under `svg.STYLE`.
+        figure: drawn under `STYLE`.
     """
 
     name: str

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
-from qm_spec.evaluation.methods import palette
+from qm_spec.evaluation.report.acceptance_plots import acceptance_plots
 from qm_spec.evaluation.report.content import Report, build_report
-from qm_spec.evaluation.report.drawing import DARK_PALETTE, Plot
-from qm_spec.evaluation.report.svg import STYLE, inline_svg
+from qm_spec.evaluation.report.drawing import STYLE, Plot
+from qm_spec.evaluation.report.measurements import Measurements
+from qm_spec.evaluation.report.speed_plots import speed_plots
 from qm_spec.evaluation.results import read_results
 from qm_spec.evaluation.table import align_table
 
@@ -19,6 +22,11 @@ HTML_NAME = "report.html"
 MARKDOWN_NAME = "report.md"
 _PLOT_FOLDER = "plots"
 _DPI = 160
+# Files that a measurement writes at once, each of the first plot that there is: over the context where that varies.
+_OVERVIEW = {
+    "speedup.png": ("speedup-by-context", "speedup"),
+    "acceptance.png": ("acceptance-by-context", "acceptance-by-position"),
+}
 
 
 def write_report(folder: Path) -> tuple[Path, Path]:
@@ -38,7 +46,7 @@ def write_report(folder: Path) -> tuple[Path, Path]:
 
 
 def render_html(report: Report) -> str:
-    """Return the report as one page that loads nothing: plots are SVG in the page's own font and colours."""
+    """Return the report as one page that loads nothing: its plots are images inside it."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -46,18 +54,28 @@ def render_html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    variables = {colour: f"--series-{place}" for place, colour in enumerate(palette())}
-    colours = {colour: f"var({variable})" for colour, variable in variables.items()}
+    return environment.get_template("page.html").render(report=report, drawn=_data_url)
 
-    def drawn(plot: Plot) -> Markup:
-        return Markup(inline_svg(plot.figure, plot.name, f"{plot.title}. {plot.caption}", colours))
 
-    return environment.get_template("page.html").render(
-        report=report,
-        drawn=drawn,
-        light={variable: colour for colour, variable in variables.items()},
-        dark={variables[colour]: other for colour, other in DARK_PALETTE.items()},
-    )
+def _data_url(plot: Plot) -> str:
+    stream = io.BytesIO()
+    _save(plot, stream, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _save(plot: Plot, file: Path | io.BytesIO, **how: Any) -> None:
+    with matplotlib.rc_context(STYLE):
+        plot.figure.savefig(file, dpi=_DPI, facecolor="white", **how)
+
+
+def write_plots(results: dict[str, Any], folder: Path) -> None:
+    """Write `speedup.png` and `acceptance.png`, of what there is to draw."""
+    measurements = Measurements(results)
+    with matplotlib.rc_context(STYLE):
+        plots = {plot.name: plot for plot in (*speed_plots(measurements), *acceptance_plots(measurements))}
+    for file, names in _OVERVIEW.items():
+        if found := next((name for name in names if name in plots), None):
+            _save(plots[found], folder / file, metadata={"Software": None})
 
 
 def write_markdown(report: Report, folder: Path) -> Path:
@@ -76,8 +94,7 @@ def write_markdown(report: Report, folder: Path) -> Path:
             lines += [table.caption, ""] if table.caption else []
         for plot in section.plots:
             file = folder / _PLOT_FOLDER / f"{plot.name}.png"
-            with matplotlib.rc_context(STYLE):
-                plot.figure.savefig(file, dpi=_DPI, facecolor="white", metadata={"Software": None})
+            _save(plot, file, metadata={"Software": None})
             lines += [f"### {plot.title}", "", f"![{plot.title}]({_PLOT_FOLDER}/{file.name})", "", plot.caption, ""]
     page = folder / MARKDOWN_NAME
     page.write_text("\n".join(lines), encoding="utf-8")

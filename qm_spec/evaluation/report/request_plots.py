@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from qm_spec.evaluation.methods import REFERENCE_METHOD
-from qm_spec.evaluation.report.drawing import Plot, legend_below, line_style, name_rows, new_axes
+from qm_spec.evaluation.report.drawing import INK, Plot, legend_below, line_style, name_rows, new_axes
 from qm_spec.evaluation.report.measurements import Measured, Measurements
-from qm_spec.evaluation.report.svg import INK
 
 # Of the golden ratio: dots that follow each other stand apart.
 _GOLDEN_ANGLE = 2.39996

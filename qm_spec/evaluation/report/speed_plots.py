@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from qm_spec.evaluation.methods import REFERENCE_METHOD
 from qm_spec.evaluation.report.drawing import (
+    INK,
     Plot,
     draw_intervals,
     interval_hint,
@@ -15,7 +16,6 @@ from qm_spec.evaluation.report.drawing import (
     sweep_plot,
 )
 from qm_spec.evaluation.report.measurements import Measured, Measurements
-from qm_spec.evaluation.report.svg import INK
 from qm_spec.evaluation.statistics import Estimate
 
 _LABEL = "speed-up over plain decoding"
