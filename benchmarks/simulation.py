@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qm_spec.evaluation.simulation.command import validate
-from qm_spec.evaluation.simulation.hardware import Hardware, load_hardware
-from qm_spec.evaluation.simulation.shapes import EAGLE3, DrafterShape, TargetShape, load_config
-from qm_spec.evaluation.simulation.steps import CostModel
 from qm_spec.provenance import write_record
+from qm_spec.simulation.hardware import Hardware, load_hardware
+from qm_spec.simulation.run import validate
+from qm_spec.simulation.shapes import EAGLE3, DrafterShape, TargetShape, load_config
+from qm_spec.simulation.steps import CostModel
 
 ROOT = Path(__file__).resolve().parents[1]
 NOVELS = ROOT / "qm_spec" / "zoo" / "novels"

@@ -335,19 +335,20 @@ def simulate_command(
 
     from rich.console import Console
 
-    from qm_spec.evaluation.simulation import command
-    from qm_spec.evaluation.simulation.hardware import load_hardware
     from qm_spec.provenance import write_record
+    from qm_spec.simulation.hardware import load_hardware
+    from qm_spec.simulation.run import Simulation, simulate
+    from qm_spec.simulation.run import validate as validate_runs
 
     console = Console(quiet=as_json, width=max(150, Console().width))
     if validate and acceptance is None:
-        answer = command.validate(validate, target_config, load_hardware(hardware), drafter, console)
+        answer = validate_runs(validate, target_config, load_hardware(hardware), drafter, console)
     elif acceptance is None or validate:
         raise ValueError(
             "simulate: give either --acceptance to predict with or --validate to compare with, and not both"
         )
     else:
-        simulation = command.Simulation(
+        simulation = Simulation(
             target_config=target_config,
             hardware=hardware,
             acceptance=acceptance,
@@ -367,7 +368,7 @@ def simulate_command(
             tpot_limit_ms=tpot_limit_ms,
             seed=seed,
         )
-        answer = command.simulate(simulation, console)
+        answer = simulate(simulation, console)
     if as_json:
         typer.echo(json.dumps(answer, indent=1))
     if out is not None:
@@ -386,7 +387,7 @@ def measure_hardware_command(
 
     Example: `qm-spec measure-hardware --out mine.json`
     """
-    from qm_spec.evaluation.simulation.measure import measure_hardware
+    from qm_spec.simulation.measure import measure_hardware
 
     found = measure_hardware(name, device)
     found.write(out)

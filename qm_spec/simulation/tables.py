@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from qm_spec.evaluation.simulation.validation import mean_absolute_error
+from qm_spec.simulation.validation import mean_absolute_error
 
 Row = dict[str, Any]
 LABEL = "PREDICTION, not measured"

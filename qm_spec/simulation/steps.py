@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from qm_spec.evaluation.simulation.hardware import DTYPE_BYTES, Hardware
-from qm_spec.evaluation.simulation.shapes import EAGLE3, DrafterShape, TargetShape
+from qm_spec.simulation.hardware import DTYPE_BYTES, Hardware
+from qm_spec.simulation.shapes import EAGLE3, DrafterShape, TargetShape
 
 # vLLM's default share of the memory that it fills.
 MEMORY_FILLED = 0.9

@@ -10,10 +10,10 @@ from typing import Any
 from qm_spec.config import MergeConfig
 from qm_spec.discovery.files import read_json
 from qm_spec.evaluation.methods import METHODS, OURS, REFERENCE_METHOD, find_method
-from qm_spec.evaluation.simulation.acceptance import Acceptance
-from qm_spec.evaluation.simulation.hardware import Hardware
-from qm_spec.evaluation.simulation.shapes import DrafterShape, TargetShape
-from qm_spec.evaluation.simulation.steps import CostModel
+from qm_spec.simulation.acceptance_rates import Acceptance
+from qm_spec.simulation.hardware import Hardware
+from qm_spec.simulation.shapes import DrafterShape, TargetShape
+from qm_spec.simulation.steps import CostModel
 
 _EMPTIED = MergeConfig(schedule=(0,))
 Row = dict[str, Any]

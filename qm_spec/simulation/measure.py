@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from qm_spec.evaluation.simulation.hardware import Hardware
+from qm_spec.simulation.hardware import Hardware
 
 # Larger than the caches, so that the copy is the memory's.
 _COPIED_BYTES = 1 << 27

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qm_spec.evaluation.simulation.acceptance import AcceptanceByContext
-from qm_spec.evaluation.simulation.hardware import Hardware
-from qm_spec.evaluation.simulation.shapes import EAGLE3, QUICKMERGE, DrafterShape, TargetShape
-from qm_spec.evaluation.simulation.steps import PREFILL_CHUNK, CostModel
-from qm_spec.evaluation.simulation.traffic import Percentiles, ReplicaSpeed, TrafficSettings, simulate_traffic
+from qm_spec.simulation.acceptance_rates import AcceptanceByContext
+from qm_spec.simulation.hardware import Hardware
+from qm_spec.simulation.shapes import EAGLE3, QUICKMERGE, DrafterShape, TargetShape
+from qm_spec.simulation.steps import PREFILL_CHUNK, CostModel
+from qm_spec.simulation.traffic import Percentiles, ReplicaSpeed, TrafficSettings, simulate_traffic
 
 # K whose goodput comes this near to the best one's are told apart by latency: what is delivered in a stretch of
 # time varies with what was left over from before.

@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from qm_spec.config import MergeConfig
-from qm_spec.evaluation.simulation.acceptance import parse_acceptance
-from qm_spec.evaluation.simulation.hardware import Hardware, load_hardware
-from qm_spec.evaluation.simulation.prediction import Scenario, predict_steps, predict_traffic
-from qm_spec.evaluation.simulation.shapes import EAGLE3, QUICKMERGE, DrafterShape, TargetShape, load_config
-from qm_spec.evaluation.simulation.tables import LABEL, format_tokens, steps_table, traffic_table, validation_table
-from qm_spec.evaluation.simulation.traffic import TrafficSettings
-from qm_spec.evaluation.simulation.validation import Served, predict_runs
+from qm_spec.simulation.acceptance_rates import parse_acceptance
+from qm_spec.simulation.hardware import Hardware, load_hardware
+from qm_spec.simulation.prediction import Scenario, predict_steps, predict_traffic
+from qm_spec.simulation.shapes import EAGLE3, QUICKMERGE, DrafterShape, TargetShape, load_config
+from qm_spec.simulation.tables import LABEL, format_tokens, steps_table, traffic_table, validation_table
+from qm_spec.simulation.traffic import TrafficSettings
+from qm_spec.simulation.validation import Served, predict_runs
 
 # Enough to fill the replicas first and to measure them afterwards.
 _REQUESTS_PER_REPLICA = 200
