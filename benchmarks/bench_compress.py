@@ -31,7 +31,7 @@ Examples:
 
 def peak_mib(action: Callable[[], Any], device: str) -> float | None:
     """Return the memory that an action needs above what is held before it, MiB; None where it cannot be known."""
-    from qm_spec.evaluation.cost import peak_bytes
+    from qm_spec.bench.reduction.cost import peak_bytes
 
     if device == "cpu":
         found = peak_bytes(action)
@@ -112,8 +112,8 @@ def main(
     implementation on another machine, so it is a rough measure.
     """
     from qm_spec import provenance
-    from qm_spec.evaluation.environment import describe_environment
-    from qm_spec.evaluation.table import align_table
+    from qm_spec.bench.engine.environment import describe_environment
+    from qm_spec.bench.results.table import align_table
 
     if threads is not None:
         torch.set_num_threads(threads)

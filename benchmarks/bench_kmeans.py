@@ -147,8 +147,8 @@ def main(
     qm_spec's ends when nothing changes, and leaves no cluster empty.
     """
     from qm_spec import provenance
-    from qm_spec.evaluation.environment import describe_environment
-    from qm_spec.evaluation.table import align_table
+    from qm_spec.bench.engine.environment import describe_environment
+    from qm_spec.bench.results.table import align_table
 
     if threads is not None:
         torch.set_num_threads(threads)

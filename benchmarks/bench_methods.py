@@ -79,8 +79,9 @@ def measure(
     from transformers.utils import logging
 
     from qm_spec import provenance
-    from qm_spec.evaluation.environment import describe_environment
-    from qm_spec.evaluation.language import (
+    from qm_spec.bench.engine.environment import describe_environment
+    from qm_spec.bench.reduction import METHODS, find_methods, nearest_error, rebuild_error
+    from qm_spec.bench.reduction.language_model import (
         NONE,
         WHOLE,
         ReducedLanguageModel,
@@ -88,8 +89,7 @@ def measure(
         score_window,
         tokens_kept,
     )
-    from qm_spec.evaluation.language_report import summarise
-    from qm_spec.evaluation.reduction import METHODS, find_methods, nearest_error, rebuild_error
+    from qm_spec.bench.reduction.language_report import summarise
     from qm_spec.training.data import find_files, read_documents, sha256_of
 
     methods = find_methods(names or METHODS)
@@ -177,7 +177,7 @@ def measure(
 
 def format_table(results: dict[str, Any]) -> str:
     """Return the conditions and a row per method, in Markdown."""
-    from qm_spec.evaluation.table import align_table
+    from qm_spec.bench.results.table import align_table
 
     settings, whole, none = results["settings"], results["whole_context"], results["no_context"]
     body = []

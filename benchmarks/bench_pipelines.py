@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 PARTS = ("diffusion", "llm", "multimodal")
-# Methods beside ours in the multimodal and the diffusion part, by their names in qm_spec.evaluation.reduction.
+# Methods beside ours in the multimodal and the diffusion part, by their names in qm_spec.bench.reduction.
 OTHERS = ("tome", "random-merge", "uniform", "random")
 
 EXAMPLES = """
@@ -107,7 +107,7 @@ def measure(
     from transformers.utils import logging
 
     from qm_spec import provenance
-    from qm_spec.evaluation.environment import describe_environment
+    from qm_spec.bench.engine.environment import describe_environment
 
     unknown = sorted(set(parts) - set(PARTS))
     if unknown or not parts:
@@ -208,8 +208,8 @@ def measure_llm(settings: Llm, ratios: Sequence[float], progress: Progress) -> d
     from torch.nn import functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-    from qm_spec.evaluation.language import cut_windows
-    from qm_spec.evaluation.language_report import bootstrap_interval
+    from qm_spec.bench.reduction.language_model import cut_windows
+    from qm_spec.bench.reduction.language_report import bootstrap_interval
     from qm_spec.pipelines.report import nbytes
     from qm_spec.training.data import find_files, read_documents, sha256_of
 
@@ -310,7 +310,7 @@ def smooth_noise(count: int, channels: int, size: int, seed: int) -> Tensor:
 
 def reducers(seed: int) -> Iterator[tuple[str, Callable[[Tensor, int], Any]]]:
     """Yield names and functions of tokens `[B, N, D]` and K; the first is what the pipelines take by default."""
-    from qm_spec.evaluation.reduction import find_methods
+    from qm_spec.bench.reduction import find_methods
     from qm_spec.pipelines.compressor import compress_tokens
 
     yield "ours", compress_tokens
@@ -466,7 +466,7 @@ def measure_diffusion(ratios: Sequence[float], images: int, seed: int, progress:
 
 def format_tables(results: dict[str, Any]) -> str:
     """Return the tables of all parts in Markdown, each with its conditions."""
-    from qm_spec.evaluation.table import align_table
+    from qm_spec.bench.results.table import align_table
 
     parts = []
     if "llm" in results:
@@ -503,7 +503,7 @@ def format_tables(results: dict[str, Any]) -> str:
 
 def error_table(part: dict[str, Any]) -> str:
     """Return what is merged and how by row, and the ratios by column."""
-    from qm_spec.evaluation.table import align_table
+    from qm_spec.bench.results.table import align_table
 
     errors = {(row["what"], row["method"], row["asked"]): row["error"] for row in part["rows"]}
     ratios = sorted({row["asked"] for row in part["rows"]})

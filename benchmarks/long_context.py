@@ -13,9 +13,9 @@ from script import NOVELS, run_main, split_list, with_plain_errors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qm_spec.bench.acceptance.by_length import LongContextRow
+    from qm_spec.bench.results.bootstrap import Estimate
     from qm_spec.drafter.rows import Drafter
-    from qm_spec.evaluation.long_context import LongContextRow
-    from qm_spec.evaluation.statistics import Estimate
 
 DOMAINS = "novels,quotations,records,code"
 
@@ -152,7 +152,7 @@ def measure(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from qm_spec import provenance
-    from qm_spec.evaluation.long_context import measure_acceptance
+    from qm_spec.bench.acceptance.by_length import measure_acceptance
     from qm_spec.training.data import find_files, sha256_of
 
     torch.set_num_threads(threads)
@@ -214,12 +214,12 @@ def time_methods(
     """Measure speed in vLLM as `qm-spec eval` does, on prompts of all domains; return its exit code."""
     from transformers import AutoTokenizer
 
-    from qm_spec.evaluation.benchmark import Benchmark
-    from qm_spec.evaluation.command import run_with_progress
-    from qm_spec.evaluation.long_context import PromptWriter
-    from qm_spec.evaluation.methods import METHODS, OURS, REFERENCE_METHOD
-    from qm_spec.evaluation.settings import BenchmarkSettings
-    from qm_spec.evaluation.shards import TokenPrompt
+    from qm_spec.bench.acceptance.by_length import PromptWriter
+    from qm_spec.bench.benchmark import Benchmark
+    from qm_spec.bench.engine.shards import TokenPrompt
+    from qm_spec.bench.methods import METHODS, OURS, REFERENCE_METHOD
+    from qm_spec.bench.settings import BenchmarkSettings
+    from qm_spec.cli.evaluate import run_with_progress
 
     # The shipped drafter has the name of a method that finds it by the target.
     own = {name: folder for name, folder in drafters.items() if name in METHODS and METHODS[name].drafter == OURS}
@@ -297,7 +297,7 @@ def chosen_to_draw(drafters: Sequence[str], wanted: Sequence[str] | None) -> lis
     Raises:
         ValueError: a wanted one is not measured.
     """
-    from qm_spec.evaluation.long_context import LOOKUP
+    from qm_spec.bench.acceptance.by_length import LOOKUP
 
     hybrids = [f"{name}+{LOOKUP}" for name in drafters]
     if wanted is None:
@@ -364,7 +364,7 @@ def without_seed(name: str) -> str:
 
 def pool_seeds(rows: Sequence[LongContextRow]) -> list[LongContextRow]:
     """Add tokens and steps of a drafter's seeds."""
-    from qm_spec.evaluation.long_context import acceptance_length
+    from qm_spec.bench.acceptance.by_length import acceptance_length
 
     pooled: dict[tuple[str, int, str], LongContextRow] = {}
     for row in rows:

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from qm_spec.evaluation.generated import KINDS, MIN_LENGTH, generate
+from qm_spec.bench.workloads.generated import KINDS, MIN_LENGTH, generate
 
 
 def prose(seed, num_words=20000):

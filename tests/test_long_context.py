@@ -10,11 +10,11 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qm_spec.bench.acceptance.by_length import LOOKUP, LongContextRow, PromptWriter, measure_acceptance
+from qm_spec.bench.acceptance.replay import expected_replay, read_text, replay, write_continuations
+from qm_spec.bench.acceptance.suffix_drafts import lookup_drafts
+from qm_spec.bench.results.bootstrap import Estimate
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.evaluation.long_context import LOOKUP, LongContextRow, PromptWriter, measure_acceptance
-from qm_spec.evaluation.lookup import lookup_drafts
-from qm_spec.evaluation.replay import expected_replay, read_text, replay, write_continuations
-from qm_spec.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).parents[1]
 NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
@@ -175,7 +175,7 @@ def test_the_plot_shows_what_is_asked_for() -> None:
 def test_speed_is_measured_by_the_shared_harness_on_prompts_of_all_domains(tmp_path: Path, monkeypatch) -> None:
     import long_context
 
-    from qm_spec.evaluation import command
+    from qm_spec.cli import evaluate as command
 
     asked = []
     monkeypatch.setattr(command, "run_with_progress", lambda benchmark: asked.append(benchmark) or 0)

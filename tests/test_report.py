@@ -12,13 +12,13 @@ import pytest
 from synthetic_results import made_up_results, made_up_rows, made_up_run
 from typer.testing import CliRunner
 
+from qm_spec.bench.report.content import build_report
+from qm_spec.bench.report.measurements import CONCURRENCY, CONTEXT, Measurements
+from qm_spec.bench.report.render import render_html, write_plots, write_report
+from qm_spec.bench.report.tasks import task_header, task_line, task_names
+from qm_spec.bench.results.file import RequestRow, read_results, write_results
+from qm_spec.bench.workloads.catalogue import SPEC_BENCH_TASKS
 from qm_spec.cli import app
-from qm_spec.evaluation.report.content import build_report
-from qm_spec.evaluation.report.measurements import CONCURRENCY, CONTEXT, Measurements
-from qm_spec.evaluation.report.render import render_html, write_plots, write_report
-from qm_spec.evaluation.results import RequestRow, read_results, write_results
-from qm_spec.evaluation.spec_bench import task_header, task_line, task_names
-from qm_spec.evaluation.workloads import SPEC_BENCH_TASKS
 
 TASKS = tuple(dict.fromkeys(SPEC_BENCH_TASKS.values()))
 EMPTY_TAGS = {"meta", "br", "hr", "img", "link", "input"}

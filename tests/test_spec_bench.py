@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from tiny_pair import edit_json, write_drafter, write_target
 
-from qm_spec.evaluation.benchmark import Benchmark
-from qm_spec.evaluation.command import run_with_progress
-from qm_spec.evaluation.environment import engine_environment
-from qm_spec.evaluation.methods import find_method
-from qm_spec.evaluation.process import EngineError, engine_events
-from qm_spec.evaluation.settings import BenchmarkSettings
-from qm_spec.evaluation.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
-from qm_spec.evaluation.store import ShardStore
+from qm_spec.bench.benchmark import Benchmark
+from qm_spec.bench.engine.environment import engine_environment
+from qm_spec.bench.engine.process import EngineError, engine_events
+from qm_spec.bench.engine.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
+from qm_spec.bench.engine.store import ShardStore
+from qm_spec.bench.methods import find_method
+from qm_spec.bench.settings import BenchmarkSettings
+from qm_spec.cli.evaluate import run_with_progress
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "benchmarks" / "spec.py"

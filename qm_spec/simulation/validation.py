@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qm_spec.bench.methods import METHODS, OURS, REFERENCE_METHOD, find_method
 from qm_spec.config import MergeConfig
 from qm_spec.discovery.files import read_json
-from qm_spec.evaluation.methods import METHODS, OURS, REFERENCE_METHOD, find_method
 from qm_spec.simulation.acceptance_rates import Acceptance
 from qm_spec.simulation.hardware import Hardware
 from qm_spec.simulation.shapes import DrafterShape, TargetShape
