@@ -112,7 +112,7 @@ def main(
     implementation on another machine, so it is a rough measure.
     """
     from qm_spec import provenance
-    from qm_spec.bench.engine.environment import describe_environment
+    from qm_spec.bench.environment import describe_environment
     from qm_spec.bench.results.table import align_table
 
     if threads is not None:

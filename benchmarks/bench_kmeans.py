@@ -147,7 +147,7 @@ def main(
     qm_spec's ends when nothing changes, and leaves no cluster empty.
     """
     from qm_spec import provenance
-    from qm_spec.bench.engine.environment import describe_environment
+    from qm_spec.bench.environment import describe_environment
     from qm_spec.bench.results.table import align_table
 
     if threads is not None:

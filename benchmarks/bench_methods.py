@@ -79,7 +79,7 @@ def measure(
     from transformers.utils import logging
 
     from qm_spec import provenance
-    from qm_spec.bench.engine.environment import describe_environment
+    from qm_spec.bench.environment import describe_environment
     from qm_spec.bench.reduction import METHODS, find_methods, nearest_error, rebuild_error
     from qm_spec.bench.reduction.language_model import (
         NONE,

@@ -107,7 +107,7 @@ def measure(
     from transformers.utils import logging
 
     from qm_spec import provenance
-    from qm_spec.bench.engine.environment import describe_environment
+    from qm_spec.bench.environment import describe_environment
 
     unknown = sorted(set(parts) - set(PARTS))
     if unknown or not parts:

@@ -189,7 +189,7 @@ def run(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from qm_spec import create_speculative_decoder, provenance
-    from qm_spec.bench.engine.environment import describe_environment
+    from qm_spec.bench.environment import describe_environment
     from qm_spec.bench.workloads.prompts import prompts_file, read_prompts, sha256_of, tokenize_prompts
     from qm_spec.discovery import target_fingerprint
 

@@ -163,7 +163,7 @@ class Run:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         from qm_spec import provenance
-        from qm_spec.bench.engine.environment import describe_environment
+        from qm_spec.bench.environment import describe_environment
         from qm_spec.bench.reduction.language_report import compare, draw, summarise, write_tables
 
         self.out.mkdir(parents=True, exist_ok=True)

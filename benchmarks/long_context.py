@@ -215,9 +215,9 @@ def time_methods(
     from transformers import AutoTokenizer
 
     from qm_spec.bench.acceptance.by_length import PromptWriter
-    from qm_spec.bench.benchmark import Benchmark
     from qm_spec.bench.engine.shards import TokenPrompt
     from qm_spec.bench.methods import METHODS, OURS, REFERENCE_METHOD
+    from qm_spec.bench.runs.benchmark import Benchmark
     from qm_spec.bench.settings import BenchmarkSettings
     from qm_spec.cli.evaluate import run_with_progress
 

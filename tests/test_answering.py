@@ -13,10 +13,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from qm_spec.bench import answering as answering_module
-from qm_spec.bench.answering import Answering, AnswerSettings, _Meter
 from qm_spec.bench.engine.shards import EngineSpec, ShardSpec, TokenPrompt
 from qm_spec.bench.engine.transformers_worker import SeededNoise, answer_shard, open_target
+from qm_spec.bench.runs import answering as answering_module
+from qm_spec.bench.runs.answering import Answering, AnswerSettings, _Meter
 from qm_spec.bench.settings import RaySettings
 from qm_spec.cli import app
 from qm_spec.cli.data import describe

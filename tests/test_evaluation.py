@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qm_spec.bench.engine.environment import available_cores, cpu_engine_environment, engine_environment
+from qm_spec.bench.engine.metrics import DraftCounts, OutputDifference, compare_outputs
 from qm_spec.bench.engine.shards import (
     EngineSpec,
     PassResult,
@@ -27,9 +27,9 @@ from qm_spec.bench.engine.shards import (
     TokenPrompt,
 )
 from qm_spec.bench.engine.worker import read_counts, run_requests
+from qm_spec.bench.environment import available_cores, cpu_engine_environment, engine_environment
 from qm_spec.bench.methods import METHODS, find_method, without_far_memory
 from qm_spec.bench.results.file import write_results
-from qm_spec.bench.results.metrics import DraftCounts, OutputDifference, compare_outputs
 from qm_spec.bench.results.records import run_record
 from qm_spec.bench.results.table import format_table
 from qm_spec.bench.results.turns import Turn

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qm_spec.bench.engine.ray_runner import RayRunner
-from qm_spec.bench.generate import Generation, GenerationSettings
+from qm_spec.bench.runs.generate import Generation, GenerationSettings
 from qm_spec.bench.settings import RaySettings
 from qm_spec.cli import app
 
@@ -123,7 +123,7 @@ def test_actors_take_contiguous_rows_and_leave_the_order(settings, engine_comman
     asked = settings()
     Generation(asked).run(quiet, engine_command)
     plain = asked.output.read_text()
-    monkeypatch.setattr("qm_spec.bench.generate.RayRunner", OneAfterTheOther)
+    monkeypatch.setattr("qm_spec.bench.runs.generate.RayRunner", OneAfterTheOther)
     Generation(settings(ray=RaySettings(2))).run(quiet, engine_command)
     assert asked.output.read_text() == plain
     assert [len(job.shards) for job in jobs] == [1, 2]

@@ -16,7 +16,7 @@ import torch
 from offline_engine import OFFLINE, run_offline
 
 import qm_spec
-from qm_spec.bench.engine.environment import engine_environment
+from qm_spec.bench.environment import engine_environment
 from qm_spec.discovery import find_drafter
 
 pytestmark = pytest.mark.vllm

@@ -21,7 +21,7 @@ from test_suffix_index import searched
 
 import qm_spec
 from qm_spec.bench.acceptance.replay import walk
-from qm_spec.bench.results.metrics import DraftCounts
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup
 from qm_spec.integrations.vllm_plugin import lookup as plugin

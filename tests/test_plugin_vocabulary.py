@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qm_spec
 from qm_spec.bench.acceptance.replay import read_text, replay, write_continuations
-from qm_spec.bench.results.metrics import DraftCounts
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.drafter.checkpoint import load_drafter
 
 pytestmark = pytest.mark.vllm

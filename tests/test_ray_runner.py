@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import qm_spec
-from qm_spec.bench.benchmark import Benchmark
 from qm_spec.bench.engine.jobs import EngineJob, run_jobs
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.bench.engine.ray_runner import EngineWorker, RayRunner
 from qm_spec.bench.engine.shards import EngineSpec, PassResult, ShardResult, ShardSpec, TokenPrompt, split_shard
-from qm_spec.bench.results.metrics import DraftCounts
+from qm_spec.bench.runs.benchmark import Benchmark
 from qm_spec.bench.settings import RaySettings, Sweep
 
 ray = pytest.importorskip("ray", reason="the runner needs Ray: pip install 'qm_spec[eval]'")

@@ -21,7 +21,7 @@ from qm_spec.bench.acceptance.replay import (
     walk,
     write_continuations,
 )
-from qm_spec.bench.results.metrics import DraftCounts
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.config import MergeConfig
 from qm_spec.discovery import target_fingerprint
 from qm_spec.drafter.checkpoint import load_drafter

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qm_spec.bench.benchmark import Benchmark
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.bench.engine.shards import EngineSpec, ShardSpec, TokenPrompt, split_shard
 from qm_spec.bench.engine.store import ShardStore
 from qm_spec.bench.engine.worker import request_counts, run_requests
 from qm_spec.bench.results.file import request_rows
-from qm_spec.bench.results.metrics import DraftCounts
+from qm_spec.bench.runs.benchmark import Benchmark
 from qm_spec.bench.settings import RaySettings
 
 ENGINE = EngineSpec("target", None, "float32", 64, 1, True, 0)

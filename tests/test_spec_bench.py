@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from tiny_pair import edit_json, write_drafter, write_target
 
-from qm_spec.bench.benchmark import Benchmark
-from qm_spec.bench.engine.environment import engine_environment
 from qm_spec.bench.engine.process import EngineError, engine_events
 from qm_spec.bench.engine.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
 from qm_spec.bench.engine.store import ShardStore
+from qm_spec.bench.environment import engine_environment
 from qm_spec.bench.methods import find_method
+from qm_spec.bench.runs.benchmark import Benchmark
 from qm_spec.bench.settings import BenchmarkSettings
 from qm_spec.cli.evaluate import run_with_progress
 

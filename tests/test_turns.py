@@ -13,15 +13,15 @@ from fake_engine import decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qm_spec.bench.benchmark import Benchmark
 from qm_spec.bench.engine.capacity import engines_at_once, kv_cache_bytes
 from qm_spec.bench.engine.shards import EngineSpec, PassResult, RequestResult, ShardSpec, TokenPrompt
 from qm_spec.bench.methods import METHODS, Method
-from qm_spec.bench.plan import Measurement, plan_rounds
 from qm_spec.bench.results import turns as paired
 from qm_spec.bench.results.doubts import doubts
 from qm_spec.bench.results.table import category_tables
 from qm_spec.bench.results.turns import Turn
+from qm_spec.bench.runs.benchmark import Benchmark
+from qm_spec.bench.runs.plan import Measurement, plan_rounds
 from qm_spec.bench.settings import Sweep
 
 
@@ -46,7 +46,7 @@ def test_each_prompt_is_decoded_by_all_before_the_next_one(benchmark_settings, e
 
 
 def test_several_requests_in_flight_take_turns_by_waves(benchmark_settings, engine_command, turns, monkeypatch):
-    monkeypatch.setattr("qm_spec.bench.plan._WAVES_PER_TURN", 1)
+    monkeypatch.setattr("qm_spec.bench.runs.plan._WAVES_PER_TURN", 1)
     Benchmark(benchmark_settings(concurrency=2, repeats=1)).run(quiet, engine_command)
     assert [(method, prompts) for method, prompts, _ in turns()] == [
         ("ngram", "p0"),

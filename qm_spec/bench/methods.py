@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from qm_spec.bench.engine.environment import engine_environment
+from qm_spec.bench.environment import engine_environment
 from qm_spec.discovery.checks import check_drafter, is_drafter, vllm_settings
 from qm_spec.discovery.files import read_json
 from qm_spec.discovery.fingerprint import target_fingerprint

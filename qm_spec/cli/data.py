@@ -16,7 +16,7 @@ from qm_spec.cli.options import EXIT_ENGINE_FAILED, EXIT_INTERRUPTED
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qm_spec.bench.answering import Answering, Progress
+    from qm_spec.bench.runs.answering import Answering, Progress
 
 EXAMPLES = """
 Example: `qm-spec data --target my-model --prompts prompts.jsonl --out answers`, then
@@ -76,7 +76,7 @@ def answer(
     """
     from rich.console import Console
 
-    from qm_spec.bench.answering import Answering, AnswerSettings
+    from qm_spec.bench.runs.answering import Answering, AnswerSettings
 
     # Ended by the system or by Ctrl-C, the engines are ended too, and --resume goes on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

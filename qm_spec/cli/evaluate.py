@@ -17,7 +17,7 @@ from qm_spec.pairs import NOVELS
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from qm_spec.bench.benchmark import Benchmark
+    from qm_spec.bench.runs.benchmark import Benchmark
     from qm_spec.bench.settings import RaySettings
 
 
@@ -191,7 +191,7 @@ def evaluate(
             skip_long=skip_long,
         )
         # Behind the settings: it imports torch, which wrong ones need not wait for.
-        from qm_spec.bench.benchmark import Benchmark
+        from qm_spec.bench.runs.benchmark import Benchmark
 
         code = run_with_progress(Benchmark(settings))
     except (OSError, ValueError) as error:
@@ -223,7 +223,7 @@ def ray_settings(num_actors: int, address: str | None, num_cpus: float, num_gpus
     """
     from importlib.util import find_spec
 
-    from qm_spec.bench.engine.environment import default_device
+    from qm_spec.bench.environment import default_device
     from qm_spec.bench.settings import RaySettings
 
     if num_actors == 0:

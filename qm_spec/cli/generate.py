@@ -49,7 +49,7 @@ def generate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from qm_spec.bench.generate import Generation, GenerationSettings
+    from qm_spec.bench.runs.generate import Generation, GenerationSettings
 
     generation = Generation(
         GenerationSettings(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from qm_spec.bench.results.metrics import DraftCounts
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.rows import Drafter, DraftRows, engine_steps, read_target
 

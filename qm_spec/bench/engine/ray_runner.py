@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qm_spec.bench.engine.environment import available_cores
 from qm_spec.bench.engine.jobs import EngineJob, Event, OnEvent, job_events
 from qm_spec.bench.engine.process import ENGINE_COMMAND, EngineError
+from qm_spec.bench.environment import available_cores
 from qm_spec.bench.settings import RaySettings
 
 # Of a log, which travels to the driver.

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from qm_spec.bench.results.metrics import DraftCounts
+from qm_spec.bench.engine.metrics import DraftCounts
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.bench.engine.process import end_with_parent
 from qm_spec.bench.engine.shards import EngineSpec, PassResult, RequestResult, ShardResult, ShardSpec, TokenPrompt
 from qm_spec.bench.engine.worker import OnProgress, main
-from qm_spec.bench.results.metrics import DraftCounts
 
 if TYPE_CHECKING:
     import torch

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.bench.engine.process import end_with_parent
 from qm_spec.bench.engine.shards import (
     EngineSpec,
@@ -27,7 +28,6 @@ from qm_spec.bench.engine.shards import (
     ShardSpec,
     TokenPrompt,
 )
-from qm_spec.bench.results.metrics import DraftCounts
 
 # Takes the finished requests of a shard, all of them, and the output tokens of the finished ones.
 OnProgress = Callable[[int, int, int], None]

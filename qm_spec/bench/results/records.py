@@ -8,11 +8,11 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.bench.engine.shards import RequestResult, ShardSpec, TokenPrompt
 from qm_spec.bench.results import turns as paired
 from qm_spec.bench.results.bootstrap import Estimate
 from qm_spec.bench.results.file import RequestRow
-from qm_spec.bench.results.metrics import DraftCounts
 from qm_spec.bench.results.turns import Turn
 
 

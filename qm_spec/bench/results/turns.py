@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qm_spec.bench.engine.metrics import OutputDifference, compare_outputs
 from qm_spec.bench.engine.shards import PassResult, RequestResult, TokenPrompt
 from qm_spec.bench.results.bootstrap import Estimate, Floats, Resamples
-from qm_spec.bench.results.metrics import OutputDifference, compare_outputs
 
 # Takes a request; returns tokens and the seconds that they took.
 Work = Callable[[RequestResult], tuple[int, float]]

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qm_spec.bench.engine.capacity import GIB, engine_bytes, engines_at_once, free_bytes, kv_cache_bytes
-from qm_spec.bench.engine.environment import KV_CACHE_GIB, default_device, describe_environment
 from qm_spec.bench.engine.jobs import EngineJob, Event, take_turns
 from qm_spec.bench.engine.process import ENGINE_COMMAND
 from qm_spec.bench.engine.ray_runner import RayRunner
 from qm_spec.bench.engine.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
 from qm_spec.bench.engine.store import ShardStore
+from qm_spec.bench.environment import KV_CACHE_GIB, default_device, describe_environment
 from qm_spec.bench.methods import (
     BASELINE,
     OURS,
@@ -27,11 +27,11 @@ from qm_spec.bench.methods import (
     check_baseline,
     find_method,
 )
-from qm_spec.bench.plan import Measurement, Round, plan_rounds
 from qm_spec.bench.report.recommend import Recommendation, recommend
 from qm_spec.bench.results.doubts import doubts
 from qm_spec.bench.results.file import SCHEMA_VERSION, write_results
 from qm_spec.bench.results.records import run_record
+from qm_spec.bench.runs.plan import Measurement, Round, plan_rounds
 from qm_spec.bench.settings import BUILTIN, FIND_DRAFT, WAITING, BenchmarkSettings, Sweep
 from qm_spec.bench.workloads.catalogue import WORKLOADS, load_workload, workload_path
 from qm_spec.bench.workloads.prompts import cut_prompts, sha256_of
@@ -46,7 +46,7 @@ _BUILTIN_PROMPTS = 8
 # Room in the engine for a draft past the last token, where methods choose its length themselves.
 _MOST_DRAFTED = 32
 _GPU_SHARE = 0.9
-_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
 # Called with the engine's name, what it is doing, and the requests that are finished and expected.
 ProgressCallback = Callable[[str, str, int, int], None]

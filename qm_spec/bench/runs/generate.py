@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qm_spec.bench.engine.environment import default_device
 from qm_spec.bench.engine.jobs import Event, run_jobs, share_jobs
 from qm_spec.bench.engine.process import ENGINE_COMMAND
 from qm_spec.bench.engine.ray_runner import RayRunner
@@ -24,6 +23,7 @@ from qm_spec.bench.engine.shards import (
     split_shard,
 )
 from qm_spec.bench.engine.store import ShardStore
+from qm_spec.bench.environment import default_device
 from qm_spec.bench.methods import BASELINE, METHODS, OURS, find_method
 from qm_spec.bench.settings import DTYPES, FIND_DRAFT, RaySettings
 from qm_spec.bench.workloads.prompts import tokenize_prompts

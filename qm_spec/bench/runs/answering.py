@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qm_spec.bench.engine.environment import default_device
 from qm_spec.bench.engine.jobs import Event, run_jobs, share_jobs
 from qm_spec.bench.engine.process import ENGINE_COMMAND
 from qm_spec.bench.engine.ray_runner import RayRunner
 from qm_spec.bench.engine.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt, split_shard
 from qm_spec.bench.engine.transformers_worker import TRANSFORMERS_COMMAND
+from qm_spec.bench.environment import default_device
 from qm_spec.bench.settings import DTYPES, REFERENCE_METHOD, RaySettings
 from qm_spec.bench.workloads.prompts import sha256_of
 from qm_spec.data.chat import chat_token_ids, write_chat
