@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from qm_spec.pipelines.kv_cache import QuickMergeCache
+    from qm_spec.compression.kv_cache import QuickMergeCache
 
 
 PARTS = ("diffusion", "llm", "multimodal")
@@ -143,9 +143,9 @@ def cache_methods(model: PreTrainedModel, settings: Llm) -> dict[str, Callable[[
     """Return for each method how its cache is made, from the entries that attention may read."""
     import torch
 
-    from qm_spec.pipelines.kv_cache import PROPORTIONAL, QuickMergeCache
-    from qm_spec.pipelines.kv_merging import KeyValueEntries, KeyValueMerger
-    from qm_spec.pipelines.rotary import Rotary
+    from qm_spec.compression.kv_cache import PROPORTIONAL, QuickMergeCache
+    from qm_spec.compression.kv_merging import KeyValueEntries, KeyValueMerger
+    from qm_spec.compression.rotary import Rotary
     from qm_spec.quickmerge import Grouping
 
     class Evict(KeyValueMerger):
@@ -210,7 +210,7 @@ def measure_llm(settings: Llm, ratios: Sequence[float], progress: Progress) -> d
 
     from qm_spec.bench.reduction.language_model import cut_windows
     from qm_spec.bench.reduction.language_report import bootstrap_interval
-    from qm_spec.pipelines.report import nbytes
+    from qm_spec.compression.sizes import nbytes
     from qm_spec.training.data import find_files, read_documents, sha256_of
 
     if not (settings.target / "config.json").is_file():
@@ -311,7 +311,7 @@ def smooth_noise(count: int, channels: int, size: int, seed: int) -> Tensor:
 def reducers(seed: int) -> Iterator[tuple[str, Callable[[Tensor, int], Any]]]:
     """Yield names and functions of tokens `[B, N, D]` and K; the first is what the pipelines take by default."""
     from qm_spec.bench.reduction import find_methods
-    from qm_spec.pipelines.compressor import compress_tokens
+    from qm_spec.compression.token_compressor import compress_tokens
 
     yield "ours", compress_tokens
     yield "ours, entropy", partial(compress_tokens, saliency="entropy")
@@ -327,8 +327,8 @@ def measure_multimodal(ratios: Sequence[float], images: int, seed: int, progress
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
     from qm_spec import create_multimodal_pipeline
-    from qm_spec.pipelines.adapters.vlm import merge_image_tokens
-    from qm_spec.pipelines.kv_cache import PROPORTIONAL, QuickMergeCache
+    from qm_spec.compression.adapters.vlm import merge_image_tokens
+    from qm_spec.compression.kv_cache import PROPORTIONAL, QuickMergeCache
     from qm_spec.quickmerge.merging import unmerge
 
     set_seed(seed)
@@ -404,7 +404,7 @@ def measure_diffusion(ratios: Sequence[float], images: int, seed: int, progress:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, set_seed
 
-    from qm_spec.pipelines.adapters.diffusers import PromptMerger, merged_attention
+    from qm_spec.compression.adapters.diffusers import PromptMerger, merged_attention
 
     set_seed(seed)
     length, size = 77, 32

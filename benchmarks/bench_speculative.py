@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from qm_spec.pipelines.speculation import SpeculativeDecoder
+    from qm_spec.decoding.speculation import SpeculativeDecoder
 
 # The seed README's call, on models of random weights.
 README_SIZES: dict[str, Any] = {"vocab_size": 1000, "dim": 128, "quickmerge_dim": 64, "k_max": 32, "max_draft_len": 4}

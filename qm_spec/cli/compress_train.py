@@ -45,7 +45,7 @@ def compress_train(
     """
     from qm_spec.quickmerge import TemperatureSchedule
     from qm_spec.training.compressor import train_compressor
-    from qm_spec.training.loop import LoopSettings
+    from qm_spec.training.fit import LoopSettings
 
     stage = train_compressor(
         target,

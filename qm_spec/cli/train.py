@@ -90,7 +90,7 @@ def train(
 
     from qm_spec.config import MergeConfig
     from qm_spec.training.drafter import train_drafter
-    from qm_spec.training.loop import LoopSettings
+    from qm_spec.training.fit import LoopSettings
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("qm_spec").setLevel(logging.INFO)

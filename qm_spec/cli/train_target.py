@@ -34,7 +34,7 @@ def train_target(
 
     Example: `qm-spec train-target --data novels/train --valid novels/valid --out target`
     """
-    from qm_spec.training.loop import LoopSettings
+    from qm_spec.training.fit import LoopSettings
     from qm_spec.training.target import train_target
 
     loop = LoopSettings(max_steps, batch_size, lr, adam_lr, decay_share=decay_share, save_steps=save_steps, seed=seed)

@@ -20,7 +20,7 @@ from transformers import (
 
 from qm_spec import provenance
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
-from qm_spec.training.loop import LoopSettings, fit
+from qm_spec.training.fit import LoopSettings, fit
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -29,7 +29,7 @@ from qm_spec.bench.acceptance.replay import (
 )
 from qm_spec.bench.acceptance.suffix_drafts import lookup_drafts
 from qm_spec.bench.results.bootstrap import Estimate, Resamples
-from qm_spec.bench.workloads.documents import DocumentWriter
+from qm_spec.bench.workloads.long_documents import DocumentWriter
 from qm_spec.drafter.suffix_index import SURE_LENGTH
 from qm_spec.training.data import find_files, read_documents
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qm_spec.bench.engine.shards import TokenPrompt
 from qm_spec.bench.settings import BUILTIN
-from qm_spec.bench.workloads.documents import DocumentWriter, book_prompts, generated_prompts
 from qm_spec.bench.workloads.generated import KINDS
+from qm_spec.bench.workloads.long_documents import DocumentWriter, book_prompts, generated_prompts
 from qm_spec.bench.workloads.prompts import BUILTIN_FILE, read_prompts, tokenize_prompts
 from qm_spec.data.prompt_rows import Prompt
 

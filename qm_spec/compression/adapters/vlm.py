@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qm_spec.pipelines.compressor import compress_tokens
-from qm_spec.pipelines.report import compression_report
+from qm_spec.compression.sizes import compression_report
+from qm_spec.compression.token_compressor import compress_tokens
 from qm_spec.quickmerge import MergedTokens
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qm_spec.pipelines.report import compression_report
+from qm_spec.compression.sizes import compression_report
 from qm_spec.quickmerge import DifferentiableTokenMerging, MergedTokens, fixed_budget
 from qm_spec.quickmerge.inputs import check_tokens, full_mask
 from qm_spec.quickmerge.saliency import make_saliency

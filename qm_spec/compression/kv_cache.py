@@ -12,9 +12,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qm_spec.pipelines.kv_merging import KeyValueEntries, KeyValueMerger
-from qm_spec.pipelines.report import nbytes
-from qm_spec.pipelines.rotary import Rotary
+from qm_spec.compression.kv_merging import KeyValueEntries, KeyValueMerger
+from qm_spec.compression.rotary import Rotary
+from qm_spec.compression.sizes import nbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

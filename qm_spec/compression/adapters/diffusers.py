@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qm_spec.pipelines.compressor import compress_tokens
-from qm_spec.pipelines.report import compression_report
+from qm_spec.compression.sizes import compression_report
+from qm_spec.compression.token_compressor import compress_tokens
 from qm_spec.quickmerge import MergedTokens
 from qm_spec.quickmerge.inputs import check_tokens
 

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qm_spec.pipelines.bare_target import BareRun, BareTarget
-from qm_spec.pipelines.cached_target import CachedRun, CachedTarget
-from qm_spec.pipelines.output import Ending, Output
-from qm_spec.pipelines.prompt import Prompt
-from qm_spec.pipelines.rejection import GreedyRule, Rule, SamplingRule
-from qm_spec.pipelines.statistics import DecodingStats, Record, Stopwatch
+from qm_spec.decoding.bare_target import BareRun, BareTarget
+from qm_spec.decoding.cached_target import CachedRun, CachedTarget
+from qm_spec.decoding.output import Ending, Output
+from qm_spec.decoding.prompt import Prompt
+from qm_spec.decoding.rejection import GreedyRule, Rule, SamplingRule
+from qm_spec.decoding.statistics import DecodingStats, Record, Stopwatch
 
 DEFAULT_DRAFT_LEN = 4
 # Plain steps that are timed at the beginning and at the end of a call, after one that is not.

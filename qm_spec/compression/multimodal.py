@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qm_spec.pipelines.compressor import TokenCompressor, merge_info
-from qm_spec.pipelines.report import nbytes
+from qm_spec.compression.sizes import nbytes
+from qm_spec.compression.token_compressor import TokenCompressor, merge_info
 from qm_spec.quickmerge.inputs import check_tokens, full_mask
 
 
@@ -144,7 +144,7 @@ def create_multimodal_pipeline(
 
     Its projections and its fusion layer begin at random and want training with the model that reads
     the fused tokens; what is merged with what depends on the projections. To merge the image tokens
-    of a trained vision-language model see `qm_spec.pipelines.adapters.vlm`.
+    of a trained vision-language model see `qm_spec.compression.adapters.vlm`.
 
     Args:
         vision_dim: of vision tokens.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qm_spec.pipelines.rotary import Rotary
+from qm_spec.compression.rotary import Rotary
 from qm_spec.quickmerge import Grouping, TokenSelection, group_by_cosine, group_by_kmeans, merge_groups
 from qm_spec.quickmerge.grouping import GROUPINGS
 from qm_spec.quickmerge.inputs import check_choice

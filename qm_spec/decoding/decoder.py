@@ -8,12 +8,12 @@ from os import PathLike
 from torch import nn
 from transformers import PreTrainedModel
 
+from qm_spec.decoding.bare_target import BareTarget
+from qm_spec.decoding.cached_target import CachedTarget, check_model, unapplied_settings
+from qm_spec.decoding.memory_drafter import MemoryDrafter, MemoryDraftModel
+from qm_spec.decoding.prior_drafter import PriorDrafter, load_prior
+from qm_spec.decoding.speculation import DEFAULT_DRAFT_LEN, SpeculativeDecoder
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.pipelines.bare_target import BareTarget
-from qm_spec.pipelines.cached_target import CachedTarget, check_model, unapplied_settings
-from qm_spec.pipelines.memory_drafter import MemoryDrafter, MemoryDraftModel
-from qm_spec.pipelines.prior_drafter import PriorDrafter, load_prior
-from qm_spec.pipelines.speculation import DEFAULT_DRAFT_LEN, SpeculativeDecoder
 
 
 def create_speculative_decoder(

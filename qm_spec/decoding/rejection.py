@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qm_spec.pipelines.sampling import RowStreams, pick, probabilities
+from qm_spec.decoding.sampling import RowStreams, pick, probabilities
 
 
 def accepted_prefix(agrees: Tensor, num_drafted: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qm_spec.pipelines.seeding import seeded
+from qm_spec.decoding.seeding import seeded
+from qm_spec.quickmerge.ar_prior import AutoregressivePrior, PriorCache
 from qm_spec.quickmerge.facade import QuickMergePP
-from qm_spec.quickmerge.prior import AutoregressivePrior, PriorCache
 
 _HEADS = 8
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qm_spec.pipelines.compressor import TokenCompressor, merge_info
+from qm_spec.compression.token_compressor import TokenCompressor, merge_info
 from qm_spec.quickmerge.merging import unmerge
 
 
@@ -100,7 +100,7 @@ def create_diffusion_pipeline(
     """Return a pipeline that compresses text embeddings and UNet features to `k_max` tokens.
 
     It has no parameters, but for saliency `learned`. For a whole pipeline of the diffusers library
-    see `qm_spec.pipelines.adapters.diffusers`.
+    see `qm_spec.compression.adapters.diffusers`.
 
     Args:
         unet_dim: channels of the features.

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qm_spec.pipelines.compressor import TokenCompressor, merge_info
-from qm_spec.pipelines.kv_merging import KeyValueEntries, KeyValueMerger
-from qm_spec.pipelines.report import compression_report
-from qm_spec.pipelines.rotary import Rotary
+from qm_spec.compression.kv_merging import KeyValueEntries, KeyValueMerger
+from qm_spec.compression.rotary import Rotary
+from qm_spec.compression.sizes import compression_report
+from qm_spec.compression.token_compressor import TokenCompressor, merge_info
 from qm_spec.quickmerge.inputs import check_tokens, full_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qm_spec.pipelines.kv_cache import QuickMergeCache
+    from qm_spec.compression.kv_cache import QuickMergeCache
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ class LLMPipeline(nn.Module):
         """Make a cache of this pipeline's `k_max` for `model.generate(past_key_values=cache)`.
 
         A merger that the pipeline was given is taken, with the model's own rotation. For the
-        arguments and errors see `qm_spec.pipelines.kv_cache.QuickMergeCache`; needs transformers.
+        arguments and errors see `qm_spec.compression.kv_cache.QuickMergeCache`; needs transformers.
         """
-        from qm_spec.pipelines.kv_cache import QuickMergeCache
+        from qm_spec.compression.kv_cache import QuickMergeCache
 
         return QuickMergeCache(
             model,
