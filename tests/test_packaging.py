@@ -178,7 +178,7 @@ def install(root: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedPro
     """Run install.sh with a stand-in for Python: it writes its calls to `calls`, and fails at `FAIL_AT`."""
     fake = tmp_path / "python"
     fake.write_text(f"""#!/bin/sh
-echo "$*" >>'{tmp_path}/calls'
+echo "${{QM_SPEC_CUDA:+with CUDA kernels: }}$*" >>'{tmp_path}/calls'
 case "$*" in *"${{FAIL_AT:-no such call}}"*) echo "no luck with $*"; exit 3 ;; esac
 case "$*" in
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -245,6 +245,24 @@ def test_the_gpu_install_refuses_a_cpu_folder(install) -> None:
     ran = install("--gpu")
     assert ran.returncode == 1
     assert "holds the cpu set-up, not gpu; remove it, or choose another: --venv DIR" in ran.stderr
+
+
+def test_the_gpu_install_builds_the_cuda_kernels(install, tmp_path: Path) -> None:
+    ran = install("--gpu")
+    assert ran.returncode == 0 and ran.stderr == ""
+    assert "with CUDA kernels: setup.py -q build_ext --inplace\n" in (tmp_path / "calls").read_text()
+    assert install("--gpu").stdout.endswith("venv is up to date\n")
+
+
+def test_the_gpu_install_that_cannot_build_the_cuda_kernels_says_so_until_it_can(install) -> None:
+    for _ in range(2):
+        ran = install("--gpu", FAIL_AT="setup.py")
+        assert ran.returncode == 0
+        assert 'the step "Build the CUDA kernels" failed' in ran.stderr and "no luck with setup.py" in ran.stderr
+        assert "CUDA_HOME=/path/to/cuda" in ran.stderr and "THE CUDA KERNELS WERE NOT BUILT" in ran.stderr
+    assert "holds the gpu set-up, not cpu" in install().stderr
+    ran = install("--gpu")
+    assert ran.returncode == 0 and ran.stderr == ""
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -25,7 +25,7 @@ from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup
 from qm_spec.integrations.vllm_plugin import lookup as plugin
-from qm_spec.integrations.vllm_plugin import proposer as v1
+from qm_spec.integrations.vllm_plugin.patches import request_states
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
 
@@ -59,7 +59,7 @@ def test_where_vllms_own_loop_drafts_the_log_says_so_once(caplog: pytest.LogCapt
         plugin.warn_without_lookup()
     logging.getLogger("vllm.plugins.qm_spec").removeHandler(caplog.handler)
     texts = {record.getMessage() for record in caplog.records}
-    assert len(texts) == 1 and "VLLM_USE_V2_MODEL_RUNNER=0" in texts.pop()
+    assert len(texts) == 1 and "VLLM_USE_V2_MODEL_RUNNER=1" in texts.pop()
 
 
 # Requests in batches
@@ -87,7 +87,7 @@ class Batches:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.session = DraftSession(None, None, NUM_DRAFTS, NUM_DRAFTS, lookup_length=MIN_LENGTH)
-        monkeypatch.setattr(v1, "session_of", lambda proposer: self.session)
+        monkeypatch.setattr(request_states, "session_of", lambda proposer: self.session)
 
     def step(
         self,
@@ -100,7 +100,7 @@ class Batches:
         """Look up after one step of the target, which has read `rows`; `live` are all requests that it knows."""
         names = {str(id(request)): request for request in live or requests}
         batch = SimpleNamespace(req_ids=[*(str(id(request)) for request in requests), "stale"], num_reqs=len(requests))
-        assert v1.with_request_states(lambda *args: args[3])(None, None, names, batch, None) is batch
+        assert request_states.with_request_states(lambda *args: args[3])(None, None, names, batch, None) is batch
         ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
         lengths = [request.computed + len(row) for request, row in zip(requests, rows, strict=True)]
         step = draft_step(

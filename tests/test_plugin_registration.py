@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -24,12 +25,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.worker.gpu import spec_decode
 
 from qm_spec.config import ARCHITECTURE
-from qm_spec.integrations.vllm_plugin import aux_states, compat, register
+from qm_spec.integrations.vllm_plugin import aux_states, compat, patches, register
 
 pytestmark = pytest.mark.vllm
 
 ENTRY_POINT = "qm_spec.integrations.vllm_plugin.register:register"
 LOGGER = "vllm.plugins.qm_spec"
+# What drafts, which a vLLM without a drafter needs nothing of.
+DRAFTING = ("model", "session", "proposer", "speculator", "seeds")
 
 
 @pytest.fixture
@@ -102,12 +105,12 @@ def test_the_model_is_registered_by_name_only(tmp_path: Path) -> None:
     code = (
         "import sys, vllm.plugins as p; p.load_general_plugins(); from vllm import ModelRegistry; "
         f"m = ModelRegistry.models['{ARCHITECTURE}']; "
-        "print(m.module_name, m.class_name, m.module_name in sys.modules)"
+        f"drafting = [name for name in {DRAFTING} if f'qm_spec.integrations.vllm_plugin.{{name}}' in sys.modules]; "
+        "print(m.module_name, m.class_name, drafting)"
     )
     done = run_in_vllm(code, tmp_path)
-    assert done.stdout.splitlines()[-1] == ("qm_spec.integrations.vllm_plugin.model QuickMergeForCausalLM False"), (
-        done.stdout
-    )
+    expected = "qm_spec.integrations.vllm_plugin.model QuickMergeForCausalLM []"
+    assert done.stdout.splitlines()[-1] == expected, done.stdout
 
 
 def test_importing_the_entry_point_does_nothing() -> None:
@@ -133,7 +136,15 @@ def test_an_error_while_registering_is_logged_and_goes_no_further(
 
 
 def catalogue() -> list[compat.Patch]:
-    return [entry for entry in vars(compat).values() if isinstance(entry, compat.Patch)]
+    modules = [importlib.import_module(found.name) for found in iter_modules(patches.__path__, f"{patches.__name__}.")]
+    return [entry for module in modules for entry in vars(module).values() if isinstance(entry, compat.Patch)]
+
+
+@pytest.mark.parametrize("found", iter_modules(patches.__path__), ids=lambda found: found.name)
+def test_a_patch_stands_in_one_file_with_its_function(found: Any) -> None:
+    module = importlib.import_module(f"{patches.__name__}.{found.name}")
+    own = [entry for entry in vars(module).values() if isinstance(entry, compat.Patch)]
+    assert own and all(entry.replacement.__module__ == module.__name__ for entry in own)
 
 
 @pytest.mark.parametrize("patch", catalogue(), ids=lambda patch: patch.target.partition(":")[2])
@@ -178,7 +189,7 @@ def doubled(original: Callable[..., int]) -> Callable[..., int]:
 
 
 def make_patch(name: str, *parameters: str, module: str = __name__) -> compat.Patch:
-    return compat.Patch(f"{module}:Victim.{name}", parameters, f"{__name__}:doubled", "why", "how", "none", "never")
+    return compat.Patch(f"{module}:Victim.{name}", parameters, doubled, "why", "how", "none", "never")
 
 
 @pytest.fixture
@@ -268,7 +279,7 @@ def test_without_the_flag_there_is_no_draft_model() -> None:
 def test_a_flag_of_vllms_own_is_kept() -> None:
     import argparse
 
-    from qm_spec.integrations.vllm_plugin.request import with_flag
+    from qm_spec.integrations.vllm_plugin.patches.flag import with_flag
 
     def original(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.add_argument("--speculative-model", dest="theirs")
@@ -384,6 +395,32 @@ def test_with_the_v2_runner_a_step_drafts_what_the_prior_was_trained_for(
 
 
 @pytest.mark.parametrize(
+    ("settings", "most"), [({}, 16), ({"enable_adaptive_verification": False}, 3), ({"num_speculative_tokens": 2}, 2)]
+)
+def test_where_the_v2_runner_chooses_what_to_verify_lookup_drafts_more_than_the_prior(
+    settings: dict[str, Any],
+    most: int,
+    target: Path,
+    drafter: Path,
+    log: list[logging.LogRecord],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qm_spec.integrations.vllm_plugin import request
+
+    monkeypatch.setenv("QM_SPEC_LOOKUP", "4")
+    config = make_args(target).create_engine_config()
+    monkeypatch.setattr(request, "_runs_v2", lambda: True)
+    args = make_args(target, speculative_config={"model": "qm_spec", "enable_adaptive_verification": True, **settings})
+    # The whole engine's config is refused without CUDA graphs.
+    speculative = args.create_speculative_config(config.model_config, config.parallel_config)
+    assert speculative.num_speculative_tokens == most
+    of_prior = min(most, 3)
+    assert speculative.draft_model_config.hf_config.model.num_speculative_tokens == of_prior
+    (said,) = [record.getMessage() for record in log if "tokens per step" in record.getMessage()]
+    assert f"up to {most} tokens per step, {of_prior} by the prior and {most} copied by lookup" in said
+
+
+@pytest.mark.parametrize(
     ("of_target", "of_drafter"),
     [("auto", "safetensors"), ("safetensors", "safetensors"), ("sharded_state", "safetensors"), ("dummy", None)],
 )
@@ -427,7 +464,6 @@ def test_the_runner_that_is_asked_for_is_known(asked: bool, monkeypatch: pytest.
 def test_drafts_are_drawn_on_a_cpu_where_verification_can_weigh_them(
     target: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.platforms import current_platform
 
     def method(**settings: Any) -> str:
         args = make_args(target, speculative_config={"model": "qm_spec", **settings})
@@ -435,8 +471,40 @@ def test_drafts_are_drawn_on_a_cpu_where_verification_can_weigh_them(
 
     assert method() == "probabilistic"
     assert method(rejection_sample_method="block") == "greedy"
+    assert method(use_local_argmax_reduction=True) == "greedy", "vLLM takes no distributions then"
+
+
+@pytest.mark.parametrize("asked", [None, "greedy", "probabilistic"])
+@pytest.mark.parametrize(("max_num_seqs", "fits"), [(10, True), (11, False), (None, False)])
+def test_drafts_are_drawn_on_a_gpu_where_their_distributions_fit(
+    max_num_seqs: int | None,
+    fits: bool,
+    asked: str | None,
+    target: Path,
+    drafter: Path,
+    log: list[logging.LogRecord],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unless the user says. Without a number of requests vLLM's own default counts, which it sets later."""
+    from vllm.platforms import current_platform
+
+    from qm_spec.integrations.vllm_plugin import request
+
+    args = make_args(
+        target,
+        speculative_config={"model": "qm_spec"} | ({"draft_sample_method": asked} if asked else {}),
+        max_num_seqs=max_num_seqs,
+    )
+    vocabulary = json.loads((target / "config.json").read_text())["vocab_size"]
+    monkeypatch.setattr(request, "MOST_DISTRIBUTION_BYTES", 10 * 3 * vocabulary * 4)
     monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
-    assert method() == "greedy"
+    drawn = "probabilistic" if fits else "greedy"
+    method = args.create_engine_config().speculative_config.draft_sample_method
+    assert method == (asked or drawn)
+    texts = [record.getMessage() for record in log if "at a temperature above 0 drafts are" in record.getMessage()]
+    assert len(texts) == (asked is None)
+    if asked is None:
+        assert ("drafts are drawn" in texts[0]) == fits and "draft_sample_method" in texts[0]
 
 
 def test_a_setting_given_twice_is_left_for_vllm_to_refuse(target: Path, drafter: Path) -> None:
@@ -584,7 +652,7 @@ if __name__ == "__main__":
     [
         (ENTRY_POINT.partition(":")[0], "Failed to load plugin qm_spec"),
         ("qm_spec.integrations.vllm_plugin.compat", "qm_spec: registering failed"),
-        ("qm_spec.integrations.vllm_plugin.request", "qm_spec: registering failed"),
+        ("qm_spec.integrations.vllm_plugin.patches.resolution", "qm_spec: registering failed"),
     ],
     ids=["the entry point's module", "what it imports", "a patch's module"],
 )

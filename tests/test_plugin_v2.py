@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,10 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 import qm_spec
 from qm_spec.config import ARCHITECTURE
-from qm_spec.integrations.vllm_plugin.request import with_speculator
+from qm_spec.drafter.suffix_index import SuffixIndex
+from qm_spec.integrations.vllm_plugin import speculator as speculator_module
+from qm_spec.integrations.vllm_plugin.copies import CopiedDrafts
+from qm_spec.integrations.vllm_plugin.patches.v2_speculator import with_speculator
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
 from qm_spec.integrations.vllm_plugin.step import DraftStep
@@ -31,7 +35,17 @@ from qm_spec.integrations.vllm_plugin.step import DraftStep
 pytestmark = pytest.mark.vllm
 
 NUM_DRAFTS = 4
-BUFFERS = ("num_verified", "idx_mapping", "hidden_states", "next_token_ids", "current_draft_step", "draft_tokens")
+# Of the states of three requests.
+PLACES = (5, 0, 3)
+BUFFERS = (
+    "num_verified",
+    "idx_mapping",
+    "hidden_states",
+    "next_token_ids",
+    "current_draft_step",
+    "draft_tokens",
+    "draft_token_confidence_probs",
+)
 
 
 # On doubles
@@ -47,15 +61,21 @@ def manager(mode: CUDAGraphMode, replay: Any = None) -> Any:
     )
 
 
-def make_speculator(model: Any) -> Any:
+def make_speculator(model: Any, most_drafts: int = NUM_DRAFTS, lookup_length: int = 0) -> Any:
     """Return ours without the set-up that its constructor asks an engine for; drafts are greedy."""
     model.model.attn.layer_name = "draft"
-    model.session = DraftSession(model, None, NUM_DRAFTS, NUM_DRAFTS)
+    model.session = DraftSession(model, None, NUM_DRAFTS, most_drafts, lookup_length=lookup_length)
     speculator = QuickMergeSpeculator.__new__(QuickMergeSpeculator)
+    copied = CopiedDrafts(6, most_drafts, torch.device("cpu"))
     settings = {
         "model": model,
-        "num_speculative_steps": NUM_DRAFTS,
-        "draft_tokens": torch.full((4, NUM_DRAFTS), -7),
+        "num_speculative_steps": most_drafts,
+        "copied": copied,
+        "req_states": SimpleNamespace(all_token_ids=SimpleNamespace(gpu=texts(model))),
+        "sure_ids": copied.token_ids[:, NUM_DRAFTS:].clone(),
+        "enable_adaptive_verification": most_drafts > NUM_DRAFTS,
+        "draft_token_confidence_probs": torch.full((4, most_drafts), 0.25),
+        "draft_tokens": torch.full((4, most_drafts), -7),
         "idx_mapping": torch.zeros(4, dtype=torch.int64),
         "temperature": torch.zeros(6),
         "seeds": torch.zeros(6, dtype=torch.int64),
@@ -74,9 +94,16 @@ def make_speculator(model: Any) -> Any:
     return speculator
 
 
+def texts(model: Any) -> torch.Tensor:
+    """Return all tokens of the requests by place: request 0 goes round in seven, the others never repeat themselves."""
+    token_ids = torch.arange(6).unsqueeze(1) * 1000 + torch.arange(300)
+    token_ids[PLACES[0]] = torch.arange(300) % 7
+    return token_ids.int()
+
+
 def run(speculator: Any, step: DraftStep, unpaged: bool = False, **settings: Any) -> torch.Tensor:
     """Draft behind a step as the V2 runner tells it; of request 2 the prompt is being read."""
-    places = torch.tensor([5, 0, 3])
+    places = torch.tensor(PLACES)
     last_sampled, next_prefill = torch.full((6, 1), 11), torch.full((1, 6), 12, dtype=torch.int32)
     last_sampled[places[:2], 0] = step.next_token_ids[:2].long()
     next_prefill[0, places[2]] = step.next_token_ids[2]
@@ -87,6 +114,7 @@ def run(speculator: Any, step: DraftStep, unpaged: bool = False, **settings: Any
         idx_mapping=places,
         query_start_loc=step.query_start_loc,
         seq_lens=step.seq_lens,
+        seq_lens_cpu_upper_bound=step.seq_lens,
         input_ids=torch.nn.functional.pad(step.token_ids, (0, padding)),
     )
     slots = torch.nn.functional.pad(step.slot_mapping, (0, padding), value=-1)
@@ -160,10 +188,26 @@ def test_a_graph_of_a_larger_batch_drafts_the_same_and_touches_nothing_in_its_pa
     assert torch.equal(pages(model), after)
 
 
+def test_a_graph_drafts_what_lookup_finds_at_each_replay(model: Any) -> None:
+    step, before = make_step(model, NUM_DRAFTS, None), model.case.cache.clone()
+    speculator = make_speculator(model, lookup_length=2)
+    eager = run(speculator, step).clone()
+    metadata = {"draft": SimpleNamespace(block_table=step.block_table)}
+    replay = Recorder()(lambda: speculator._draft_all(3, 3, metadata, None, None, CUDAGraphMode.NONE, NUM_DRAFTS))
+    speculator.decode_cudagraph_manager = manager(CUDAGraphMode.FULL, replay)
+    all_token_ids = speculator.req_states.all_token_ids.gpu
+    copied = all_token_ids.clone()
+    for repeats in (False, True):
+        all_token_ids[PLACES[0]] = copied[PLACES[0]] if repeats else torch.arange(300, dtype=torch.int32)
+        model.case.cache.copy_(before)
+        drafts = run(speculator, step)
+        assert torch.equal(drafts, eager) == repeats and torch.equal(drafts[1:], eager[1:])
+
+
 def test_the_loop_reads_no_value_on_the_host(model: Any) -> None:
     """So that it can be captured; positions of pages are values too."""
     model.case.cache.nan_to_num_()
-    speculator = make_speculator(model)
+    speculator = make_speculator(model, 6, lookup_length=2)
     inner, step = model.model, make_step(model, NUM_DRAFTS, None)
     inner.layer.to("meta")
     cache, embedding, table, *buffers = without_values(
@@ -174,11 +218,13 @@ def test_the_loop_reads_no_value_on_the_host(model: Any) -> None:
     )
     for name, buffer in zip(BUFFERS, buffers, strict=True):
         setattr(speculator, name, buffer)
+    copied = speculator.copied
+    copied.token_ids, copied.lengths = without_values(copied.token_ids, copied.lengths)
     inner.attn.kv_cache, inner.embed_tokens = cache, lambda ids: torch.nn.functional.embedding(ids, embedding)
     model.compute_logits = lambda hidden: hidden @ embedding.T
     with WithoutHost():
         metadata = {"draft": SimpleNamespace(block_table=table)}
-        speculator._draft_all(3, 3, metadata, None, None, CUDAGraphMode.NONE, NUM_DRAFTS)
+        speculator._draft_all(3, 3, metadata, None, None, CUDAGraphMode.NONE, 6)
 
 
 def test_a_dummy_batch_touches_no_page(model: Any) -> None:
@@ -224,11 +270,122 @@ def test_a_speculator_that_fails_drafts_sure_zeros(model: Any, caplog: pytest.Lo
     assert (probs[[1, 2, 4], :, 0] < 1).all(), "drafts of requests that were not in the batch keep theirs"
 
 
+# Lookup
+
+
+def next_of_seven(step: DraftStep, number: int) -> list[int]:
+    """Return what follows request 0's tokens."""
+    newest = int(step.num_verified[0]) % 7
+    return [(newest + 1 + place) % 7 for place in range(number)]
+
+
+def test_what_followed_the_newest_tokens_before_is_drafted(model: Any) -> None:
+    step, before = make_step(model, NUM_DRAFTS, None), model.case.cache.clone()
+    by_prior = run(make_speculator(model), step).clone()
+    model.case.cache.copy_(before)
+    speculator = make_speculator(model, lookup_length=2)
+    drafts = run(speculator, step)
+    assert drafts[0].tolist() == next_of_seven(step, NUM_DRAFTS) != by_prior[0].tolist()
+    assert torch.equal(drafts[1:], by_prior[1:])
+    # A batch without requests looks at no text.
+    speculator.req_states.all_token_ids.gpu = None
+    assert not model.session.failed
+    model.case.cache.copy_(before)
+    run(speculator, step, dummy_run=True, unpaged=True)
+    assert not model.session.failed and (speculator.copied.lengths == 0).all()
+
+
+@pytest.mark.parametrize("local_argmax", [False, True])
+def test_a_copy_is_sure_to_verification_and_in_every_way_to_choose_drafts(
+    local_argmax: bool, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.worker.gpu.spec_decode import speculator as vllms
+
+    def draw(logits: Any, places: Any, *rest: Any, logits_cache: Any, logits_cache_col: Any, **settings: Any) -> Any:
+        logits_cache[places, logits_cache_col] = logits
+        return logits.argmax(-1)
+
+    monkeypatch.setattr(vllms, "gumbel_sample", draw)
+    model.get_top_tokens = lambda hidden: model.compute_logits(hidden).argmax(-1)
+    speculator, step = make_speculator(model, lookup_length=2), make_step(model, NUM_DRAFTS, None)
+    speculator.use_local_argmax_reduction = local_argmax
+    speculator.draft_logits = None if local_argmax else torch.zeros(6, NUM_DRAFTS, SIZES.vocabulary)
+    speculator.draft_watermarker, speculator.use_fp64_gumbel = None, False
+    copied = run(speculator, step)[0]
+    assert copied.tolist() == next_of_seven(step, NUM_DRAFTS)
+    if not local_argmax:
+        probs = speculator.draft_logits.softmax(-1)
+        assert (probs[PLACES[0]].gather(1, copied.unsqueeze(1)) == 1).all()
+        assert (probs[PLACES[1]].amax(-1) < 1).all()
+
+
+def test_where_verification_chooses_copies_go_further_than_the_prior(model: Any) -> None:
+    from vllm.v1.worker.gpu.spec_decode.adaptive_verification import _assign_draft_token_budget
+
+    most = 12
+    speculator, step = make_speculator(model, most, lookup_length=2), make_step(model, NUM_DRAFTS, None)
+    speculator.draft_logits = None
+    drafts = run(speculator, step)
+    assert drafts[0].tolist() == next_of_seven(step, most)
+    assert (drafts[1:, :NUM_DRAFTS] != 0).any() and (drafts[1:, NUM_DRAFTS:] == 0).all()
+    confidences = torch.zeros(6, most)
+    confidences[list(PLACES)] = speculator.draft_token_confidence_probs[:3]
+    # Eight tokens match, and of the prior's drafts what vLLM had estimated stays.
+    assert confidences[PLACES[0]].tolist() == pytest.approx([8 / 9] * most)
+    assert confidences[PLACES[1]].tolist() == [0.25] * NUM_DRAFTS + [0.0] * (most - NUM_DRAFTS)
+    admitted = torch.full((3,), most, dtype=torch.int32)
+    _assign_draft_token_budget(confidences, torch.tensor(PLACES), admitted, most + 2, most)
+    assert admitted.tolist() == [most, 1, 1]
+
+
+def test_drafts_behind_the_priors_are_sure_whatever_they_are(model: Any) -> None:
+    """Also when another one is copied there, and when nothing is any more."""
+    most = 8
+    speculator, step = make_speculator(model, most, lookup_length=2), make_step(model, NUM_DRAFTS, None)
+    speculator.draft_logits = torch.zeros(6, most, SIZES.vocabulary)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DraftModelSpeculator, "load_model", lambda self, target: None)
+        speculator.supports_mm_inputs = False
+        speculator.load_model(None)
+        patch.setattr(DraftModelSpeculator, "sample_draft", lambda self, output, *rest: output.new_zeros(3).long())
+        all_token_ids = speculator.req_states.all_token_ids.gpu
+        for shift in (0, 3, None):
+            row = torch.arange(300) if shift is None else (torch.arange(300) + shift) % 7
+            all_token_ids[PLACES[0]] = row
+            drafts = run(speculator, step)
+            assert (drafts[0, NUM_DRAFTS:] == 0).all() == (shift is None)
+            sure = speculator.draft_logits[list(PLACES), NUM_DRAFTS:].softmax(-1)
+            assert (sure.gather(2, drafts[:, NUM_DRAFTS:].unsqueeze(2)) == 1).all()
+    assert not model.session.failed
+
+
+def test_an_estimate_of_the_priors_acceptance_learns_nothing_from_copies(model: Any) -> None:
+    seen: list[tuple[list[int], list[int]]] = []
+    speculator, step = make_speculator(model, lookup_length=2), make_step(model, NUM_DRAFTS, None)
+    run(speculator, step)
+    estimator = SimpleNamespace(
+        step=lambda places, sampled, rejected: seen.append((sampled.tolist(), rejected.tolist()))
+    )
+    speculator.acceptance_estimator = estimator
+    speculator.observe_verification(torch.tensor([3, 5, 0]), torch.tensor([2, 5, 1]), torch.tensor([3, 0, 4]))
+    assert seen == [([2, 0, 1], [3, 0, 4])]
+
+
+@pytest.mark.parametrize(("most", "moved"), [(6 * 300 * 4, True), (6 * 300 * 4 - 1, False)])
+def test_all_tokens_are_on_the_device_where_they_fit(most: int, moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculator_module, "_MOST_TOKEN_BYTES", most)
+    # The real one asks for memory that is pinned.
+    monkeypatch.setattr(speculator_module, "StagedWriteTensor", lambda size, dtype, device: (size, dtype, device))
+    states = SimpleNamespace(max_num_reqs=6, max_model_len=300, device=torch.device("cpu"), all_token_ids="host")
+    speculator_module.keep_tokens_on_device(states)
+    assert states.all_token_ids == (((6, 300), torch.int32, states.device) if moved else "host")
+
+
 @pytest.mark.parametrize(("architectures", "ours"), [([ARCHITECTURE], True), (["Eagle3LlamaForCausalLM"], False)])
 def test_ours_is_taken_for_our_model_only(
     architectures: list[str], ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(QuickMergeSpeculator, "__init__", lambda self, vllm_config, device: None)
+    monkeypatch.setattr(QuickMergeSpeculator, "__init__", lambda self, vllm_config, device, req_states: None)
     drafter = SimpleNamespace(architectures=architectures)
     for model_config, expected in ((drafter, ours), (None, False)):
         config: Any = SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=model_config))
@@ -347,9 +504,8 @@ def requests() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def runs(requests: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The requests in V2 without and with our drafter, and in V1 with it; lookup and adaptation off."""
+def run_all(requests: list[dict[str, Any]], lookup_length: int, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Run requests in V2 without and with our drafter, and in V1 with it; adaptation is off."""
     engine = {
         "model": str(ZOO / "target"),
         "max_model_len": 512,
@@ -362,12 +518,40 @@ def runs(requests: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactor
     v1 = NOTED + OFFLINE + WITH_NOTES
     v2 = V2.replace("import json, sys\n", NOTED + NOTED_V2 + "import json, sys\n") + WITH_NOTES
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QM_SPEC_LOOKUP", "0")
+        patch.setenv("QM_SPEC_LOOKUP", str(lookup_length))
         return SimpleNamespace(
             plain=run_offline(tmp_path_factory.mktemp("plain"), engine, requests, V2),
             v2=run_offline(tmp_path_factory.mktemp("v2"), {**engine, "speculative_config": ours}, requests, v2),
             v1=run_offline(tmp_path_factory.mktemp("v1"), {**engine, "speculative_config": ours}, requests, v1),
         )
+
+
+@pytest.fixture(scope="module")
+def runs(requests: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The requests without lookup."""
+    return run_all(requests, 0, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def repetitive(requests: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Prompts that repeat themselves, with lookup: alone, beside one that does not, and sampled."""
+    (first,), (second,) = (requests[place]["prompts"] for place in (0, 1))
+    greedy, sampled = requests[0]["sampling"], requests[-1]["sampling"]
+    prompts = [
+        {"prompt_token_ids": first["prompt_token_ids"] * 9},
+        {"prompt_token_ids": second["prompt_token_ids"] * 3},
+    ]
+    asked = [
+        *({"prompts": [prompt], "sampling": greedy} for prompt in prompts),
+        {"prompts": [{**prompt, "cache_salt": "together"} for prompt in [*prompts, second]], "sampling": greedy},
+        *[{"prompts": prompts[:1], "sampling": sampled}] * 2,
+    ]
+    found = run_all(asked, 2, tmp_path_factory)
+    found.texts = [
+        [*request["prompts"][0]["prompt_token_ids"], *answers[0]]
+        for request, answers in zip(asked[:2], found.plain["answers"][:2], strict=True)
+    ]
+    return found
 
 
 def test_greedy_outputs_are_those_without_drafts_and_those_of_v1(runs: Any) -> None:
@@ -402,3 +586,49 @@ def test_seeds_reproduce_samples_whose_drafts_are_drawn(runs: Any) -> None:
     assert first == second and first != runs.v2["answers"][0], "they were sampled"
     before, after = (runs.v2["counters"][place]["vllm:spec_decode_num_accepted_tokens"] for place in (4, 6))
     assert after > before
+
+
+# Engines with lookup
+
+
+def test_repetitive_prompts_are_copied_and_outputs_are_those_without_drafts_and_those_of_v1(repetitive: Any) -> None:
+    v2, v1 = repetitive.v2, repetitive.v1
+    assert v2["errors"] == [None] * 5 and v2["answers"][:3] == repetitive.plain["answers"][:3] == v1["answers"][:3]
+    copied = drafted = 0
+    for text, steps in zip(repetitive.texts, alone_by_text(v2, repetitive.texts), strict=True):
+        for verified, newest, *drafts in steps:
+            assert text[verified] == newest
+            index = SuffixIndex(2)
+            index.read(text[:verified])
+            lookup = index.look_up(newest, NUM_DRAFTS)
+            drafted += 1
+            copied += lookup.length > 0
+            assert not lookup.length or drafts == list(lookup.drafts)
+    assert copied > 10 and copied > drafted // 2
+    # More than the prior alone would keep.
+    assert v2["counters"][1]["vllm:spec_decode_num_accepted_tokens"] > 10
+
+
+def test_with_lookup_requests_alone_have_the_drafts_of_v1(repetitive: Any) -> None:
+    """Those of the prior, where nothing matches, too."""
+    assert alone_by_text(repetitive.v2, repetitive.texts) == alone_by_text(repetitive.v1, repetitive.texts)
+
+
+def test_seeds_reproduce_samples_whose_drafts_are_copied(repetitive: Any) -> None:
+    first, second = repetitive.v2["answers"][3:]
+    assert first == second
+    before, after = (repetitive.v2["counters"][place]["vllm:spec_decode_num_accepted_tokens"] for place in (2, 4))
+    assert after > before
+
+
+def alone_by_text(run: Any, texts: list[list[int]]) -> list[list[list[int]]]:
+    """Return what was drafted behind each text, which was decoded alone: `[verified tokens, newest, *drafts]`."""
+    steps: list[list[list[int]]] = []
+    last = sys.maxsize
+    for (row,) in takewhile(lambda rows: len(rows) == 1, run["drafted"]):
+        if row[0] <= last:
+            steps.append([])
+        steps[-1].append(row)
+        last = row[0]
+    assert len(steps) == len(texts)
+    return steps

@@ -50,10 +50,10 @@ def most_drafts(config: QuickMergeConfig) -> int:
 
 @cache
 def warn_without_lookup() -> None:
-    """Say once that lookup was asked for where it is not done: with the V2 runner and in vLLM's own draft loop."""
+    """Say once that lookup was asked for where it is not done: in vLLM's own draft loop of the V1 runner."""
     logger.warning(
-        "qm_spec: %s or lookup_length asks for suffix lookup, which there is not here; there is on one rank with the "
-        "V1 runner (VLLM_USE_V2_MODEL_RUNNER=0), on a GPU with compiled kernels",
+        "qm_spec: %s or lookup_length asks for suffix lookup, which there is not here; there is with the V2 runner "
+        "(VLLM_USE_V2_MODEL_RUNNER=1), and with V1 on one rank, on a GPU with compiled kernels",
         VARIABLE,
     )
 

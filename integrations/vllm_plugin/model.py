@@ -24,7 +24,13 @@ from qm_spec.integrations.vllm_plugin import compat, seeds
 from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
 from qm_spec.integrations.vllm_plugin.head import DraftRows, plain_head
-from qm_spec.integrations.vllm_plugin.lookup import lookup_length, warn_without_lookup
+from qm_spec.integrations.vllm_plugin.lookup import lookup_length
+from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import CPU_EXPANSION
+from qm_spec.integrations.vllm_plugin.patches.cpu_seeds import CPU_SEEDS
+from qm_spec.integrations.vllm_plugin.patches.draft_loop import DRAFT_LOOP
+from qm_spec.integrations.vllm_plugin.patches.drafts_after_step import DRAFTS_AFTER_STEP
+from qm_spec.integrations.vllm_plugin.patches.request_states import REQUEST_STATES
+from qm_spec.integrations.vllm_plugin.patches.seed_numbers import SEED_NUMBERS, SEEDED_ROWS
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.ops import backend
 
@@ -41,6 +47,12 @@ _PARALLEL = {
 _TOKEN_IDS = "draft_rows.token_ids"
 
 
+def drafter_config(vllm_config: VllmConfig) -> QuickMergeConfig:
+    """Return the config of an engine's drafter, which vLLM has wrapped in one for EAGLE."""
+    wrapped = vllm_config.speculative_config.draft_model_config.hf_config
+    return QuickMergeConfig.from_dict(wrapped.model.to_dict())
+
+
 def _parallel_linear(inputs: int, outputs: int, split: str, name: str) -> nn.Module:
     return _PARALLEL[split](inputs, outputs, bias=False, return_bias=False, prefix=name)
 
@@ -54,7 +66,7 @@ def _tell_operators(device: str) -> None:
             "qm_spec: no compiled kernels for %s, so PyTorch references run, which are slower, and on a GPU the target "
             "loses its full CUDA graphs; %s",
             device,
-            f"QM_SPEC_CUDA=1, then {backend.BUILD}" if device == "cuda" else backend.BUILD,
+            backend.how_to_build(device),
         )
 
 
@@ -114,8 +126,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         compat.require_supported()
         compat.require_runner(vllm_config.use_v2_model_runner)
         nn.Module.__init__(self)
-        wrapped = vllm_config.speculative_config.draft_model_config.hf_config
-        self.config = QuickMergeConfig.from_dict(wrapped.model.to_dict())
+        self.config = drafter_config(vllm_config)
         self.model = QuickMergeModel(self.config, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
@@ -126,17 +137,20 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         sizes = self.config.draft_vocab_size, self.config.vocab_size, self.config.hidden_size
         self.draft_rows = DraftRows(*sizes) if self.config.draft_vocab_size < self.config.vocab_size else None
         self.use_parallel_drafting = False
-        compat.apply(compat.DRAFT_LOOP)
+        compat.apply(DRAFT_LOOP)
         on_cpu, most = vllm_config.device_config.device_type == "cpu", vllm_config.num_speculative_tokens
+        # Lists of different lengths on a CPU, or drafts that are not verified with the V2 runner.
+        numbers_vary = on_cpu and not vllm_config.use_v2_model_runner
+        numbers_vary |= vllm_config.speculative_config.enable_adaptive_verification
         # A GPU's step is still running when drafting begins, and other schedulers ask for drafts at other times.
         one_at_a_time = vllm_config.parallel_config.pipeline_parallel_size == 1
         one_at_a_time = one_at_a_time and not vllm_config.scheduler_config.async_scheduling
-        self.drafts_after_step = on_cpu and one_at_a_time and compat.apply(compat.DRAFTS_AFTER_STEP)
+        self.drafts_after_step = on_cpu and one_at_a_time and compat.apply(DRAFTS_AFTER_STEP)
         self.session = DraftSession(
             self,
             vllm_config,
-            # Lookup may draft more than the prior, where the number may change from step to step.
-            num_drafts=min(self.config.num_speculative_tokens, most) if on_cpu else most,
+            # Lookup may draft more than the prior, where the number may differ between requests.
+            num_drafts=min(self.config.num_speculative_tokens, most) if numbers_vary else most,
             most_drafts=most,
             lookup_length=lookup_length(self.config),
             adapts=adapts(),
@@ -144,18 +158,16 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
                 on_cpu
                 and not vllm_config.model_config.use_fp64_gumbel
                 and seeds.supported()
-                and compat.apply(compat.SEEDED_ROWS)
-                and compat.apply(compat.SEED_NUMBERS)
+                and compat.apply(SEEDED_ROWS)
+                and compat.apply(SEED_NUMBERS)
             ),
         )
         # On a CPU also for the tokens behind pieces of prompts.
         if on_cpu or self.session.lookup_length:
-            compat.apply(compat.REQUEST_STATES)
-        if self.session.lookup_length and vllm_config.use_v2_model_runner:
-            warn_without_lookup()
+            compat.apply(REQUEST_STATES)
         _tell_operators(vllm_config.device_config.device_type)
-        compat.apply(compat.CPU_EXPANSION)
-        compat.apply(compat.CPU_SEEDS)
+        compat.apply(CPU_EXPANSION)
+        compat.apply(CPU_SEEDS)
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
         """Fuse the target's auxiliary states: `[T, 3 D]` to `[T, D]`.

@@ -1,4 +1,7 @@
-"""The V2 runner's way to the drafter: all K tokens of a step in one call, and prompts read by keys and values only."""
+"""The V2 runner's way to the drafter: all K tokens of a step in one call, and prompts read by keys and values only.
+
+What suffix lookup finds is found on the device, beside the loop, and takes the place of the prior's drafts inside it.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,39 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
 from qm_spec.drafter.loop import DraftLoop
 from qm_spec.drafter.paged_loop import DraftInputs, paged_draft_steps
+from qm_spec.integrations.vllm_plugin.copies import CopiedDrafts
+from qm_spec.integrations.vllm_plugin.lookup import lookup_length
+from qm_spec.integrations.vllm_plugin.model import drafter_config
 from qm_spec.integrations.vllm_plugin.step import DraftStep
 from qm_spec.ops.page import slot_elements
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
+
+# The most memory of the device that all requests' tokens may take there for lookup.
+_MOST_TOKEN_BYTES = 1 << 30
+
+
+def keep_tokens_on_device(req_states: Any) -> None:
+    """Have all tokens of all requests in the device's memory, where they fit.
+
+    vLLM keeps them on the host, to be read over the bus: for a lookup that is all of them in each step. It does the
+    same as this for its own n-gram lookup.
+
+    Args:
+        req_states: the V2 runner's, just made.
+    """
+    size = req_states.max_num_reqs, req_states.max_model_len
+    if size[0] * size[1] * torch.int32.itemsize <= _MOST_TOKEN_BYTES:
+        req_states.all_token_ids = StagedWriteTensor(size, dtype=torch.int32, device=req_states.device)
 
 
 class QuickMergeSpeculator(EagleSpeculator):
@@ -31,12 +55,33 @@ class QuickMergeSpeculator(EagleSpeculator):
         num_verified: `[R]` int32, tokens in the pages by row of the batch; 0 in rows without a request, so that
             nothing is merged or attended to there.
         next_token_ids: `[R]` int64, the token behind each of them. Their states are in `hidden_states`.
+        copied: what lookup has found behind them.
+        req_states: the runner's requests, for the tokens of their texts.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
         super().__init__(vllm_config, device)
+        self.req_states = req_states
+        if lookup_length(drafter_config(vllm_config)):
+            keep_tokens_on_device(req_states)
+        self.copied = CopiedDrafts(self.max_num_reqs, self.num_speculative_steps, device)
         self.num_verified = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.next_token_ids = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the drafter. Behind its own drafts there are copies only, or token 0: either is sure."""
+        super().load_model(target_model)
+        self.sure_ids = self.copied.token_ids[:, self._num_prior_drafts :].clone()
+        if self.draft_logits is not None:
+            tail = self.draft_logits[:, self._num_prior_drafts :]
+            tail.fill_(float("-inf"))
+            tail[..., 0] = 0.0
+
+    @property
+    def _num_prior_drafts(self) -> int:
+        """The most tokens that the prior drafts, at most K."""
+        most: int = self.model.session.num_drafts
+        return min(most, self.num_speculative_steps)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Prepare full graphs of the loop where the target's decode steps have them, else none."""
@@ -49,6 +94,7 @@ class QuickMergeSpeculator(EagleSpeculator):
     def capture(self) -> None:
         """Capture the loop, in vLLM's own capture phase; it runs without graphs if that fails."""
         self.num_verified.zero_()
+        self.copied.clear()
         self.idx_mapping.fill_(-1)
         try:
             self.decode_cudagraph_manager.capture(
@@ -123,6 +169,7 @@ class QuickMergeSpeculator(EagleSpeculator):
             )
             self._remember(step, num_reqs, dummy_run)
             if num_drafts:
+                self._look_up(input_batch, dummy_run)
                 # A later step merges what one without drafts leaves.
                 self._draft(num_reqs, attn_metadata, is_profile, num_drafts)
             return True
@@ -156,6 +203,26 @@ class QuickMergeSpeculator(EagleSpeculator):
         self.num_verified.zero_()
         if not dummy_run:
             self.num_verified[:num_reqs] = step.num_verified
+
+    def _look_up(self, input_batch: Any, dummy_run: bool) -> None:
+        """Look the requests' newest tokens up in their own texts, of which the longest bounds what is searched."""
+        session, num_reqs, places = self.model.session, input_batch.num_reqs, input_batch.idx_mapping
+        if not session.lookup_length:
+            return
+        if dummy_run:
+            self.copied.clear()
+            return
+        # vLLM has the token just sampled among them by now. The bound is known to the host.
+        longest = int(input_batch.seq_lens_cpu_upper_bound.max()) + 1
+        all_token_ids, num_tokens = self.req_states.all_token_ids.gpu[:, :longest], self.num_verified[:num_reqs] + 1
+        self.copied.find(all_token_ids, places, num_tokens, session.lookup_length)
+        if self.draft_logits is not None:
+            first = self._num_prior_drafts
+            rows, steps = places.unsqueeze(1), torch.arange(first, self.num_speculative_steps, device=places.device)
+            # Distributions behind the prior's drafts are written where they change only: they are as wide as V.
+            self.draft_logits[rows, steps, self.sure_ids[places]] = float("-inf")
+            self.sure_ids[places] = self.copied.token_ids[:num_reqs, first:]
+            self.draft_logits[rows, steps, self.sure_ids[places]] = 0.0
 
     def _draft(self, num_reqs: int, attn_metadata: dict[str, Any] | None, is_profile: bool, num_drafts: int) -> None:
         """Draft by a graph where there is one of this size, else by the loop itself."""
@@ -191,7 +258,8 @@ class QuickMergeSpeculator(EagleSpeculator):
         num_speculative_steps: int,
     ) -> None:
         """Draft K tokens for each row of the batch; the parameters are those of what vLLM captures."""
-        inner, verified = self.model.model, self.num_verified[:num_reqs]
+        inner, verified, copied = self.model.model, self.num_verified[:num_reqs], self.copied
+        num_drafts = min(num_speculative_steps, self._num_prior_drafts)
         metadata, idx_mapping, positions = self._metadata(attn_metadata), self.idx_mapping[:num_reqs], verified.long()
         table = verified.new_zeros((num_reqs, 1)) if metadata is None else metadata.block_table[:num_reqs]
 
@@ -206,18 +274,42 @@ class QuickMergeSpeculator(EagleSpeculator):
                 self.seeds,
                 self.current_draft_step,
                 self.draft_logits,
+                number,
             )
             return token_ids
 
-        self.draft_tokens[:num_reqs, :num_speculative_steps] = paged_draft_steps(
+        self.draft_tokens[:num_reqs, :num_drafts] = paged_draft_steps(
             inner.layer,
             inner.embed_tokens,
             sample,
             self._pages,
             self.model.config.merge,
             DraftInputs(table, verified, self.hidden_states[:num_reqs], self.next_token_ids[:num_reqs]),
-            num_speculative_steps,
+            num_drafts,
         )
+        rest = slice(num_drafts, num_speculative_steps)
+        self.draft_tokens[:num_reqs, rest] = copied.token_ids[:num_reqs, rest]
+        if self.enable_adaptive_verification:
+            confidences = self.draft_token_confidence_probs[:num_reqs]
+            confidences[:, num_drafts:] = 0.0
+            confidences.copy_(copied.over_confidences(confidences))
+
+    def compute_draft_logits(self, hidden_states: Tensor, spec_step_idx: int) -> Tensor:
+        """Return the head's logits `[B, V]` of a draft step, certain of the copy in rows that lookup drafts."""
+        logits: Tensor = super().compute_draft_logits(hidden_states, spec_step_idx)
+        return self.copied.over_logits(logits, spec_step_idx) if self.model.session.lookup_length else logits
+
+    def get_draft_top_tokens(self, hidden_states: Tensor, spec_step_idx: int) -> Tensor:
+        """Return the best tokens `[B]` of a draft step, the copies in rows that lookup drafts."""
+        token_ids: Tensor = super().get_draft_top_tokens(hidden_states, spec_step_idx)
+        return self.copied.over_tokens(token_ids, spec_step_idx)
+
+    def observe_verification(self, idx_mapping: Tensor, num_sampled: Tensor, num_rejected: Tensor) -> None:
+        """Have vLLM's estimate of acceptance learn from the prior's drafts only: it knows nothing of copies."""
+        if self.acceptance_estimator is not None:
+            copied = self.copied.by_place[idx_mapping]
+            num_sampled, num_rejected = num_sampled.masked_fill(copied, 0), num_rejected.masked_fill(copied, 0)
+        super().observe_verification(idx_mapping, num_sampled, num_rejected)
 
     def _draft_zeros(self, drafts: Tensor, places: Tensor | None) -> None:
         """Draft token 0 for all, as drafting has failed and vLLM takes no fewer than K.
@@ -229,6 +321,7 @@ class QuickMergeSpeculator(EagleSpeculator):
             places: `[B]` of the requests' states; None where there are no requests.
         """
         drafts.zero_()
+        self.draft_token_confidence_probs.zero_()
         if places is not None and self.draft_logits is not None:
             sure = torch.full_like(self.draft_logits[: len(places)], float("-inf"))
             sure[..., 0] = 0.0

@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 CHOICES = ("auto", "compiled", "reference")
 MODULES = {"cpu": "qm_spec._C", "cuda": "qm_spec._C_cuda"}
-BUILD = "build them: pip install --no-build-isolation -e . (see csrc/README.md)"
 
 
 @functools.cache
@@ -53,21 +52,29 @@ def backend(device_type: str = "cpu") -> str:
     return "compiled" if device_type in load() else "reference"
 
 
+def how_to_build(device_type: str) -> str:
+    """Say how the kernels of a device come to be."""
+    switch = "QM_SPEC_CUDA=1 " if device_type == "cuda" else ""
+    return f"build them: {switch}pip install --no-build-isolation -e . (see csrc/README.md)"
+
+
 def _load_module(device: str, choice: str) -> bool:
     name = MODULES[device]
     # Beside this package only: an editable install would offer its own to a copy from elsewhere.
     spec = PathFinder.find_spec(name, [str(Path(__file__).parents[1])])
     if spec is None or spec.origin is None:
         if choice == "compiled":
-            raise RuntimeError(f"QM_SPEC_BACKEND=compiled: {name} was not built; {BUILD}")
+            raise RuntimeError(f"QM_SPEC_BACKEND=compiled: {name} was not built; {how_to_build(device)}")
         return False
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
-        # As after an upgrade of torch.
-        problem = f"qm_spec: the kernels in {spec.origin} do not load: {error}"
+        # As after an upgrade of torch, which gives the loader's reason as the cause.
+        problem = f"qm_spec: the kernels in {spec.origin} do not load: {error.__cause__ or error}"
         if choice == "compiled":
-            raise RuntimeError(f"{problem}; {BUILD}, or set QM_SPEC_BACKEND=reference") from error
-        logger.warning("%s; the slower references run in their place. To have kernels again %s", problem, BUILD)
+            raise RuntimeError(f"{problem}; {how_to_build(device)}, or set QM_SPEC_BACKEND=reference") from error
+        logger.warning(
+            "%s; the slower references run in their place. To have kernels again %s", problem, how_to_build(device)
+        )
         return False
     return True
