@@ -32,7 +32,7 @@ from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
 
-# In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_draft_tokens.py).
+# In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_kernels.py).
 MOST_REQUESTS_16_BIT = 16
 # Steps in a row in which drafting may fail. A fault that passes costs the drafts of a step; one that stays would fill
 # the log.
