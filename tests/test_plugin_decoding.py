@@ -137,7 +137,7 @@ def test_vllms_own_loop_drafts_the_same(tmp_path, requests, drafted):
         "from vllm import LLM",
         "from qm_spec.integrations.vllm_plugin import compat\n"
         "apply = compat.apply\n"
-        "compat.apply = lambda patch: patch is compat.DRAFT_LOOP or apply(patch)\n"
+        "compat.apply = lambda patch: patch.target.endswith('.propose') or apply(patch)\n"
         "from vllm import LLM",
     )
     assert unpatched != OFFLINE

@@ -36,6 +36,8 @@ from qm_spec.integrations.vllm_plugin import session as drafting
 from qm_spec.integrations.vllm_plugin.attention import QuickMergeImpl, QuickMergeMetadata, QuickMergeMetadataBuilder
 from qm_spec.integrations.vllm_plugin.head import DraftRows
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
+from qm_spec.integrations.vllm_plugin.patches import draft_loop
+from qm_spec.integrations.vllm_plugin.patches.drafts_after_step import with_pending_drafts
 from qm_spec.integrations.vllm_plugin.session import Drafts, DraftSession, plain_weights
 from qm_spec.integrations.vllm_plugin.step import DraftStep
 from qm_spec.ops.draft_tokens import draft_tokens
@@ -435,7 +437,7 @@ def proposed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Return the proposer and what the runner gets of `propose`, for a model of ours whose session drafts so."""
 
     def propose(draft: Callable[..., Any], drafts_after_step: bool, ours: bool = True) -> tuple[Any, Any]:
-        monkeypatch.setattr(plugin, "can_draft", lambda proposer: ours)
+        monkeypatch.setattr(draft_loop, "can_draft", lambda proposer: ours)
         monkeypatch.setattr(DraftStep, "from_v1", lambda *args: args[1:])
         session = DraftSession(None, None, 4, 4)
         monkeypatch.setattr(session, "draft", draft)
@@ -444,7 +446,7 @@ def proposed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             _last_draft_probs="stale",
             device=torch.device("cpu"),
         )
-        return proposer, plugin.with_draft_loop(lambda *args: "vLLM's")(proposer, 4, 0, 1, 2, [8, 9], 4, 5, 6)
+        return proposer, draft_loop.with_draft_loop(lambda *args: "vLLM's")(proposer, 4, 0, 1, 2, [8, 9], 4, 5, 6)
 
     return propose
 
@@ -462,7 +464,7 @@ def test_drafts_are_made_when_the_engine_asks_for_them(proposed, drafts, probs):
         input_batch=SimpleNamespace(req_ids=["a", "b"], generators={}),
         device=torch.device("cpu"),
     )
-    take = plugin.with_pending_drafts(lambda self: self._draft_token_ids)
+    take = with_pending_drafts(lambda self: self._draft_token_ids)
     expected = drafts if isinstance(drafts, list) else drafts.tolist()
     # Without positions, which ours does not read; asked twice, drafted once.
     for _ in range(2):
@@ -475,7 +477,7 @@ def test_elsewhere_drafts_are_made_at_once(proposed):
         proposer, drafts = proposed(lambda step: Drafts("ours", "distributions"), drafts_after_step=False, ours=mine)
         assert drafts == expected and proposer._last_draft_probs == probs
     runner = SimpleNamespace(_draft_token_ids="tensor")
-    assert plugin.with_pending_drafts(lambda self: self._draft_token_ids)(runner) == "tensor"
+    assert with_pending_drafts(lambda self: self._draft_token_ids)(runner) == "tensor"
 
 
 def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(proposed, caplog):

@@ -25,7 +25,7 @@ from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup
 from qm_spec.evaluation.metrics import DraftCounts
 from qm_spec.evaluation.replay import walk
 from qm_spec.integrations.vllm_plugin import lookup as plugin
-from qm_spec.integrations.vllm_plugin import proposer as v1
+from qm_spec.integrations.vllm_plugin.patches import request_states
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
 
@@ -87,7 +87,7 @@ class Batches:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.session = DraftSession(None, None, NUM_DRAFTS, NUM_DRAFTS, lookup_length=MIN_LENGTH)
-        monkeypatch.setattr(v1, "session_of", lambda proposer: self.session)
+        monkeypatch.setattr(request_states, "session_of", lambda proposer: self.session)
 
     def step(
         self,
@@ -100,7 +100,7 @@ class Batches:
         """Look up after one step of the target, which has read `rows`; `live` are all requests that it knows."""
         names = {str(id(request)): request for request in live or requests}
         batch = SimpleNamespace(req_ids=[*(str(id(request)) for request in requests), "stale"], num_reqs=len(requests))
-        assert v1.with_request_states(lambda *args: args[3])(None, None, names, batch, None) is batch
+        assert request_states.with_request_states(lambda *args: args[3])(None, None, names, batch, None) is batch
         ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
         lengths = [request.computed + len(row) for request, row in zip(requests, rows, strict=True)]
         step = draft_step(

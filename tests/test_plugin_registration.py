@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -24,12 +25,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.worker.gpu import spec_decode
 
 from qm_spec.config import ARCHITECTURE
-from qm_spec.integrations.vllm_plugin import aux_states, compat, register
+from qm_spec.integrations.vllm_plugin import aux_states, compat, patches, register
 
 pytestmark = pytest.mark.vllm
 
 ENTRY_POINT = "qm_spec.integrations.vllm_plugin.register:register"
 LOGGER = "vllm.plugins.qm_spec"
+# What drafts, which a vLLM without a drafter needs nothing of.
+DRAFTING = ("model", "session", "proposer", "speculator", "seeds")
 
 
 @pytest.fixture
@@ -102,12 +105,12 @@ def test_the_model_is_registered_by_name_only(tmp_path: Path) -> None:
     code = (
         "import sys, vllm.plugins as p; p.load_general_plugins(); from vllm import ModelRegistry; "
         f"m = ModelRegistry.models['{ARCHITECTURE}']; "
-        "print(m.module_name, m.class_name, m.module_name in sys.modules)"
+        f"drafting = [name for name in {DRAFTING} if f'qm_spec.integrations.vllm_plugin.{{name}}' in sys.modules]; "
+        "print(m.module_name, m.class_name, drafting)"
     )
     done = run_in_vllm(code, tmp_path)
-    assert done.stdout.splitlines()[-1] == ("qm_spec.integrations.vllm_plugin.model QuickMergeForCausalLM False"), (
-        done.stdout
-    )
+    expected = "qm_spec.integrations.vllm_plugin.model QuickMergeForCausalLM []"
+    assert done.stdout.splitlines()[-1] == expected, done.stdout
 
 
 def test_importing_the_entry_point_does_nothing() -> None:
@@ -133,7 +136,15 @@ def test_an_error_while_registering_is_logged_and_goes_no_further(
 
 
 def catalogue() -> list[compat.Patch]:
-    return [entry for entry in vars(compat).values() if isinstance(entry, compat.Patch)]
+    modules = [importlib.import_module(found.name) for found in iter_modules(patches.__path__, f"{patches.__name__}.")]
+    return [entry for module in modules for entry in vars(module).values() if isinstance(entry, compat.Patch)]
+
+
+@pytest.mark.parametrize("found", iter_modules(patches.__path__), ids=lambda found: found.name)
+def test_a_patch_stands_in_one_file_with_its_function(found: Any) -> None:
+    module = importlib.import_module(f"{patches.__name__}.{found.name}")
+    own = [entry for entry in vars(module).values() if isinstance(entry, compat.Patch)]
+    assert own and all(entry.replacement.__module__ == module.__name__ for entry in own)
 
 
 @pytest.mark.parametrize("patch", catalogue(), ids=lambda patch: patch.target.partition(":")[2])
@@ -178,7 +189,7 @@ def doubled(original: Callable[..., int]) -> Callable[..., int]:
 
 
 def make_patch(name: str, *parameters: str, module: str = __name__) -> compat.Patch:
-    return compat.Patch(f"{module}:Victim.{name}", parameters, f"{__name__}:doubled", "why", "how", "none", "never")
+    return compat.Patch(f"{module}:Victim.{name}", parameters, doubled, "why", "how", "none", "never")
 
 
 @pytest.fixture
@@ -268,7 +279,7 @@ def test_without_the_flag_there_is_no_draft_model() -> None:
 def test_a_flag_of_vllms_own_is_kept() -> None:
     import argparse
 
-    from qm_spec.integrations.vllm_plugin.request import with_flag
+    from qm_spec.integrations.vllm_plugin.patches.flag import with_flag
 
     def original(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.add_argument("--speculative-model", dest="theirs")
@@ -641,7 +652,7 @@ if __name__ == "__main__":
     [
         (ENTRY_POINT.partition(":")[0], "Failed to load plugin qm_spec"),
         ("qm_spec.integrations.vllm_plugin.compat", "qm_spec: registering failed"),
-        ("qm_spec.integrations.vllm_plugin.request", "qm_spec: registering failed"),
+        ("qm_spec.integrations.vllm_plugin.patches.resolution", "qm_spec: registering failed"),
     ],
     ids=["the entry point's module", "what it imports", "a patch's module"],
 )

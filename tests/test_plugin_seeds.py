@@ -20,6 +20,8 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from qm_spec.integrations.vllm_plugin import compat, seeds
+from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import CPU_EXPANSION
+from qm_spec.integrations.vllm_plugin.patches.seed_numbers import SEED_NUMBERS, SEEDED_ROWS, with_numbers
 
 pytestmark = pytest.mark.vllm
 
@@ -30,7 +32,7 @@ VOCABULARY, NUM_TOKENS = 50, 24
 def patched() -> None:
     """What a worker process on a CPU does, and our patches."""
     CpuPlatform.register_triton_kernel_overrides()
-    for patch in (compat.CPU_EXPANSION, compat.SEEDED_ROWS, compat.SEED_NUMBERS):
+    for patch in (CPU_EXPANSION, SEEDED_ROWS, SEED_NUMBERS):
         assert compat.apply(patch)
 
 
@@ -152,7 +154,7 @@ def test_the_same_noise_makes_like_distributions_agree() -> None:
 
 def test_other_samplers_and_requests_without_drafts_keep_vllms_way() -> None:
     calls: list[Any] = []
-    forward = seeds.with_numbers(lambda *args: calls.append(args[-1]) or "vLLM's")
+    forward = with_numbers(lambda *args: calls.append(args[-1]) or "vLLM's")
     generators = {0: torch.Generator()}
     settings = SimpleNamespace(generators=generators)
     for counts, use_fp64, synthetic in (([0, 2], False, False), ([2, 0], True, False), ([2, 0], False, True)):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from qm_spec.integrations.vllm_plugin.verification import with_expansion, with_seeds_of_read_prompts
+from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import with_expansion
+from qm_spec.integrations.vllm_plugin.patches.cpu_seeds import with_seeds_of_read_prompts
 
 
 def unused(*args):

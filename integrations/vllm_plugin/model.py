@@ -25,6 +25,12 @@ from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
 from qm_spec.integrations.vllm_plugin.head import DraftRows, plain_head
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length
+from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import CPU_EXPANSION
+from qm_spec.integrations.vllm_plugin.patches.cpu_seeds import CPU_SEEDS
+from qm_spec.integrations.vllm_plugin.patches.draft_loop import DRAFT_LOOP
+from qm_spec.integrations.vllm_plugin.patches.drafts_after_step import DRAFTS_AFTER_STEP
+from qm_spec.integrations.vllm_plugin.patches.request_states import REQUEST_STATES
+from qm_spec.integrations.vllm_plugin.patches.seed_numbers import SEED_NUMBERS, SEEDED_ROWS
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.ops import backend
 
@@ -131,7 +137,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         sizes = self.config.draft_vocab_size, self.config.vocab_size, self.config.hidden_size
         self.draft_rows = DraftRows(*sizes) if self.config.draft_vocab_size < self.config.vocab_size else None
         self.use_parallel_drafting = False
-        compat.apply(compat.DRAFT_LOOP)
+        compat.apply(DRAFT_LOOP)
         on_cpu, most = vllm_config.device_config.device_type == "cpu", vllm_config.num_speculative_tokens
         # Lists of different lengths on a CPU, or drafts that are not verified with the V2 runner.
         numbers_vary = on_cpu and not vllm_config.use_v2_model_runner
@@ -139,7 +145,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         # A GPU's step is still running when drafting begins, and other schedulers ask for drafts at other times.
         one_at_a_time = vllm_config.parallel_config.pipeline_parallel_size == 1
         one_at_a_time = one_at_a_time and not vllm_config.scheduler_config.async_scheduling
-        self.drafts_after_step = on_cpu and one_at_a_time and compat.apply(compat.DRAFTS_AFTER_STEP)
+        self.drafts_after_step = on_cpu and one_at_a_time and compat.apply(DRAFTS_AFTER_STEP)
         self.session = DraftSession(
             self,
             vllm_config,
@@ -152,16 +158,16 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
                 on_cpu
                 and not vllm_config.model_config.use_fp64_gumbel
                 and seeds.supported()
-                and compat.apply(compat.SEEDED_ROWS)
-                and compat.apply(compat.SEED_NUMBERS)
+                and compat.apply(SEEDED_ROWS)
+                and compat.apply(SEED_NUMBERS)
             ),
         )
         # On a CPU also for the tokens behind pieces of prompts.
         if on_cpu or self.session.lookup_length:
-            compat.apply(compat.REQUEST_STATES)
+            compat.apply(REQUEST_STATES)
         _tell_operators(vllm_config.device_config.device_type)
-        compat.apply(compat.CPU_EXPANSION)
-        compat.apply(compat.CPU_SEEDS)
+        compat.apply(CPU_EXPANSION)
+        compat.apply(CPU_SEEDS)
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
         """Fuse the target's auxiliary states: `[T, 3 D]` to `[T, D]`.

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size
 
-from qm_spec.integrations.vllm_plugin.lookup import warn_without_lookup
-from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
 from qm_spec.integrations.vllm_plugin.session import Drafts, DraftSession, plain_weights
-from qm_spec.integrations.vllm_plugin.step import DraftStep
-from qm_spec.integrations.vllm_plugin.verification import without_seeds_of_unread_prompts
 from qm_spec.ops import backend
 
 
 def session_of(proposer: Any) -> DraftSession | None:
     """Return the session of a proposer with our model, None of another."""
-    return proposer.model.session if isinstance(proposer.model, QuickMergeForCausalLM) else None
+    session = getattr(proposer.model, "session", None)
+    return session if isinstance(session, DraftSession) else None
 
 
 def can_draft(proposer: Any) -> bool:
@@ -64,104 +59,3 @@ class PendingDrafts:
     """
 
     draft: Callable[[], Drafts]
-
-
-def with_request_states(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return vLLM's `prepare_next_token_ids_padded` that tells our session which requests the batch's rows are."""
-
-    @wraps(original)
-    def replaced(
-        self: Any,
-        sampled_token_ids: Tensor,
-        requests: dict[str, Any],
-        gpu_input_batch: Any,
-        discard_request_mask: Tensor,
-    ) -> Any:
-        session = session_of(self)
-        if session is not None:
-            session.note_batch(gpu_input_batch.req_ids[: gpu_input_batch.num_reqs], requests)
-        return original(self, sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
-
-    return replaced
-
-
-def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | list[list[int]] | PendingDrafts]:
-    """Return vLLM's `propose` with our loop in its place where it applies."""
-
-    @wraps(original)
-    def replaced(
-        self: Any,
-        num_speculative_tokens: int,
-        target_token_ids: Tensor,
-        target_positions: Tensor,
-        target_hidden_states: Tensor,
-        next_token_ids: Tensor,
-        token_indices_to_sample: Tensor | None,
-        common_attn_metadata: Any,
-        sampling_metadata: Any,
-        mm_embed_inputs: Any = None,
-        num_rejected_tokens_gpu: Tensor | None = None,
-        slot_mappings: Any = None,
-    ) -> Tensor | list[list[int]] | PendingDrafts:
-        session = session_of(self)
-        if session is not None and can_draft(self):
-
-            def draft() -> Drafts:
-                step = DraftStep.from_v1(
-                    self,
-                    num_speculative_tokens,
-                    target_token_ids,
-                    target_hidden_states,
-                    next_token_ids,
-                    token_indices_to_sample,
-                    common_attn_metadata,
-                    sampling_metadata,
-                    num_rejected_tokens_gpu,
-                    session.batch,
-                )
-                return session.draft(step)
-
-            def guarded() -> Drafts:
-                return session.attempt(draft) or no_drafts(len(next_token_ids), num_speculative_tokens, self.device)
-
-            self._last_draft_probs = None
-            if self.model.drafts_after_step:
-                return PendingDrafts(guarded)
-            token_ids, self._last_draft_probs = guarded()
-            return token_ids
-        if session is not None and session.lookup_length:
-            warn_without_lookup()
-        most = num_speculative_tokens if session is None else min(num_speculative_tokens, session.num_drafts)
-        return original(
-            self,
-            most,
-            target_token_ids,
-            target_positions,
-            target_hidden_states,
-            next_token_ids,
-            token_indices_to_sample,
-            common_attn_metadata,
-            sampling_metadata,
-            mm_embed_inputs,
-            num_rejected_tokens_gpu,
-            slot_mappings,
-        )
-
-    return replaced
-
-
-def with_pending_drafts(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the runner's `take_draft_token_ids` that makes pending drafts first."""
-
-    @wraps(original)
-    def replaced(self: Any) -> Any:
-        pending = self._draft_token_ids
-        if isinstance(pending, PendingDrafts):
-            with torch.inference_mode(), without_seeds_of_unread_prompts(self):
-                drafts, probs = pending.draft()
-            self._draft_token_ids = drafts.tolist() if isinstance(drafts, Tensor) else drafts
-            if probs is not None:
-                self._draft_probs, self._draft_prob_req_ids = probs, self.input_batch.req_ids.copy()
-        return original(self)
-
-    return replaced

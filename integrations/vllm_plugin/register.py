@@ -28,10 +28,13 @@ def _register() -> None:
 
     from qm_spec.config import ARCHITECTURE
     from qm_spec.integrations.vllm_plugin import compat
+    from qm_spec.integrations.vllm_plugin.patches.flag import SPECULATIVE_MODEL_FLAG
+    from qm_spec.integrations.vllm_plugin.patches.resolution import RESOLVE_DRAFTER
+    from qm_spec.integrations.vllm_plugin.patches.v2_speculator import SPECULATOR
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
     # A flag whose value nothing resolves would end in a puzzling error of vLLM's.
-    if compat.apply(compat.RESOLVE_DRAFTER):
-        compat.apply(compat.SPECULATIVE_MODEL_FLAG)
-    compat.apply(compat.SPECULATOR)
+    if compat.apply(RESOLVE_DRAFTER):
+        compat.apply(SPECULATIVE_MODEL_FLAG)
+    compat.apply(SPECULATOR)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
-import functools
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -19,112 +15,20 @@ from qm_spec.integrations.vllm_plugin.aux_states import require_aux_hidden_state
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length, most_drafts
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
 
 METHOD = "qm_spec"
-FLAG = "--speculative-model"
 # The most memory of a GPU that the distributions of drafts may take unasked, counted in float32: with 4 drafts over a
 # vocabulary of 128k it is 0.5 GiB for 256 requests, and 2 for 1024.
 MOST_DISTRIBUTION_BYTES = 4 << 30
 
 
-def with_flag(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `EngineArgs.add_cli_args` with the flag `--speculative-model`."""
-
-    @functools.wraps(original)
-    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = original(parser)
-        if FLAG not in parser._option_string_actions:
-            group = parser.add_argument_group("qm_spec", "Speculative decoding with a QuickMerge drafter.")
-            # The default stays that of --spec-model, which has the same destination.
-            action = group.add_argument(
-                FLAG,
-                dest="spec_model",
-                default=argparse.SUPPRESS,
-                metavar="qm_spec|DRAFT_DIR",
-                help="'qm_spec' finds the QuickMerge drafter of the served model; a folder names one.",
-            )
-            _keep_abbreviations(parser, action)
-        return parser
-
-    return add_cli_args
-
-
-def _keep_abbreviations(parser: argparse.ArgumentParser, ours: argparse.Action) -> None:
-    """Leave abbreviations that meant another flag before ours what they were: `--speculative` is one of vLLM's."""
-    find = parser._get_option_tuples
-
-    def find_others_first(option_string: str) -> list[Any]:
-        found = find(option_string)
-        return [match for match in found if match[0] is not ours] or found
-
-    parser._get_option_tuples = find_others_first  # type: ignore[method-assign]
-
-
-def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `EngineArgs.create_speculative_config` that knows `qm_spec` and QuickMerge folders."""
-
-    @functools.wraps(original)
-    def create_speculative_config(
-        self: EngineArgs, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
-    ) -> SpeculativeConfig | None:
-        request = find_request(self)
-        if request is None:
-            return _not_ours(original(self, target_model_config, target_parallel_config))
-        settings = resolve(request, self, target_model_config, target_parallel_config)
-        # vLLM writes into the arguments it is given; a second engine config from them must work.
-        resolved = copy.copy(self)
-        resolved.speculative_config = settings
-        resolved.spec_method = resolved.spec_model = resolved.spec_tokens = None
-        # A drafter needs no code of its own and is stored in one format, whatever its target is allowed and stored in.
-        as_drafters = copy.copy(target_model_config)
-        as_drafters.trust_remote_code, as_drafters.config_format = False, "auto"
-        config = original(resolved, as_drafters, target_parallel_config)
-        if config is not None:
-            config.target_model_config = target_model_config
-            drafter = config.draft_model_config
-            if request.get("num_speculative_tokens") is not None:
-                # A number that the user names is the prior's as well, whatever the drafter's own.
-                drafter.hf_config.model.num_speculative_tokens = config.num_speculative_tokens
-            # Otherwise the V1 runner drafts for nobody while one request is within K tokens of its end; drafts take no
-            # room in the pages, and the scheduler cuts those behind the end.
-            drafter.max_model_len = target_model_config.max_model_len + config.num_speculative_tokens
-        return config
-
-    return create_speculative_config
-
-
-def _not_ours(config: SpeculativeConfig | None) -> SpeculativeConfig | None:
-    """Return a configuration that was not ours to resolve, unless its draft model is: then nothing has checked it."""
-    drafter = None if config is None else config.draft_model_config
-    if _is_our_model(drafter):
-        raise ValueError(
-            f"qm_spec: a QuickMerge drafter must be a local folder, so that it is checked before it is loaded, got "
-            f"{shown(drafter.model)}; download it (hf download {shown(drafter.model)} --local-dir DIR) and name DIR"
-        )
-    return config
-
-
-def _is_our_model(drafter: ModelConfig | None) -> TypeGuard[ModelConfig]:
+def is_our_model(drafter: ModelConfig | None) -> TypeGuard[ModelConfig]:
+    """Tell whether a draft model is a QuickMerge drafter, by its class."""
     return drafter is not None and ARCHITECTURE in drafter.architectures
-
-
-def with_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the V2 runner's `init_speculator` that takes ours where the draft model is ours."""
-
-    @functools.wraps(original)
-    def init_speculator(vllm_config: VllmConfig, device: Any, req_states: Any) -> Any:
-        drafter = vllm_config.speculative_config.draft_model_config
-        if not _is_our_model(drafter):
-            return original(vllm_config, device, req_states)
-        from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
-
-        return QuickMergeSpeculator(vllm_config, device, req_states)
-
-    return init_speculator
 
 
 def find_request(args: EngineArgs) -> dict[str, Any] | None:

@@ -9,25 +9,13 @@ drafted. Drafts are sampled with the same noise, so they are accepted nearly as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import wraps
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-
-
-class Numbered(dict[int, torch.Generator]):
-    """Generators by row that have passed the numbers of the drafts on.
-
-    Attributes:
-        numbers: `[k]` int64 by row, of its k drafts.
-    """
-
-    def __init__(self, generators: dict[int, torch.Generator], numbers: dict[int, Tensor]) -> None:
-        super().__init__(generators)
-        self.numbers = numbers
 
 
 def supported() -> bool:
@@ -62,85 +50,18 @@ def sample(logits: Tensor, numbers: Tensor) -> Tensor:
     return token_ids
 
 
-def with_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `RejectionSampler.forward` in which each token of a seeded request takes the number of its position."""
+@contextmanager
+def without_seeds_of_unread_prompts(runner: Any) -> Iterator[None]:
+    """Hide the generators of requests whose prompts are still being read, if `runner` is on a CPU.
 
-    @wraps(original)
-    def forward(self: Any, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any) -> Any:
-        counts = metadata.num_draft_tokens
-        drafted = {row: one for row, one in sampling_metadata.generators.items() if counts[row]}
-        if not drafted or logits.device.type != "cpu" or self.use_fp64_gumbel or self.synthetic_mode:
-            return original(self, metadata, draft_probs, logits, sampling_metadata)
-        states = {row: generator.get_state() for row, generator in drafted.items()}
-        # The token behind the drafts takes the number after theirs.
-        numbers = {row: draw_numbers(generator, counts[row]) for row, generator in drafted.items()}
-        numbered = replace(sampling_metadata, generators=Numbered(sampling_metadata.generators, numbers))
-        output = original(self, metadata, draft_probs, logits, numbered)
-        num_sampled = (output.sampled_token_ids >= 0).sum(-1).tolist()
-        for row, generator in drafted.items():
-            generator.set_state(states[row])
-            draw_numbers(generator, num_sampled[row])
-        return output
-
-    return forward
-
-
-def with_numbered_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `rejection_sample` that verifies the drafts of numbered requests by their numbers."""
-
-    @wraps(original)
-    def rejection_sample(
-        draft_token_ids: Tensor,
-        num_draft_tokens: list[int],
-        max_spec_len: int,
-        cu_num_draft_tokens: Tensor,
-        draft_probs: Tensor | None,
-        target_logits: Tensor,
-        bonus_token_ids: Tensor,
-        sampling_metadata: Any,
-        *settings: Any,
-        **named: Any,
-    ) -> Tensor:
-        def verify(sampling: Any) -> Tensor:
-            return original(
-                draft_token_ids,
-                num_draft_tokens,
-                max_spec_len,
-                cu_num_draft_tokens,
-                draft_probs,
-                target_logits,
-                bonus_token_ids,
-                sampling,
-                *settings,
-                **named,
-            )
-
-        generators = sampling_metadata.generators
-        if not isinstance(generators, Numbered):
-            return verify(sampling_metadata)
-        if all(count == 0 or row in generators.numbers for row, count in enumerate(num_draft_tokens)):
-            output = bonus_token_ids.new_full((len(num_draft_tokens), max_spec_len + 1), -1, dtype=torch.int32)
-            output[:, :1] = bonus_token_ids
-        else:
-            output = verify(replace(sampling_metadata, generators={}))
-        ends, drafts = cu_num_draft_tokens.tolist(), draft_token_ids.tolist()
-        going, position = list(generators.numbers), 0
-        for row in going:
-            output[row] = -1
-        # A position at a time: most requests need only the first ones.
-        while going:
-            places = [ends[row] - num_draft_tokens[row] + position for row in going]
-            numbers = torch.stack([generators.numbers[row][position] for row in going])
-            sampled = sample(target_logits[places], numbers)
-            output[going, position] = sampled.int()
-            accepted = [
-                row for row, place, token in zip(going, places, sampled.tolist(), strict=True) if drafts[place] == token
-            ]
-            position += 1
-            going = [row for row in accepted if num_draft_tokens[row] > position]
-            for row in accepted:
-                if num_draft_tokens[row] == position:
-                    output[row, position] = bonus_token_ids[row, 0]
-        return output
-
-    return rejection_sample
+    What is sampled for them is dropped, and must take no number from a seeded request. vLLM turns the generator back
+    afterwards, which a CPU's refuses.
+    """
+    seeds, batch = {}, runner.input_batch
+    if runner.device.type == "cpu" and batch.generators:
+        unread = np.nonzero(runner.discard_request_mask.np[: batch.num_reqs])[0].tolist()
+        seeds = {row: batch.generators.pop(row) for row in unread if row in batch.generators}
+    try:
+        yield
+    finally:
+        batch.generators.update(seeds)

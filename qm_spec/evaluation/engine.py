@@ -137,10 +137,11 @@ def open_engine(spec: EngineSpec) -> Any:
     from vllm.platforms import current_platform
 
     from qm_spec.integrations.vllm_plugin import compat
+    from qm_spec.integrations.vllm_plugin.patches.cpu_seeds import CPU_SEEDS
 
     if current_platform.is_cpu():
         # Sampled requests have seeds here, and vLLM's own engine ends at one with a long prompt.
-        compat.apply(compat.CPU_SEEDS)
+        compat.apply(CPU_SEEDS)
     return LLM(
         model=spec.target,
         dtype=spec.dtype,
