@@ -244,7 +244,7 @@ class QuickMergeSpeculator(EagleSpeculator):
         longest = int(input_batch.seq_lens_cpu_upper_bound.max()) + 1
         all_token_ids, num_tokens = self.req_states.all_token_ids.gpu[:, :longest], self.num_verified[:num_reqs] + 1
         self.copied.find(all_token_ids, places, num_tokens, session.lookup_length)
-        if self.draft_logits is not None:
+        if self.draft_logits is not None and self.sure_ids.numel():
             first = self._num_prior_drafts
             rows, steps = places.unsqueeze(1), torch.arange(first, self.num_speculative_steps, device=places.device)
             # Distributions behind the prior's drafts are written where they change only: they are as wide as V.
