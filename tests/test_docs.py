@@ -184,14 +184,15 @@ def test_options_of_qm_spec_in_a_shell_block_exist(command: Command) -> None:
 @pytest.mark.vllm
 @pytest.mark.parametrize("command", OF_VLLM, ids=str)
 def test_options_of_vllm_in_a_shell_block_exist(command: Command) -> None:
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from qm_spec.integrations.vllm_plugin.register import register
 
     register()
     # A wrong option ends with an error, which pytest shows.
-    make_arg_parser(FlexibleArgumentParser()).parse_args(command.words[2:])
+    model, *options = command.words[2:]
+    AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", model, *options])
 
 
 def test_targets_of_make_and_scripts_in_shell_blocks_exist() -> None:
