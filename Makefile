@@ -31,7 +31,7 @@ bench-smollm2: install ## fetch SmolLM2-135M-Instruct and measure its shipped dr
 		--repeats 1 --out results/smollm2 $(ARGS)
 
 bench-kernels: install ## measure the kernels against PyTorch on the CPU, in one table
-	$(BIN)/python benchmarks/kernels.py $(ARGS)
+	$(BIN)/python benchmarks/bench_kernels.py $(ARGS)
 
 test-avx2: install ## run the kernels' tests with what a processor without AVX-512 gets
 	CXXFLAGS=-DQM_SPEC_NO_AVX512 QM_SPEC_BUILD=required $(BIN)/python setup.py -q build \
@@ -44,7 +44,7 @@ test-gpu: install ## run the CUDA kernels' tests on this machine's GPU
 	QM_SPEC_BACKEND=compiled $(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench-gpu: test-gpu ## measure the kernels on this machine's GPU, in one table
-	$(BIN)/python benchmarks/kernels.py --device cuda $(ARGS)
+	$(BIN)/python benchmarks/bench_kernels.py --device cuda $(ARGS)
 
 sanitize: install ## run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	CXXFLAGS="$(SANITIZERS) -g -O1" QM_SPEC_BUILD=required $(BIN)/python setup.py -q build \

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench_kmeans import devices, elapsed_ms, lloyd
-from script import EXIT_BAD_INPUT, run_main
+from script import run_main, with_plain_errors
 
 # L, B, T, D, K. The first is the shape at which the reference implementation was timed.
 REFERENCE = (4, 4, 512, 128, 128)
@@ -32,7 +31,7 @@ Examples:
 
 def peak_mib(action: Callable[[], Any], device: str) -> float | None:
     """Return the memory that an action needs above what is held before it, MiB; None where it cannot be known."""
-    from qm_spec.evaluation.cost import peak_bytes
+    from qm_spec.bench.reduction.cost import peak_bytes
 
     if device == "cpu":
         found = peak_bytes(action)
@@ -94,6 +93,7 @@ def measure(shape: Shape, device: str, repeats: int, chunk_size: int | None) -> 
     ]
 
 
+@with_plain_errors
 def main(
     tokens: Annotated[str, typer.Option(metavar="T,...", help="Lengths beside the reference's shape; K = T / 4.")] = (
         ",".join(map(str, LENGTHS))
@@ -112,39 +112,33 @@ def main(
     implementation on another machine, so it is a rough measure.
     """
     from qm_spec import provenance
-    from qm_spec.evaluation.environment import describe_environment
-    from qm_spec.evaluation.language_report import format_rows
+    from qm_spec.bench.environment import describe_environment
+    from qm_spec.bench.results.table import align_table
 
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        lengths = [int(part) for part in tokens.split(",") if part.strip()]
-        if any(length < 1 for length in lengths):
-            raise ValueError(f"tokens: lengths must be at least 1, got {tokens}")
-        shapes = [REFERENCE, *((4, 1, length, dim, max(1, length // 4)) for length in lengths)]
-        plan = [(shape, place) for place in devices(device) for shape in shapes]
-        with torch.no_grad():
-            rows = [row for shape, place in plan for row in measure(shape, place, repeats, chunk_size)]
-            # After all times: measuring memory makes the C library give it back at once, which takes time.
-            memory = [
-                peak_mib(action, place)
-                for shape, place in plan
-                for action in compressions(shape, place, chunk_size).values()
-            ]
-        rows = [{**row, "peak_mib": peak} for row, peak in zip(rows, memory, strict=True)]
-    except ValueError as problem:
-        typer.echo(f"error: {problem}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from problem
+    lengths = [int(part) for part in tokens.split(",") if part.strip()]
+    if any(length < 1 for length in lengths):
+        raise ValueError(f"tokens: lengths must be at least 1, got {tokens}")
+    shapes = [REFERENCE, *((4, 1, length, dim, max(1, length // 4)) for length in lengths)]
+    plan = [(shape, place) for place in devices(device) for shape in shapes]
+    with torch.no_grad():
+        rows = [row for shape, place in plan for row in measure(shape, place, repeats, chunk_size)]
+        # After all times: measuring memory makes the C library give it back at once, which takes time.
+        memory = [
+            peak_mib(action, place)
+            for shape, place in plan
+            for action in compressions(shape, place, chunk_size).values()
+        ]
+    rows = [{**row, "peak_mib": peak} for row, peak in zip(rows, memory, strict=True)]
     results = {
-        "command": provenance.command(),
-        "commit": provenance.git_commit(),
+        **provenance.conditions(),
         "environment": describe_environment() | {"threads": torch.get_num_threads()},
         "recorded_elsewhere": {"reference_ms": REFERENCE_MS, "shape": REFERENCE, "machine": "another one"},
         "repeats": repeats,
         "rows": rows,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    provenance.write_record(out, results)
     header = ["L x B x T x D, K", "device", "method", "ms", "M tokens/s", "peak MiB", "x k-means", "reference*"]
     body = [
         [
@@ -161,7 +155,7 @@ def main(
         ]
         for row in rows
     ]
-    typer.echo(format_rows(header, body))
+    typer.echo(align_table(header, body))
     typer.echo(f"* {REFERENCE_MS:.0f} ms of the reference implementation, recorded elsewhere on another machine")
     typer.echo(f"results: {out}", err=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from script import EXIT_BAD_INPUT, run_main
+from script import run_main, with_plain_errors
 from torch import Tensor
 
 # B, N, D, K.
@@ -133,6 +132,7 @@ def measure(shape: tuple[int, int, int, int], device: str, iterations: int, repe
     ]
 
 
+@with_plain_errors
 def main(
     shapes: Annotated[str, typer.Option(metavar="BxNxDxK,...", help="Batch, tokens, dimension, clusters.")] = SHAPES,
     device: Annotated[str, typer.Option(help="cpu, cuda, or both where there is a GPU (auto).")] = "auto",
@@ -147,30 +147,24 @@ def main(
     qm_spec's ends when nothing changes, and leaves no cluster empty.
     """
     from qm_spec import provenance
-    from qm_spec.evaluation.environment import describe_environment
-    from qm_spec.evaluation.language_report import format_rows
+    from qm_spec.bench.environment import describe_environment
+    from qm_spec.bench.results.table import align_table
 
     if threads is not None:
         torch.set_num_threads(threads)
     rows = []
-    try:
-        for text in shapes.split(","):
-            shape = parse_shape(text)
-            for place in devices(device):
-                rows += measure(shape, place, iterations, repeats)
-    except ValueError as problem:
-        typer.echo(f"error: {problem}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from problem
+    for text in shapes.split(","):
+        shape = parse_shape(text)
+        for place in devices(device):
+            rows += measure(shape, place, iterations, repeats)
     results = {
-        "command": provenance.command(),
-        "commit": provenance.git_commit(),
+        **provenance.conditions(),
         "environment": describe_environment() | {"threads": torch.get_num_threads()},
         "iterations": iterations,
         "repeats": repeats,
         "rows": rows,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    provenance.write_record(out, results)
     header = ["B x N x D, K", "device", "method", "ms", "over torch Lloyd", "error"]
     body = [
         [
@@ -183,7 +177,7 @@ def main(
         ]
         for row in rows
     ]
-    typer.echo(format_rows(header, body))
+    typer.echo(align_table(header, body))
     typer.echo(f"results: {out}", err=True)
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from script import EXIT_BAD_INPUT, ROOT, run_main
-
-NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
-
+from script import NOVELS, run_main, split_list, with_plain_errors
 
 EXAMPLES = """
 Examples:
@@ -24,6 +20,7 @@ Examples:
 """
 
 
+@with_plain_errors
 def main(
     target: Annotated[
         Path, typer.Option(metavar="DIR", help="A Llama model and its tokenizer.", show_default="the shipped pair's")
@@ -48,22 +45,12 @@ def main(
     dropped ones as 0; "nearest" rebuilds each from the reduced token nearest to it; "nats more" is what a
     continuation of 64 tokens loses against the whole context, "no context" what it could lose at most.
     """
-    try:
-        results = measure(
-            target, text, split_list(methods), batch, tokens, ratio, depth, windows, repeats, seed, threads
-        )
-    except (OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    from qm_spec.provenance import write_record
+
+    results = measure(target, text, split_list(methods), batch, tokens, ratio, depth, windows, repeats, seed, threads)
+    write_record(out, results)
     typer.echo(format_table(results))
     typer.echo(f"results: {out}", err=True)
-
-
-def split_list(text: str) -> list[str]:
-    """Return the entries of a comma-separated list without the spaces around them."""
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
 def measure(
@@ -92,8 +79,9 @@ def measure(
     from transformers.utils import logging
 
     from qm_spec import provenance
-    from qm_spec.evaluation.environment import describe_environment
-    from qm_spec.evaluation.language import (
+    from qm_spec.bench.environment import describe_environment
+    from qm_spec.bench.reduction import METHODS, find_methods, nearest_error, rebuild_error
+    from qm_spec.bench.reduction.language_model import (
         NONE,
         WHOLE,
         ReducedLanguageModel,
@@ -101,8 +89,7 @@ def measure(
         score_window,
         tokens_kept,
     )
-    from qm_spec.evaluation.language_report import summarise
-    from qm_spec.evaluation.reduction import METHODS, find_methods, nearest_error, rebuild_error
+    from qm_spec.bench.reduction.language_report import summarise
     from qm_spec.training.data import find_files, read_documents, sha256_of
 
     methods = find_methods(names or METHODS)
@@ -167,8 +154,7 @@ def measure(
         )
     return {
         "schema_version": 1,
-        "command": provenance.command(),
-        "commit": provenance.git_commit(),
+        **provenance.conditions(),
         "environment": describe_environment() | {"threads": threads},
         "data": {"files": [file.name for file in files], "sha256": sha256_of(files)},
         "settings": {
@@ -191,7 +177,7 @@ def measure(
 
 def format_table(results: dict[str, Any]) -> str:
     """Return the conditions and a row per method, in Markdown."""
-    from qm_spec.evaluation.language_report import format_rows
+    from qm_spec.bench.results.table import align_table
 
     settings, whole, none = results["settings"], results["whole_context"], results["no_context"]
     body = []
@@ -215,7 +201,7 @@ def format_table(results: dict[str, Any]) -> str:
             f"perplexity of the whole context {whole['perplexity']:.2f}, "
             f"of no context {none['perplexity']:.2f} ({none['nats_more']:+.3f} nats)",
             "",
-            format_rows(header, body),
+            align_table(header, body),
         ]
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -12,19 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from script import EXIT_BAD_INPUT, ROOT, run_main
+from script import NOVELS, run_main, split_list, with_plain_errors
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from qm_spec.pipelines.kv_cache import QuickMergeCache
+    from qm_spec.compression.kv_cache import QuickMergeCache
 
-NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
 
 PARTS = ("diffusion", "llm", "multimodal")
-# Methods beside ours in the multimodal and the diffusion part, by their names in qm_spec.evaluation.reduction.
+# Methods beside ours in the multimodal and the diffusion part, by their names in qm_spec.bench.reduction.
 OTHERS = ("tome", "random-merge", "uniform", "random")
 
 EXAMPLES = """
@@ -38,6 +36,7 @@ Examples:
 """
 
 
+@with_plain_errors
 def main(
     parts: Annotated[str, typer.Option(metavar="P,...", help="Of diffusion, llm and multimodal.")] = ",".join(PARTS),
     target: Annotated[
@@ -63,27 +62,19 @@ def main(
     multimodal and diffusion: the relative error of the output, ||y - y'|| / ||y||, of small models of
     random weights, which say how far the output moves, and nothing about how good it is.
     """
-    try:
-        results = measure(
-            split_list(parts),
-            [float(ratio) for ratio in split_list(ratios)],
-            Llm(target, text, context, continuation, windows, recent, saliency, seed),
-            images,
-            seed,
-            threads,
-        )
-    except (OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    from qm_spec.provenance import write_record
+
+    results = measure(
+        split_list(parts),
+        [float(ratio) for ratio in split_list(ratios)],
+        Llm(target, text, context, continuation, windows, recent, saliency, seed),
+        images,
+        seed,
+        threads,
+    )
+    write_record(out, results)
     typer.echo(format_tables(results))
     typer.echo(f"results: {out}", err=True)
-
-
-def split_list(text: str) -> list[str]:
-    """Return the entries of a comma-separated list without the spaces around them."""
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ def measure(
     from transformers.utils import logging
 
     from qm_spec import provenance
-    from qm_spec.evaluation.environment import describe_environment
+    from qm_spec.bench.environment import describe_environment
 
     unknown = sorted(set(parts) - set(PARTS))
     if unknown or not parts:
@@ -130,8 +121,7 @@ def measure(
     logging.disable_progress_bar()
     results: dict[str, Any] = {
         "schema_version": 1,
-        "command": provenance.command(),
-        "commit": provenance.git_commit(),
+        **provenance.conditions(),
         "environment": describe_environment() | {"threads": threads},
     }
     measures: dict[str, Callable[[Progress], dict[str, Any]]] = {
@@ -153,9 +143,9 @@ def cache_methods(model: PreTrainedModel, settings: Llm) -> dict[str, Callable[[
     """Return for each method how its cache is made, from the entries that attention may read."""
     import torch
 
-    from qm_spec.pipelines.kv_cache import PROPORTIONAL, QuickMergeCache
-    from qm_spec.pipelines.kv_merging import KeyValueEntries, KeyValueMerger
-    from qm_spec.pipelines.rotary import Rotary
+    from qm_spec.compression.kv_cache import PROPORTIONAL, QuickMergeCache
+    from qm_spec.compression.kv_merging import KeyValueEntries, KeyValueMerger
+    from qm_spec.compression.rotary import Rotary
     from qm_spec.quickmerge import Grouping
 
     class Evict(KeyValueMerger):
@@ -218,9 +208,9 @@ def measure_llm(settings: Llm, ratios: Sequence[float], progress: Progress) -> d
     from torch.nn import functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-    from qm_spec.evaluation.language import cut_windows
-    from qm_spec.evaluation.language_report import bootstrap_interval
-    from qm_spec.pipelines.report import nbytes
+    from qm_spec.bench.reduction.language_model import cut_windows
+    from qm_spec.bench.reduction.language_report import bootstrap_interval
+    from qm_spec.compression.sizes import nbytes
     from qm_spec.training.data import find_files, read_documents, sha256_of
 
     if not (settings.target / "config.json").is_file():
@@ -320,8 +310,8 @@ def smooth_noise(count: int, channels: int, size: int, seed: int) -> Tensor:
 
 def reducers(seed: int) -> Iterator[tuple[str, Callable[[Tensor, int], Any]]]:
     """Yield names and functions of tokens `[B, N, D]` and K; the first is what the pipelines take by default."""
-    from qm_spec.evaluation.reduction import find_methods
-    from qm_spec.pipelines.compressor import compress_tokens
+    from qm_spec.bench.reduction import find_methods
+    from qm_spec.compression.token_compressor import compress_tokens
 
     yield "ours", compress_tokens
     yield "ours, entropy", partial(compress_tokens, saliency="entropy")
@@ -337,8 +327,8 @@ def measure_multimodal(ratios: Sequence[float], images: int, seed: int, progress
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
     from qm_spec import create_multimodal_pipeline
-    from qm_spec.pipelines.adapters.vlm import merge_image_tokens
-    from qm_spec.pipelines.kv_cache import PROPORTIONAL, QuickMergeCache
+    from qm_spec.compression.adapters.vlm import merge_image_tokens
+    from qm_spec.compression.kv_cache import PROPORTIONAL, QuickMergeCache
     from qm_spec.quickmerge.merging import unmerge
 
     set_seed(seed)
@@ -414,7 +404,7 @@ def measure_diffusion(ratios: Sequence[float], images: int, seed: int, progress:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, set_seed
 
-    from qm_spec.pipelines.adapters.diffusers import PromptMerger, merged_attention
+    from qm_spec.compression.adapters.diffusers import PromptMerger, merged_attention
 
     set_seed(seed)
     length, size = 77, 32
@@ -476,7 +466,7 @@ def measure_diffusion(ratios: Sequence[float], images: int, seed: int, progress:
 
 def format_tables(results: dict[str, Any]) -> str:
     """Return the tables of all parts in Markdown, each with its conditions."""
-    from qm_spec.evaluation.language_report import format_rows
+    from qm_spec.bench.results.table import align_table
 
     parts = []
     if "llm" in results:
@@ -503,7 +493,7 @@ def format_tables(results: dict[str, Any]) -> str:
         whole = "whole cache: {:.2f} MiB, perplexity {perplexity:.2f}".format(
             llm["whole"]["bytes"] / 2**20, **llm["whole"]
         )
-        parts += [about, whole, format_rows(header, body)]
+        parts += [about, whole, align_table(header, body)]
     for name in ("multimodal", "diffusion"):
         if name in results:
             settings = ", ".join(f"{key} {value}" for key, value in results[name]["settings"].items())
@@ -513,7 +503,7 @@ def format_tables(results: dict[str, Any]) -> str:
 
 def error_table(part: dict[str, Any]) -> str:
     """Return what is merged and how by row, and the ratios by column."""
-    from qm_spec.evaluation.language_report import format_rows
+    from qm_spec.bench.results.table import align_table
 
     errors = {(row["what"], row["method"], row["asked"]): row["error"] for row in part["rows"]}
     ratios = sorted({row["asked"] for row in part["rows"]})
@@ -522,7 +512,7 @@ def error_table(part: dict[str, Any]) -> str:
         [f"{what}: {method}", *(f"{errors[what, method, ratio]:.3f}" for ratio in ratios)]
         for what, method in sorted(runs, key=lambda run: run[0])
     ]
-    return format_rows(["merged", *(f"{ratio:g}x" for ratio in ratios)], body)
+    return align_table(["merged", *(f"{ratio:g}x" for ratio in ratios)], body)
 
 
 if __name__ == "__main__":

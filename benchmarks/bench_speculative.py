@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -13,15 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from script import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ROOT, run_main
+from script import NOVELS, run_main, with_plain_errors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from qm_spec.pipelines.speculation import SpeculativeDecoder
-
-SHIPPED_TARGET = ROOT / "qm_spec" / "zoo" / "novels" / "target"
+    from qm_spec.decoding.speculation import SpeculativeDecoder
 
 # The seed README's call, on models of random weights.
 README_SIZES: dict[str, Any] = {"vocab_size": 1000, "dim": 128, "quickmerge_dim": 64, "k_max": 32, "max_draft_len": 4}
@@ -39,10 +36,11 @@ Examples:
 """
 
 
+@with_plain_errors
 def main(
     target: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder of the target model.", show_default="the shipped pair's")
-    ] = SHIPPED_TARGET,
+    ] = NOVELS / "target",
     draft: Annotated[
         str, typer.Option(metavar="DIR|qm_spec", help="Drafter folder, or qm_spec to find the target's own.")
     ] = "qm_spec",
@@ -74,18 +72,12 @@ def main(
     import torch
 
     torch.set_num_threads(threads)
-    try:
-        results = run(
-            target, draft, num_speculative_tokens, prompts, num_prompts, context, max_tokens, temperature, repeats, seed
-        )
-    except (OSError, TypeError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from error
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    from qm_spec.provenance import write_record
+
+    results = run(
+        target, draft, num_speculative_tokens, prompts, num_prompts, context, max_tokens, temperature, repeats, seed
+    )
+    write_record(out, results)
     print_table(results["runs"])
     typer.echo(f"results: {out}", err=True)
 
@@ -197,9 +189,9 @@ def run(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from qm_spec import create_speculative_decoder, provenance
+    from qm_spec.bench.environment import describe_environment
+    from qm_spec.bench.workloads.prompts import prompts_file, read_prompts, sha256_of, tokenize_prompts
     from qm_spec.discovery import target_fingerprint
-    from qm_spec.evaluation.environment import describe_environment
-    from qm_spec.evaluation.prompts import prompts_file, read_prompts, sha256_of, tokenize_prompts
 
     file = prompts_file(prompts_source)
     commit = provenance.git_commit()

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from script import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ROOT, run_main
+from script import NOVELS, run_main, split_list, with_plain_errors
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from transformers import LlamaForCausalLM
 
-    from qm_spec.evaluation.language import Score
-
-NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
+    from qm_spec.bench.reduction.language_model import Score
 
 
 # Long contexts cost seconds per call, so these are measured there.
@@ -36,6 +34,7 @@ Examples:
 """
 
 
+@with_plain_errors
 def main(
     target: Annotated[
         Path, typer.Option(metavar="DIR", help="A Llama model and its tokenizer.", show_default="the shipped pair's")
@@ -72,7 +71,7 @@ def main(
     count. DIR gets quickmerge.json, quickmerge.png and the tables in quickmerge.md (between its marks).
     Windows done are kept in DIR/quickmerge.windows.jsonl: after Ctrl-C the same command goes on.
     """
-    from qm_spec.evaluation.reduction import METHODS
+    from qm_spec.bench.reduction import METHODS
 
     if list_methods:
         for method in METHODS.values():
@@ -80,32 +79,18 @@ def main(
         return
     if quick:
         windows, depths, ratios, context, long, repeats = 4, "0", "2,4", 256, False, 1
-    try:
-        settings = {
-            "methods": split_list(methods) or list(METHODS),
-            "ratios": [float(entry) for entry in split_list(ratios)],
-            "depths": [int(entry) for entry in split_list(depths)],
-            "context": context,
-            "continuation": continuation,
-            "num_windows": windows,
-            "proportional": proportional,
-            "seed": seed,
-        }
-        check(settings)
-        run = Run(target, text, settings, out, threads, repeats, cost, long)
-    except (OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from error
-    try:
-        run()
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; the same command goes on from {run.rows_file}", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def split_list(text: str) -> list[str]:
-    """Return the entries of a comma-separated list without the spaces around them."""
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
+    settings = {
+        "methods": split_list(methods) or list(METHODS),
+        "ratios": [float(entry) for entry in split_list(ratios)],
+        "depths": [int(entry) for entry in split_list(depths)],
+        "context": context,
+        "continuation": continuation,
+        "num_windows": windows,
+        "proportional": proportional,
+        "seed": seed,
+    }
+    check(settings)
+    Run(target, text, settings, out, threads, repeats, cost, long)()
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -114,7 +99,7 @@ def check(settings: dict[str, Any]) -> None:
     Raises:
         ValueError: one is unknown or out of range.
     """
-    from qm_spec.evaluation.reduction import find_methods
+    from qm_spec.bench.reduction import find_methods
 
     find_methods(settings["methods"])
     if not settings["ratios"] or min(settings["ratios"]) <= 1:
@@ -146,7 +131,7 @@ class Run:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        from qm_spec.evaluation.language import ReducedLanguageModel, cut_windows
+        from qm_spec.bench.reduction.language_model import ReducedLanguageModel, cut_windows
         from qm_spec.training.data import find_files, read_documents, sha256_of
 
         torch.set_num_threads(threads)
@@ -178,8 +163,8 @@ class Run:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         from qm_spec import provenance
-        from qm_spec.evaluation.environment import describe_environment
-        from qm_spec.evaluation.language_report import compare, draw, summarise, write_tables
+        from qm_spec.bench.environment import describe_environment
+        from qm_spec.bench.reduction.language_report import compare, draw, summarise, write_tables
 
         self.out.mkdir(parents=True, exist_ok=True)
         started, commit = time.time(), provenance.git_commit()
@@ -207,7 +192,7 @@ class Run:
             ],
             "costs": costs,
         }
-        (self.out / "quickmerge.json").write_text(json.dumps(results, indent=1) + "\n")
+        provenance.write_record(self.out / "quickmerge.json", results)
         draw(results, self.out / "quickmerge.png")
         tables = format_tables(results)
         write_tables(tables, self.out / "quickmerge.md")
@@ -216,8 +201,8 @@ class Run:
 
     def score(self, progress: Progress) -> dict[int, list[dict[str, Score]]]:
         """Return the scores of each depth's windows; those of an earlier run with these settings are taken."""
-        from qm_spec.evaluation.language import ReducedLanguageModel, score_window
-        from qm_spec.evaluation.reduction import find_methods
+        from qm_spec.bench.reduction import find_methods
+        from qm_spec.bench.reduction.language_model import ReducedLanguageModel, score_window
 
         # A row belongs to one depth and window, so more of both may be asked for later.
         same = {name: value for name, value in self.settings.items() if name not in ("depths", "num_windows")}
@@ -278,9 +263,9 @@ class Run:
         """Return time and memory of one model at one depth and context."""
         import torch
 
-        from qm_spec.evaluation.cost import measure_costs
-        from qm_spec.evaluation.language import ReducedLanguageModel
-        from qm_spec.evaluation.reduction import find_methods
+        from qm_spec.bench.reduction import find_methods
+        from qm_spec.bench.reduction.cost import measure_costs
+        from qm_spec.bench.reduction.language_model import ReducedLanguageModel
 
         total = 2 * len(methods) * len(ratios) * self.repeats
         task = begin(progress, f"time of {name}, {context} tokens, depth {depth}", total)
@@ -312,7 +297,7 @@ def write_row(stream: TextIO, depth: int, index: int, scores: dict[str, Score]) 
 
 def read_rows(file: Path, identity: str) -> Iterator[tuple[tuple[int, int], dict[str, Score]]]:
     """Yield depth, window and scores of an earlier run of the same settings and data; a cut last line is dropped."""
-    from qm_spec.evaluation.language import Score
+    from qm_spec.bench.reduction.language_model import Score
 
     if not file.exists():
         return
@@ -346,7 +331,7 @@ def wide_model(vocab_size: int) -> LlamaForCausalLM:
 
 def format_tables(results: dict[str, Any]) -> str:
     """Return all tables as Markdown, each with a line that says what its cells are."""
-    from qm_spec.evaluation.language_report import comparison_table, cost_table, quality_table
+    from qm_spec.bench.reduction.language_report import comparison_table, cost_table, quality_table
 
     settings = results["settings"]
     parts = [

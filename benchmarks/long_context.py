@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from script import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ROOT, run_main
+from script import NOVELS, run_main, split_list, with_plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qm_spec.bench.acceptance.by_length import LongContextRow
+    from qm_spec.bench.results.bootstrap import Estimate
     from qm_spec.drafter.rows import Drafter
-    from qm_spec.evaluation.long_context import LongContextRow
-    from qm_spec.evaluation.statistics import Estimate
 
-# A pair that uses its context, EAGLE-3 beside it, and text that neither was trained on.
-ZOO = ROOT / "qm_spec" / "zoo" / "recall"
-SHIPPED = {"qm_spec": "drafter", "eagle3": "eagle3", "eagle3-window": "eagle3-window"}
-
-# Options that the benchmarks of this pair share.
-Target = Annotated[
-    Path, typer.Option(metavar="DIR", help="Folder of the target model.", show_default="qm_spec/zoo/recall/target")
-]
-Text = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="PATH", help="Prose that nothing was trained on.", show_default="qm_spec/zoo/recall/text"),
-]
-Domains = Annotated[str, typer.Option(metavar="D,...", help="Of novels, quotations, records and code.")]
-ALL_DOMAINS = "novels,quotations,records,code"
+DOMAINS = "novels,quotations,records,code"
 
 # Tokens that drafters are trained at: acceptance at other lengths is compared with that here.
 BASE_LENGTH = 1024
@@ -40,25 +25,33 @@ BASE_LENGTH = 1024
 EXAMPLES = """
 Examples:
 
-    python benchmarks/long_context.py --out results/long_context
+    python benchmarks/long_context.py --lengths 256,512,1024 --out results/long_context
 
-    python benchmarks/long_context.py --speed novels --lengths 256,1024,4096 --num-prompts 6 --out results/speed
+    python benchmarks/long_context.py --target T --drafter ours=D --drafter eagle3=E --text BOOKS
 
-    python benchmarks/long_context.py --target T --drafter ours=D --text FILE --merge "inverse=saliency:inverse_entropy"
+    python benchmarks/long_context.py --target T --drafter ours=D --text BOOKS --merge "window-only=schedule:0"
+
+    python benchmarks/long_context.py --target T --drafter qm_spec=D --text BOOKS --speed novels --out results/speed
 """
 
 
+@with_plain_errors
 def main(
-    target: Target = ZOO / "target",
+    target: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the target model.", show_default="the shipped pair's")
+    ] = NOVELS / "target",
     drafter: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=DIR",
             help="A drafter of it; may be repeated. NAME-1, NAME-2... are its other seeds.",
-            show_default="the shipped " + ", ".join(SHIPPED),
+            show_default="qm_spec=the target's own",
         ),
     ] = None,
-    text: Text = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Prose that nothing was trained on.", show_default="the shipped prompts"),
+    ] = None,
     merge: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,10 +59,8 @@ def main(
             help="The first drafter, each seed of it, with another setting of its memory, e.g. window-only=schedule:0.",
         ),
     ] = None,
-    domains: Domains = ALL_DOMAINS,
-    lengths: Annotated[str, typer.Option(metavar="L,...", help="Tokens of the prompts.")] = (
-        "256,512,1024,2048,4096,8192"
-    ),
+    domains: Annotated[str, typer.Option(metavar="D,...", help=f"Of {DOMAINS}.")] = DOMAINS,
+    lengths: Annotated[str, typer.Option(metavar="L,...", help="Tokens of the prompts.")] = "256,512,1024,2048",
     num_prompts: Annotated[int, typer.Option(metavar="N", help="Of each domain and length.")] = 12,
     num_tokens: Annotated[int, typer.Option(metavar="M", help="Tokens written behind each.")] = 64,
     num_speculative_tokens: Annotated[
@@ -105,51 +96,37 @@ def main(
     --speed it measures as qm-spec eval does, and writes what that writes: plain decoding, n-gram lookup of 4 and of 16
     tokens and the drafters, each with its own number of tokens, on prompts of these domains.
     """
-    drafter = drafter or [f"{name}={ZOO / folder}" for name, folder in SHIPPED.items()]
-    text = text or [ZOO / "text"]
-    try:
-        if speed is not None:
-            others = {"--merge": merge, "--num-looked-up": num_looked_up, "--temperature": temperature, "--draw": draw}
-            if given := [option for option, value in others.items() if value]:
-                raise ValueError(f"--speed decodes greedily with the drafters as they are, without {', '.join(given)}")
-            sizes = [int(length) for length in lengths.split(",")]
-            code = time_methods(
-                target,
-                _folders(drafter),
-                text,
-                speed.split(","),
-                sizes,
-                num_prompts,
-                num_tokens,
-                ngram,
-                repeats,
-                seed,
-                out,
-            )
-            raise typer.Exit(code)
-        measure(
-            target,
-            drafter,
-            text,
-            merge or [],
-            domains.split(","),
-            [int(length) for length in lengths.split(",")],
-            num_prompts,
-            num_tokens,
-            num_speculative_tokens,
-            num_looked_up or num_speculative_tokens,
-            temperature,
-            seed,
-            threads,
-            None if draw is None else draw.split(","),
-            out,
+    from qm_spec.discovery import find_drafter
+
+    named = drafter or [f"qm_spec={find_drafter(str(target))}"]
+    text = text or [NOVELS / "prompts.jsonl"]
+    sizes = [int(length) for length in split_list(lengths)]
+    if speed is not None:
+        others = {"--merge": merge, "--num-looked-up": num_looked_up, "--temperature": temperature, "--draw": draw}
+        if given := [option for option, value in others.items() if value]:
+            raise ValueError(f"--speed decodes greedily with the drafters as they are, without {', '.join(given)}")
+        some = split_list(speed)
+        code = time_methods(
+            target, _folders(named), text, some, sizes, num_prompts, num_tokens, ngram, repeats, seed, out
         )
-    except (ValueError, OSError) as error:
-        print(f"long_context.py: {error}", file=sys.stderr)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
-        print(f"long_context.py: stopped; what was measured is in {out}", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise typer.Exit(code)
+    measure(
+        target,
+        named,
+        text,
+        merge or [],
+        split_list(domains),
+        sizes,
+        num_prompts,
+        num_tokens,
+        num_speculative_tokens,
+        num_looked_up or num_speculative_tokens,
+        temperature,
+        seed,
+        threads,
+        None if draw is None else split_list(draw),
+        out,
+    )
 
 
 def measure(
@@ -175,14 +152,12 @@ def measure(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from qm_spec import provenance
-    from qm_spec.evaluation.long_context import measure_acceptance
+    from qm_spec.bench.acceptance.by_length import measure_acceptance
     from qm_spec.training.data import find_files, sha256_of
 
     torch.set_num_threads(threads)
     record: dict[str, Any] = {
-        "command": provenance.command(),
-        "commit": provenance.git_commit(),
-        "versions": provenance.versions(),
+        **provenance.conditions(),
         "text_sha256": sha256_of(find_files(text)),
         "seed": seed,
         "num_speculative_tokens": num_drafts,
@@ -217,7 +192,7 @@ def measure(
         ):
             rows.extend(some)
             record["rows"] = [dataclasses.asdict(row) for row in rows]
-            (out / "long_context.json").write_text(json.dumps(record, indent=1) + "\n")
+            provenance.write_record(out / "long_context.json", record)
     (out / "long_context.md").write_text(table(rows))
     plot([row for row in pool_seeds(rows) if row.drafter in drawn], out / "long_context.png")
     print(table(rows))
@@ -239,12 +214,12 @@ def time_methods(
     """Measure speed in vLLM as `qm-spec eval` does, on prompts of all domains; return its exit code."""
     from transformers import AutoTokenizer
 
-    from qm_spec.evaluation.benchmark import Benchmark
-    from qm_spec.evaluation.command import run_with_progress
-    from qm_spec.evaluation.long_context import PromptWriter
-    from qm_spec.evaluation.methods import METHODS, OURS, REFERENCE_METHOD
-    from qm_spec.evaluation.settings import BenchmarkSettings
-    from qm_spec.evaluation.shards import TokenPrompt
+    from qm_spec.bench.acceptance.by_length import PromptWriter
+    from qm_spec.bench.engine.shards import TokenPrompt
+    from qm_spec.bench.methods import METHODS, OURS, REFERENCE_METHOD
+    from qm_spec.bench.runs.benchmark import Benchmark
+    from qm_spec.bench.settings import BenchmarkSettings
+    from qm_spec.cli.evaluate import run_with_progress
 
     # The shipped drafter has the name of a method that finds it by the target.
     own = {name: folder for name, folder in drafters.items() if name in METHODS and METHODS[name].drafter == OURS}
@@ -322,7 +297,7 @@ def chosen_to_draw(drafters: Sequence[str], wanted: Sequence[str] | None) -> lis
     Raises:
         ValueError: a wanted one is not measured.
     """
-    from qm_spec.evaluation.long_context import LOOKUP
+    from qm_spec.bench.acceptance.by_length import LOOKUP
 
     hybrids = [f"{name}+{LOOKUP}" for name in drafters]
     if wanted is None:
@@ -389,7 +364,7 @@ def without_seed(name: str) -> str:
 
 def pool_seeds(rows: Sequence[LongContextRow]) -> list[LongContextRow]:
     """Add tokens and steps of a drafter's seeds."""
-    from qm_spec.evaluation.long_context import acceptance_length
+    from qm_spec.bench.acceptance.by_length import acceptance_length
 
     pooled: dict[tuple[str, int, str], LongContextRow] = {}
     for row in rows:

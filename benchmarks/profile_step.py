@@ -59,7 +59,7 @@ def main(
 
     Example: python benchmarks/profile_step.py --method none
     """
-    from qm_spec.evaluation.methods import find_method
+    from qm_spec.bench.methods import find_method
 
     # The engine's libraries are loaded with the process, so it starts once more with their environment.
     if os.environ.get("QM_SPEC_PROFILE") != "1":

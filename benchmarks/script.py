@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -11,9 +12,32 @@ from typing import Any
 import typer
 
 ROOT = Path(__file__).resolve().parents[1]
+NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+
+def split_list(text: str) -> list[str]:
+    """Return the entries of a comma-separated list without the spaces around them."""
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
+
+
+def with_plain_errors(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Let wrong input end a command line with a sentence, and Ctrl-C without a traceback."""
+
+    @functools.wraps(main)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return main(*arguments, **options)
+        except (OSError, TypeError, ValueError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(EXIT_BAD_INPUT) from error
+        except KeyboardInterrupt:
+            typer.echo("interrupted; what was finished before is in the files of --out", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+    return run
 
 
 def run_main(main: Callable[..., Any], examples: str) -> None:

@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qm_spec.evaluation.simulation.command import validate, write_answer
-from qm_spec.evaluation.simulation.hardware import Hardware, load_hardware
-from qm_spec.evaluation.simulation.shapes import EAGLE3, DrafterShape, TargetShape, load_config
-from qm_spec.evaluation.simulation.steps import CostModel
+from qm_spec.provenance import write_record
+from qm_spec.simulation.hardware import Hardware, load_hardware
+from qm_spec.simulation.run import validate
+from qm_spec.simulation.shapes import EAGLE3, DrafterShape, TargetShape, load_config
+from qm_spec.simulation.steps import CostModel
 
 ROOT = Path(__file__).resolve().parents[1]
 NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
@@ -69,13 +70,12 @@ RUNS = ("spec-cpu", "spec-cpu-long")
 
 
 def two_threads(hardware: Hardware) -> Hardware:
-    """Return the shipped CPU with the rates of both its cores, as docs/results/kernels-cpu.json has them."""
-    measured = json.loads((RECORDS / "kernels-cpu.json").read_text())
+    """Return the shipped CPU with what both its cores reached by benchmarks/bench_kernels.py (commit 7863b77)."""
     return replace(
         hardware,
         name="two cores of an AMD EPYC (AVX-512)",
-        flops_per_s={"float32": measured["mm_float32_flops_per_s"]},
-        memory_bytes_per_s=measured["copy_bytes_per_s"],
+        flops_per_s={"float32": 186652980241.7136},
+        memory_bytes_per_s=38708676086.510445,
     )
 
 
@@ -229,7 +229,7 @@ def main(
     console.print(_table("Profile of a step, ms (docs/results/profile-step.md)", answer["profile"]))
     console.print(_table("Published: Llama-3.1-8B on one H100 (vllm issue 20780)", answer["published"]))
     if out is not None:
-        write_answer(answer, out)
+        write_record(out, answer)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ if __name__ == "__main__":
         # A clone that is not installed: for this process and for the engines that it starts.
         sys.path.insert(0, str(ROOT))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    from qm_spec.evaluation.command import evaluate
+    from qm_spec.cli.evaluate import evaluate
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(epilog=EXAMPLES)(evaluate)

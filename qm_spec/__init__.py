@@ -7,12 +7,10 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qm_spec.pipelines import (
-        create_diffusion_pipeline,
-        create_llm_pipeline,
-        create_multimodal_pipeline,
-        create_speculative_decoder,
-    )
+    from qm_spec.compression.diffusion import create_diffusion_pipeline
+    from qm_spec.compression.llm import create_llm_pipeline
+    from qm_spec.compression.multimodal import create_multimodal_pipeline
+    from qm_spec.decoding.decoder import create_speculative_decoder
     from qm_spec.quickmerge import (
         BidirectionalARAlignment,
         DifferentiableTokenMerging,
@@ -37,11 +35,18 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "create_diffusion_pipeline": "qm_spec.compression.diffusion",
+    "create_llm_pipeline": "qm_spec.compression.llm",
+    "create_multimodal_pipeline": "qm_spec.compression.multimodal",
+    "create_speculative_decoder": "qm_spec.decoding.decoder",
+}
+
+
 def __getattr__(name: str) -> Any:
     # vLLM imports the package in every process, most of which need no compressor.
     if name in __all__:
-        module = "qm_spec.pipelines" if name.startswith("create_") else "qm_spec.quickmerge"
-        return getattr(import_module(module), name)
+        return getattr(import_module(_HOMES.get(name, "qm_spec.quickmerge")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

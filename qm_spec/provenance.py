@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -49,12 +50,42 @@ def command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
+def conditions() -> dict[str, Any]:
+    """Return what a measurement's record begins with: command, commit and versions."""
+    return {"command": command(), "commit": git_commit(), "versions": versions()}
+
+
+def write_record(file: Path, record: dict[str, Any]) -> None:
+    """Write a record as JSON, a row of its tables to a line; a reader sees the whole old file or the whole new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    text = _lines(record, "\n")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def _holds_rows(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_rows, value.values()))
+    return isinstance(value, list) and any(isinstance(item, dict) or _holds_rows(item) for item in value)
+
+
+def _lines(value: Any, margin: str) -> str:
+    inner = margin + " "
+    if isinstance(value, dict) and (margin == "\n" or _holds_rows(value)):
+        parts = [f"{json.dumps(key)}: {_lines(item, inner)}" for key, item in value.items()]
+        return "{" + inner + ("," + inner).join(parts) + margin + "}"
+    if isinstance(value, (list, tuple)) and _holds_rows(list(value)):
+        return "[" + inner + ("," + inner).join(_lines(item, inner) for item in value) + margin + "]"
+    return json.dumps(value)
+
+
 def write_stage(folder: Path, stage: dict[str, Any], init_from: Path | None = None) -> None:
     """Write `folder/provenance.json`: the stages of the model that this one went on from, then `stage`."""
     stages: list[dict[str, Any]] = []
     if init_from is not None and (init_from / FILE).is_file():
         stages = json.loads((init_from / FILE).read_text())["stages"]
-    # A full disk must not cost the record that stands there.
-    partial = folder / f"{FILE}.partial"
-    partial.write_text(json.dumps({"stages": [*stages, stage]}, indent=1) + "\n")
-    partial.replace(folder / FILE)
+    write_record(folder / FILE, {"stages": [*stages, stage]})

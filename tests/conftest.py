@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from qm_spec.evaluation.settings import BenchmarkSettings
+    from qm_spec.bench.settings import BenchmarkSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is drafted must not depend on how busy the machine is; the tests of that turn it on.
@@ -98,8 +98,8 @@ def plugin_log() -> Iterator[list[logging.LogRecord]]:
 def engine_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """The command of the engines, with a folder of its own for what they are told and what they leave."""
     # These need no rest between turns.
-    monkeypatch.setattr("qm_spec.evaluation.jobs.REST_S", 0)
-    monkeypatch.setattr("qm_spec.evaluation.process._POLL_S", 0.01)
+    monkeypatch.setattr("qm_spec.bench.engine.jobs.REST_S", 0)
+    monkeypatch.setattr("qm_spec.bench.engine.process._POLL_S", 0.01)
     folder = tmp_path / "engine"
     folder.mkdir()
     script = Path(shutil.copy(ROOT / "tests" / "fake_engine.py", folder))
@@ -133,7 +133,7 @@ def benchmark_settings(tmp_path: Path) -> Callable[..., BenchmarkSettings]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from qm_spec.evaluation.settings import BenchmarkSettings
+    from qm_spec.bench.settings import BenchmarkSettings
 
     # No token ends a text: outputs count through small ids.
     target = write_target(tmp_path / "target", eos_token_id=None)

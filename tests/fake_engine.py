@@ -21,9 +21,9 @@ import sys
 import time
 from pathlib import Path
 
-from qm_spec.evaluation.metrics import DraftCounts
-from qm_spec.evaluation.process import end_with_parent
-from qm_spec.evaluation.shards import PassResult, RequestResult, ShardResult, ShardSpec
+from qm_spec.bench.engine.metrics import DraftCounts
+from qm_spec.bench.engine.process import end_with_parent
+from qm_spec.bench.engine.shards import PassResult, RequestResult, ShardResult, ShardSpec
 
 FOLDER = Path(__file__).parent
 SLOW = 10

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from qm_spec.evaluation.environment import engine_environment
+from qm_spec.bench.environment import engine_environment
 
 # Run in a process of its own: an engine leaves threads and global state behind.
 OFFLINE = """

@@ -4,8 +4,8 @@ import zlib
 
 import numpy as np
 
-from qm_spec.evaluation.metrics import DraftCounts
-from qm_spec.evaluation.results import RequestRow
+from qm_spec.bench.engine.metrics import DraftCounts
+from qm_spec.bench.results.file import RequestRow
 
 K = 4
 OUTPUT_TOKENS = 64

@@ -13,16 +13,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from qm_spec.bench.engine.shards import EngineSpec, ShardSpec, TokenPrompt
+from qm_spec.bench.engine.transformers_worker import SeededNoise, answer_shard, open_target
+from qm_spec.bench.runs import answering as answering_module
+from qm_spec.bench.runs.answering import Answering, AnswerSettings, _Meter
+from qm_spec.bench.settings import RaySettings
 from qm_spec.cli import app
+from qm_spec.cli.data import describe
 from qm_spec.data.answers import read_answers
 from qm_spec.data.json_lines import read_rows
 from qm_spec.discovery import target_fingerprint
-from qm_spec.evaluation import answering as answering_module
-from qm_spec.evaluation.answering import Answering, AnswerSettings, _Meter
-from qm_spec.evaluation.answering_command import describe
-from qm_spec.evaluation.settings import RaySettings
-from qm_spec.evaluation.shards import EngineSpec, ShardSpec, TokenPrompt
-from qm_spec.evaluation.transformers_engine import SeededNoise, answer_shard, open_target
 
 CHAT = "{% for one in messages %}{{ one.content }} {% endfor %}{% if add_generation_prompt %}e{% endif %}"
 WORDS = "abcd"

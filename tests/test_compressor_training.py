@@ -8,13 +8,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from qm_spec import NormBasedFidelityConstraint, QuickMergePP
-from qm_spec.cli import NOVELS_TARGET, app
+from qm_spec.cli import app
+from qm_spec.pairs import NOVELS
 from qm_spec.quickmerge import TemperatureSchedule
 from qm_spec.training import compressor as training
 from qm_spec.training.compressor import CompressorTraining, read_states
 from qm_spec.training.data import TokenWindows, read_documents, tokenize
 
-PROMPTS = NOVELS_TARGET.parent / "prompts.jsonl"
+NOVELS_TARGET, PROMPTS = NOVELS / "target", NOVELS / "prompts.jsonl"
 LENGTH, KEEP, LAYER = 64, 8, 5
 
 

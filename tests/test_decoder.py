@@ -25,13 +25,13 @@ from transformers import (
 )
 
 from qm_spec import create_speculative_decoder
+from qm_spec.decoding import statistics
+from qm_spec.decoding.bare_target import BareTarget
+from qm_spec.decoding.cached_target import CachedTarget
+from qm_spec.decoding.memory_drafter import MemoryDrafter, MemoryDraftModel
+from qm_spec.decoding.prior_drafter import PriorDrafter, untrained_config
+from qm_spec.decoding.speculation import SpeculativeDecoder
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.pipelines import statistics
-from qm_spec.pipelines.bare_target import BareTarget
-from qm_spec.pipelines.cached_target import CachedTarget
-from qm_spec.pipelines.memory_drafter import MemoryDrafter, MemoryDraftModel
-from qm_spec.pipelines.prior_drafter import PriorDrafter, untrained_config
-from qm_spec.pipelines.speculation import SpeculativeDecoder
 from qm_spec.training.drafter import DraftTraining
 
 VOCAB = 11

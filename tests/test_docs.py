@@ -65,13 +65,6 @@ def of_page(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def by_page(pages: list[Path]) -> list[Any]:
-    """Parameters of a test, one a page."""
-    # Its links and lines belong to the layout of docs before this one.
-    old = pytest.mark.xfail(strict=True, reason="README.md is written anew: take this mark out with it")
-    return [pytest.param(page, id=of_page(page), marks=[old] if page == ROOT / "README.md" else []) for page in pages]
-
-
 # Links
 
 
@@ -81,7 +74,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
 
 
-@pytest.mark.parametrize("page", by_page(PAGES))
+@pytest.mark.parametrize("page", PAGES, ids=of_page)
 def test_links_lead_somewhere(page: Path) -> None:
     dead = []
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
@@ -304,7 +297,7 @@ def test_the_readme_is_short() -> None:
     assert sum(map(len, sentences(ROOT / "README.md"))) <= README_WORDS
 
 
-@pytest.mark.parametrize("page", by_page(PROSE))
+@pytest.mark.parametrize("page", PROSE, ids=of_page)
 def test_lines_are_short(page: Path) -> None:
     lines = without_code(page.read_text()).splitlines()
     assert not [line for line in lines if len(line) > LONGEST_LINE and not line.startswith("|")]

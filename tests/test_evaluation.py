@@ -17,16 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qm_spec.config import ARCHITECTURE
-from qm_spec.evaluation.engine import read_counts, run_requests
-from qm_spec.evaluation.environment import available_cores, cpu_engine_environment, engine_environment
-from qm_spec.evaluation.methods import METHODS, find_method, without_far_memory
-from qm_spec.evaluation.metrics import DraftCounts, OutputDifference, compare_outputs
-from qm_spec.evaluation.prompts import BUILTIN_FILE, cut_prompts, read_prompts, tokenize_prompts
-from qm_spec.evaluation.records import run_record
-from qm_spec.evaluation.results import write_results
-from qm_spec.evaluation.settings import BenchmarkSettings
-from qm_spec.evaluation.shards import (
+from qm_spec.bench.engine.metrics import DraftCounts, OutputDifference, compare_outputs
+from qm_spec.bench.engine.shards import (
     EngineSpec,
     PassResult,
     RequestResult,
@@ -34,8 +26,16 @@ from qm_spec.evaluation.shards import (
     ShardSpec,
     TokenPrompt,
 )
-from qm_spec.evaluation.table import format_table
-from qm_spec.evaluation.turns import Turn
+from qm_spec.bench.engine.worker import read_counts, run_requests
+from qm_spec.bench.environment import available_cores, cpu_engine_environment, engine_environment
+from qm_spec.bench.methods import METHODS, find_method, without_far_memory
+from qm_spec.bench.results.file import write_results
+from qm_spec.bench.results.records import run_record
+from qm_spec.bench.results.table import format_table
+from qm_spec.bench.results.turns import Turn
+from qm_spec.bench.settings import BenchmarkSettings
+from qm_spec.bench.workloads.prompts import BUILTIN_FILE, cut_prompts, read_prompts, tokenize_prompts
+from qm_spec.config import ARCHITECTURE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -452,25 +452,6 @@ def test_results_replace_the_old_file_whole(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == {"runs": [1]}
 
 
-@pytest.mark.parametrize("contexts", [(256,), (256, 1024)])
-@pytest.mark.parametrize("reference", [True, False])
-def test_plots_are_drawn_of_any_runs(tmp_path, contexts, reference):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'qm_spec[eval]'")
-    from qm_spec.evaluation.plots import write_plots
-
-    plain = one_pass(4.0, (1, 2, 3), (4, 5, 6), counts=DraftCounts())
-    runs = [
-        {**record(method, ours, plain if reference else None), "context_tokens": context}
-        for context in contexts
-        for method, ours in (("none", plain), ("ngram", plain), ("qm_spec", None), ("someone's", plain))
-    ]
-    write_plots(runs, tmp_path)
-    for name in ("acceptance.png", "speedup.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="at least one run"):
-        write_plots([], tmp_path)
-
-
 # Settings and environment
 
 
@@ -535,7 +516,7 @@ def test_a_baseline_that_is_given_is_run(target, tmp_path):
 
 
 def test_a_method_whose_module_is_not_installed_is_refused(target, tmp_path, monkeypatch):
-    monkeypatch.setattr("qm_spec.evaluation.methods.find_spec", lambda name: None)
+    monkeypatch.setattr("qm_spec.bench.methods.find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match="suffix needs arctic-inference; pip install arctic-inference, or leave suffix"
     ):

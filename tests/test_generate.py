@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from qm_spec.bench.engine.ray_runner import RayRunner
+from qm_spec.bench.runs.generate import Generation, GenerationSettings
+from qm_spec.bench.settings import RaySettings
 from qm_spec.cli import app
-from qm_spec.evaluation.generate import Generation, GenerationSettings
-from qm_spec.evaluation.ray_runner import RayRunner
-from qm_spec.evaluation.settings import RaySettings
 
 WORDS = "abcde"
 
@@ -114,7 +114,7 @@ def test_actors_take_contiguous_rows_and_leave_the_order(settings, engine_comman
             pass
 
         def run_jobs(self, given, logs, on_event, command):
-            from qm_spec.evaluation.jobs import run_jobs
+            from qm_spec.bench.engine.jobs import run_jobs
 
             jobs.extend(given)
             for number in reversed(range(len(given))):
@@ -123,7 +123,7 @@ def test_actors_take_contiguous_rows_and_leave_the_order(settings, engine_comman
     asked = settings()
     Generation(asked).run(quiet, engine_command)
     plain = asked.output.read_text()
-    monkeypatch.setattr("qm_spec.evaluation.generate.RayRunner", OneAfterTheOther)
+    monkeypatch.setattr("qm_spec.bench.runs.generate.RayRunner", OneAfterTheOther)
     Generation(settings(ray=RaySettings(2))).run(quiet, engine_command)
     assert asked.output.read_text() == plain
     assert [len(job.shards) for job in jobs] == [1, 2]

@@ -10,11 +10,11 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qm_spec.bench.acceptance.by_length import LOOKUP, LongContextRow, PromptWriter, measure_acceptance
+from qm_spec.bench.acceptance.replay import expected_replay, read_text, replay, write_continuations
+from qm_spec.bench.acceptance.suffix_drafts import lookup_drafts
+from qm_spec.bench.results.bootstrap import Estimate
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.evaluation.long_context import LOOKUP, LongContextRow, PromptWriter, measure_acceptance
-from qm_spec.evaluation.lookup import lookup_drafts
-from qm_spec.evaluation.replay import expected_replay, read_text, replay, write_continuations
-from qm_spec.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).parents[1]
 NOVELS = ROOT / "qm_spec" / "zoo" / "novels"
@@ -175,15 +175,16 @@ def test_the_plot_shows_what_is_asked_for() -> None:
 def test_speed_is_measured_by_the_shared_harness_on_prompts_of_all_domains(tmp_path: Path, monkeypatch) -> None:
     import long_context
 
-    from qm_spec.evaluation import command
+    from qm_spec.cli import evaluate as command
 
     asked = []
     monkeypatch.setattr(command, "run_with_progress", lambda benchmark: asked.append(benchmark) or 0)
+    both = [f"{name}={NOVELS / 'drafter'}" for name in ("qm_spec", "other")]
     with pytest.raises(typer.Exit) as ended:
-        long_context.main(speed="novels,code", lengths="40,60", num_prompts=2, repeats=2, out=tmp_path)
+        long_context.main(drafter=both, speed="novels,code", lengths="40,60", num_prompts=2, repeats=2, out=tmp_path)
     assert ended.value.exit_code == 0
     (benchmark,) = asked
-    methods = ["none", "ngram", "ngram-16", "qm_spec", "eagle3", "eagle3-window"]
+    methods = ["none", "ngram", "ngram-16", "qm_spec", "other"]
     assert [one.name for one in benchmark.methods] == methods
     lengths = [[len(prompt.token_ids) for prompt in prompts] for prompts in benchmark.shard_prompts]
     assert lengths == [[40] * 4, [60] * 4]
@@ -193,10 +194,10 @@ def test_speed_is_measured_by_the_shared_harness_on_prompts_of_all_domains(tmp_p
         one.method: (one.shard.engine.speculative_config or {}).get("num_speculative_tokens")
         for one in benchmark._measurements
     }
-    assert [depths[name] for name in methods] == [None, 4, 16, None, 4, 4]
+    assert [depths[name] for name in methods] == [None, 4, 16, None, None]
     with pytest.raises(typer.Exit):
         long_context.main(speed="novels", lengths="40", num_prompts=1, ngram=False, out=tmp_path)
-    assert [one.name for one in asked[1].methods] == ["none", "qm_spec", "eagle3", "eagle3-window"]
+    assert [one.name for one in asked[1].methods] == ["none", "qm_spec"]
 
 
 def test_speed_refuses_what_it_would_ignore(tmp_path: Path, capsys) -> None:
@@ -213,7 +214,7 @@ def test_the_headline_needs_no_arguments_but_where_to_write(tmp_path: Path) -> N
     subprocess.run([*command, *small], check=True, capture_output=True, timeout=300)
     record = json.loads((tmp_path / "long_context.json").read_text())
     names = {row["drafter"] for row in record["rows"]}
-    assert {"qm_spec", "eagle3", "eagle3-window", "lookup", "qm_spec+lookup"} <= names
-    assert record["entries_attended"]["eagle3"] == [40]
+    assert names == {"qm_spec", "lookup", "qm_spec+lookup"}
+    assert record["entries_attended"]["qm_spec"] == [40]
     assert (tmp_path / "long_context.png").stat().st_size > 0
     assert "### novels" in (tmp_path / "long_context.md").read_text()

@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from qm_spec import create_diffusion_pipeline, create_llm_pipeline, create_multimodal_pipeline
-from qm_spec.pipelines.compressor import TokenCompressor
-from qm_spec.pipelines.kv_merging import KeyValueEntries, KeyValueMerger
-from qm_spec.pipelines.rotary import Rotary
+from qm_spec.compression.kv_merging import KeyValueEntries, KeyValueMerger
+from qm_spec.compression.rotary import Rotary
+from qm_spec.compression.token_compressor import TokenCompressor
 from qm_spec.quickmerge.merging import unmerge
 
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
@@ -366,7 +366,7 @@ FAMILIES = [
 @needs_transformers
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
 def test_output_is_plain_generates_where_nothing_is_merged(family, settings):
-    from qm_spec.pipelines.kv_cache import QuickMergeCache
+    from qm_spec.compression.kv_cache import QuickMergeCache
 
     model, inputs = tiny(family, **settings), prompt()
     cache = QuickMergeCache(model, k_max=100, window=8, attention_mask=inputs["attention_mask"])
@@ -378,7 +378,7 @@ def test_output_is_plain_generates_where_nothing_is_merged(family, settings):
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
 @pytest.mark.parametrize("proportional", [False, True])
 def test_left_padded_batch_is_each_sequence_alone(family, settings, proportional):
-    from qm_spec.pipelines.kv_cache import PROPORTIONAL, QuickMergeCache
+    from qm_spec.compression.kv_cache import PROPORTIONAL, QuickMergeCache
 
     # No token comes twice: of two copies of a key, rounding would decide which one is kept.
     model = tiny(family, **settings)
@@ -410,7 +410,7 @@ def test_left_padded_batch_is_each_sequence_alone(family, settings, proportional
 
 @needs_transformers
 def test_cache_is_bounded_and_measured_on_its_tensors():
-    from qm_spec.pipelines.kv_cache import QuickMergeCache
+    from qm_spec.compression.kv_cache import QuickMergeCache
 
     model, inputs = tiny(), prompt((60,))
     cache = QuickMergeCache(model, k_max=10, window=8, sinks=2)
@@ -433,7 +433,7 @@ def test_cache_is_bounded_and_measured_on_its_tensors():
 def test_first_and_newest_tokens_are_untouched():
     from transformers import DynamicCache
 
-    from qm_spec.pipelines.kv_cache import QuickMergeCache
+    from qm_spec.compression.kv_cache import QuickMergeCache
 
     model, inputs = tiny(), prompt((60,))
     cache, plain = QuickMergeCache(model, k_max=10, window=8, sinks=2), DynamicCache()
@@ -447,7 +447,7 @@ def test_first_and_newest_tokens_are_untouched():
 
 @needs_transformers
 def test_ratio_grows_with_the_text():
-    from qm_spec.pipelines.kv_cache import QuickMergeCache
+    from qm_spec.compression.kv_cache import QuickMergeCache
 
     model = tiny()
     cache = QuickMergeCache(model, ratio=0.25, window=8, sinks=0)
@@ -461,7 +461,7 @@ def test_ratio_grows_with_the_text():
 def test_proportional_attention_sees_merged_copies_as_the_copies():
     from types import SimpleNamespace
 
-    from qm_spec.pipelines.kv_cache import QuickMergeLayer, _proportional_attention
+    from qm_spec.compression.kv_cache import QuickMergeLayer, _proportional_attention
 
     # Not rotated and of one norm, so that the first four, which differ, are salient and the copies join them.
     settings = {"ratio": None, "window": 1, "sinks": 0, "prompt_size": None, "prompt_position": None}
@@ -484,7 +484,7 @@ def test_proportional_attention_sees_merged_copies_as_the_copies():
 
 @needs_transformers
 def test_beams_samples_and_reset():
-    from qm_spec.pipelines.kv_cache import QuickMergeCache
+    from qm_spec.compression.kv_cache import QuickMergeCache
 
     model, inputs = tiny(), prompt()
     cache = QuickMergeCache(model, k_max=100, window=8, attention_mask=inputs["attention_mask"])
@@ -512,7 +512,7 @@ def test_bfloat16_model_and_the_pipelines_cache():
 
 @needs_transformers
 def test_models_whose_keys_a_merge_would_get_wrong_are_refused():
-    from qm_spec.pipelines.kv_cache import QuickMergeCache
+    from qm_spec.compression.kv_cache import QuickMergeCache
 
     interleaved = tiny("cohere")
     with pytest.raises(ValueError, match="another layout"):
@@ -532,7 +532,7 @@ def test_models_whose_keys_a_merge_would_get_wrong_are_refused():
 
 @needs_transformers
 def test_errors_of_the_cache_name_the_way_out():
-    from qm_spec.pipelines.kv_cache import QuickMergeCache
+    from qm_spec.compression.kv_cache import QuickMergeCache
 
     model, inputs = tiny(), prompt()
     for settings in ({}, {"k_max": 3, "ratio": 0.5}):
@@ -592,7 +592,7 @@ def picture_prompt():
 
 @needs_transformers
 def test_image_tokens_of_a_llava_are_merged(llava):
-    from qm_spec.pipelines.adapters.vlm import merge_image_tokens
+    from qm_spec.compression.adapters.vlm import merge_image_tokens
 
     inputs = picture_prompt()
     short, info = merge_image_tokens(llava, 5, **inputs)
@@ -608,7 +608,7 @@ def test_image_tokens_of_a_llava_are_merged(llava):
 
 @needs_transformers
 def test_llava_reads_what_it_did_where_no_image_token_is_merged(llava):
-    from qm_spec.pipelines.adapters.vlm import merge_image_tokens
+    from qm_spec.compression.adapters.vlm import merge_image_tokens
 
     inputs = picture_prompt()
     same, info = merge_image_tokens(llava, 16, **inputs)
@@ -622,8 +622,8 @@ def test_llava_reads_what_it_did_where_no_image_token_is_merged(llava):
 
 @needs_transformers
 def test_llava_weighs_merged_tokens_by_their_size(llava):
-    from qm_spec.pipelines.adapters.vlm import merge_image_tokens
-    from qm_spec.pipelines.kv_cache import PROPORTIONAL, QuickMergeCache
+    from qm_spec.compression.adapters.vlm import merge_image_tokens
+    from qm_spec.compression.kv_cache import PROPORTIONAL, QuickMergeCache
 
     short, info = merge_image_tokens(llava, 5, **picture_prompt())
     plain = llava(**short).logits
@@ -647,7 +647,7 @@ def test_llava_weighs_merged_tokens_by_their_size(llava):
 
 @needs_transformers
 def test_image_adapter_refuses_what_it_would_get_wrong(llava):
-    from qm_spec.pipelines.adapters.vlm import merge_image_tokens
+    from qm_spec.compression.adapters.vlm import merge_image_tokens
 
     inputs = picture_prompt()
     with pytest.raises(ValueError, match="as LLaVA has"):
@@ -677,7 +677,7 @@ def unet():
 
 
 def test_prompt_and_negative_get_the_same_number_of_tokens():
-    from qm_spec.pipelines.adapters.diffusers import PromptMerger
+    from qm_spec.compression.adapters.diffusers import PromptMerger
 
     positive, negative = torch.randn(2, 77, 32), torch.randn(2, 77, 32)
     new, new_negative = PromptMerger(20)(positive, negative)
@@ -696,7 +696,7 @@ def test_prompt_and_negative_get_the_same_number_of_tokens():
 
 @needs_diffusers
 def test_unet_with_everything_kept_is_unchanged_and_restored(unet):
-    from qm_spec.pipelines.adapters.diffusers import merged_attention
+    from qm_spec.compression.adapters.diffusers import merged_attention
 
     latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 9, 32)
     exact = unet(latents, 5, text).sample
@@ -714,7 +714,7 @@ def test_unet_with_everything_kept_is_unchanged_and_restored(unet):
 
 @needs_diffusers
 def test_unet_reads_a_merged_prompt_of_copies_like_the_copies(unet):
-    from qm_spec.pipelines.adapters.diffusers import PromptMerger, merged_attention
+    from qm_spec.compression.adapters.diffusers import PromptMerger, merged_attention
 
     latents = torch.randn(2, 4, 8, 8)
     text = torch.cat([torch.randn(2, 6, 32), torch.randn(2, 1, 32).expand(-1, 30, -1)], 1)
@@ -732,7 +732,7 @@ def test_stable_diffusion_pipeline_takes_merged_prompts(unet):
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from qm_spec.pipelines.adapters.diffusers import PromptMerger, merged_attention
+    from qm_spec.compression.adapters.diffusers import PromptMerger, merged_attention
 
     text = CLIPTextConfig(
         hidden_size=32,

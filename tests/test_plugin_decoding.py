@@ -16,8 +16,8 @@ import torch
 from offline_engine import OFFLINE, run_offline
 
 import qm_spec
+from qm_spec.bench.environment import engine_environment
 from qm_spec.discovery import find_drafter
-from qm_spec.evaluation.environment import engine_environment
 
 pytestmark = pytest.mark.vllm
 
@@ -105,8 +105,8 @@ def test_sampled_drafts_are_kept_as_often_as_replay_expects(requests, drafted):
     """Drafts are drawn from the prior: the target's and the prior's distributions alone say how many are kept."""
     from transformers import AutoModelForCausalLM
 
+    from qm_spec.bench.acceptance.replay import expected_replay, read_text
     from qm_spec.drafter.prior import QuickMergePrior
-    from qm_spec.evaluation.replay import expected_replay, read_text
 
     target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
     drafter = QuickMergePrior.from_pretrained(find_drafter(TARGET), dtype=torch.float32).eval()

@@ -31,7 +31,7 @@ from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.drafter.vocabulary import to_offsets
-from qm_spec.integrations.vllm_plugin import cuda_graphs, seeds
+from qm_spec.integrations.vllm_plugin import attention, cuda_graphs, seeds
 from qm_spec.integrations.vllm_plugin import proposer as plugin
 from qm_spec.integrations.vllm_plugin import session as drafting
 from qm_spec.integrations.vllm_plugin.attention import QuickMergeImpl, QuickMergeMetadata, QuickMergeMetadataBuilder
@@ -39,6 +39,7 @@ from qm_spec.integrations.vllm_plugin.head import DraftRows
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
 from qm_spec.integrations.vllm_plugin.patches import draft_loop
 from qm_spec.integrations.vllm_plugin.patches.drafts_after_step import with_pending_drafts
+from qm_spec.integrations.vllm_plugin.patches.v2_speculator import SPECULATOR
 from qm_spec.integrations.vllm_plugin.session import Drafts, DraftSession, plain_weights
 from qm_spec.integrations.vllm_plugin.step import DraftStep
 from qm_spec.ops.draft_tokens import draft_tokens
@@ -336,6 +337,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def vllm_config(device: str = "cuda", mode: Any = CUDAGraphMode.FULL_AND_PIECEWISE, **settings: Any) -> Any:
     settings = {"vocabulary": 100_000, "max_num_seqs": 64, "shards": 1, "replicas": 1, "drafted": None} | settings
+    v2 = settings.pop("v2", True)
     drafter = QuickMergeConfig(
         hidden_size=192,
         num_attention_heads=6,
@@ -346,6 +348,7 @@ def vllm_config(device: str = "cuda", mode: Any = CUDAGraphMode.FULL_AND_PIECEWI
     )
     return SimpleNamespace(
         device_config=SimpleNamespace(device_type=device),
+        use_v2_model_runner=v2,
         model_config=SimpleNamespace(dtype=torch.bfloat16),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=settings["shards"], data_parallel_size=settings["replicas"]
@@ -380,8 +383,19 @@ def tries(monkeypatch: pytest.MonkeyPatch, outcome: bool) -> list[Any]:
     return asked
 
 
-def test_vllm_may_capture_the_attention_where_a_try_on_this_gpu_worked(gpu, monkeypatch):
+def test_the_target_keeps_its_full_graphs_without_kernels_as_they_do_not_hold_our_layer(gpu, monkeypatch):
     support = QuickMergeMetadataBuilder.get_cudagraph_support
+    monkeypatch.setattr(cuda_graphs.backend, "backend", lambda device="cpu": "reference")
+    monkeypatch.setattr(attention.compat, "in_force", lambda patch: patch is SPECULATOR)
+    assert support(vllm_config(), None) == AttentionCGSupport.ALWAYS
+    monkeypatch.setattr(attention.compat, "in_force", lambda patch: False)
+    assert support(vllm_config(v2=False), None) == AttentionCGSupport.ALWAYS
+    assert support(vllm_config(), None) == AttentionCGSupport.NEVER, "vLLM's own speculator would capture it"
+
+
+def test_vllms_speculator_may_capture_the_attention_where_a_try_on_this_gpu_worked(gpu, monkeypatch):
+    support = QuickMergeMetadataBuilder.get_cudagraph_support
+    monkeypatch.setattr(attention.compat, "in_force", lambda patch: False)
     theirs = inspect.signature(AttentionMetadataBuilder.get_cudagraph_support).parameters
     assert inspect.signature(support).parameters == theirs
     asked = tries(monkeypatch, True)

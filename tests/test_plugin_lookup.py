@@ -22,10 +22,10 @@ from offline_engine import OFFLINE, run_offline
 from test_suffix_index import searched
 
 import qm_spec
+from qm_spec.bench.acceptance.replay import walk
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup
-from qm_spec.evaluation.metrics import DraftCounts
-from qm_spec.evaluation.replay import walk
 from qm_spec.integrations.vllm_plugin import lookup as plugin
 from qm_spec.integrations.vllm_plugin.patches import request_states
 from qm_spec.integrations.vllm_plugin.session import DraftSession
@@ -327,7 +327,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def continuations(target: Any, prompts: list[list[int]]) -> list[list[int]]:
-    from qm_spec.evaluation.replay import write_continuations
+    from qm_spec.bench.acceptance.replay import write_continuations
 
     return write_continuations(target, prompts, NUM_TOKENS + MOST_LIKELY - 1)
 
@@ -369,9 +369,9 @@ def run(prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> A
 def test_requests_alone_write_the_targets_text_with_the_acceptance_of_the_replay(
     run: Any, target: Any, prompts: list[list[int]], continuations: list[list[int]]
 ) -> None:
+    from qm_spec.bench.acceptance.by_length import with_lookup
+    from qm_spec.bench.acceptance.replay import accepted_everywhere, read_text
     from qm_spec.drafter.prior import QuickMergePrior
-    from qm_spec.evaluation.long_context import with_lookup
-    from qm_spec.evaluation.replay import accepted_everywhere, read_text
 
     drafter = QuickMergePrior.from_pretrained(ZOO / "drafter", dtype=torch.float32).eval()
     total, changed, long = DraftCounts(), 0, 0

@@ -209,6 +209,20 @@ def test_a_graph_drafts_what_lookup_finds_at_each_replay(model: Any) -> None:
         assert torch.equal(drafts, eager) == repeats and torch.equal(drafts[1:], eager[1:])
 
 
+@pytest.mark.parametrize(("replays", "mode"), [(True, "FULL_DECODE_ONLY"), (False, "NONE")])
+def test_the_loop_is_captured_where_the_operators_hold_in_a_graph(
+    replays: bool, mode: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculator_module, "can_capture", lambda vllm_config: replays)
+    monkeypatch.setattr(
+        speculator_module, "SpeculatorCudaGraphManager", lambda config, device, mode, decode_query_len: mode.name
+    )
+    speculator = make_speculator(model)
+    speculator.vllm_config, speculator.device = None, torch.device("cpu")
+    speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+    assert speculator.decode_cudagraph_manager == mode and model.session.captures is replays
+
+
 def test_the_loop_reads_no_value_on_the_host(model: Any) -> None:
     """So that it can be captured; positions of pages are values too."""
     model.case.cache.nan_to_num_()
@@ -588,16 +602,21 @@ def runs(requests: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def repetitive(requests: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Prompts that repeat themselves, with lookup: alone, beside one that does not, and sampled."""
-    (first,), (second,) = (requests[place]["prompts"] for place in (0, 1))
+    """Prompts with lookup, of which the first goes round and the second repeats a little: alone, together, sampled.
+
+    They are what the target writes by itself, which repeats itself more and more.
+    """
+    from transformers import AutoModelForCausalLM
+
+    (first,), (other,) = (requests[place]["prompts"] for place in (0, 1))
     greedy, sampled = requests[0]["sampling"], requests[-1]["sampling"]
-    prompts = [
-        {"prompt_token_ids": first["prompt_token_ids"] * 9},
-        {"prompt_token_ids": second["prompt_token_ids"] * 3},
-    ]
+    target = AutoModelForCausalLM.from_pretrained(ZOO / "target", dtype=torch.float32)
+    begun = torch.tensor([first["prompt_token_ids"]])
+    written = target.generate(begun, max_length=97, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist()
+    prompts = [{"prompt_token_ids": written}, {"prompt_token_ids": written[:56]}]
     asked = [
         *({"prompts": [prompt], "sampling": greedy} for prompt in prompts),
-        {"prompts": [{**prompt, "cache_salt": "together"} for prompt in [*prompts, second]], "sampling": greedy},
+        {"prompts": [{**prompt, "cache_salt": "together"} for prompt in [*prompts, other]], "sampling": greedy},
         *[{"prompts": prompts[:1], "sampling": sampled}] * 2,
     ]
     found = run_all(asked, 2, tmp_path_factory)
@@ -681,17 +700,18 @@ def test_repetitive_prompts_are_copied_and_outputs_are_those_without_drafts_and_
     assert v2["errors"] == [None] * 5 and v2["answers"][:3] == repetitive.plain["answers"][:3] == v1["answers"][:3]
     copied = drafted = 0
     for text, steps in zip(repetitive.texts, alone_by_text(v2, repetitive.texts), strict=True):
-        for verified, newest, *drafts in steps:
+        # The last step may write more than was asked for.
+        for verified, newest, drafts in (step for step in steps if step[0] < len(text)):
             assert text[verified] == newest
             index = SuffixIndex(2)
             index.read(text[:verified])
             lookup = index.look_up(newest, NUM_DRAFTS)
             drafted += 1
             copied += lookup.length > 0
-            assert not lookup.length or drafts == list(lookup.drafts)
-    assert copied > 10 and copied > drafted // 2
-    # More than the prior alone would keep.
-    assert v2["counters"][1]["vllm:spec_decode_num_accepted_tokens"] > 10
+            assert not lookup.length or tuple(drafts) == lookup.drafts
+    assert 5 <= copied < drafted, "the prior drafts too"
+    # Of the first prompt's twelve tokens nine or more were drafted.
+    assert v2["counters"][0]["vllm:spec_decode_num_accepted_tokens"] >= 9
 
 
 def test_with_lookup_requests_alone_have_the_drafts_of_v1(repetitive: Any) -> None:
@@ -707,7 +727,7 @@ def test_seeds_reproduce_samples_whose_drafts_are_copied(repetitive: Any) -> Non
 
 
 def alone_by_text(run: Any, texts: list[list[int]]) -> list[list[list[int]]]:
-    """Return what was drafted behind each text, which was decoded alone: `[verified tokens, newest, *drafts]`."""
+    """Return what was drafted behind each text, which was decoded alone: `[verified tokens, newest, drafts]`."""
     steps: list[list[list[int]]] = []
     last = sys.maxsize
     for (row,) in takewhile(lambda rows: len(rows) == 1, run["drafted"]):
@@ -715,5 +735,5 @@ def alone_by_text(run: Any, texts: list[list[int]]) -> list[list[list[int]]]:
             steps.append([])
         steps[-1].append(row)
         last = row[0]
-    assert len(steps) == len(texts)
-    return steps
+    # A later batch may begin with one request alone.
+    return steps[: len(texts)]

@@ -12,9 +12,9 @@ from speculation import chi_squared_p_value
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qm_spec
+from qm_spec.bench.acceptance.replay import read_text, replay, write_continuations
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.drafter.checkpoint import load_drafter
-from qm_spec.evaluation.metrics import DraftCounts
-from qm_spec.evaluation.replay import read_text, replay, write_continuations
 
 pytestmark = pytest.mark.vllm
 

@@ -45,7 +45,7 @@ from qm_spec.quickmerge import (
     normalised_entropy_drop,
     ratio_budget,
 )
-from qm_spec.quickmerge import prior as prior_module
+from qm_spec.quickmerge import ar_prior as prior_module
 from qm_spec.quickmerge.relaxation import relaxed_unmerge
 from qm_spec.quickmerge.saliency import attend
 

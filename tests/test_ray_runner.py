@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import qm_spec
-from qm_spec.evaluation.benchmark import Benchmark
-from qm_spec.evaluation.jobs import EngineJob, run_jobs
-from qm_spec.evaluation.metrics import DraftCounts
-from qm_spec.evaluation.ray_runner import EngineWorker, RayRunner
-from qm_spec.evaluation.settings import RaySettings, Sweep
-from qm_spec.evaluation.shards import EngineSpec, PassResult, ShardResult, ShardSpec, TokenPrompt, split_shard
+from qm_spec.bench.engine.jobs import EngineJob, run_jobs
+from qm_spec.bench.engine.metrics import DraftCounts
+from qm_spec.bench.engine.ray_runner import EngineWorker, RayRunner
+from qm_spec.bench.engine.shards import EngineSpec, PassResult, ShardResult, ShardSpec, TokenPrompt, split_shard
+from qm_spec.bench.runs.benchmark import Benchmark
+from qm_spec.bench.settings import RaySettings, Sweep
 
 ray = pytest.importorskip("ray", reason="the runner needs Ray: pip install 'qm_spec[eval]'")
 

@@ -18,8 +18,16 @@ typer = pytest.importorskip("typer")
 from click.testing import Result  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from qm_spec.evaluation import cost, language_report  # noqa: E402
-from qm_spec.evaluation.language import (  # noqa: E402
+from qm_spec.bench.reduction import (  # noqa: E402
+    METHODS,
+    bipartite_matching,
+    cost,
+    find_methods,
+    language_report,
+    nearest_error,
+    rebuild_error,
+)
+from qm_spec.bench.reduction.language_model import (  # noqa: E402
     NONE,
     WHOLE,
     ReducedLanguageModel,
@@ -30,13 +38,6 @@ from qm_spec.evaluation.language import (  # noqa: E402
     score_continuation,
     score_window,
     tokens_kept,
-)
-from qm_spec.evaluation.reduction import (  # noqa: E402
-    METHODS,
-    bipartite_matching,
-    find_methods,
-    nearest_error,
-    rebuild_error,
 )
 
 ALL = list(METHODS)

@@ -5,12 +5,12 @@ import torch
 from speculation import BareModel, chi_squared_p_value, exact_distribution, logits_of, tiny_llama
 
 from qm_spec import create_speculative_decoder
+from qm_spec.decoding import rejection
+from qm_spec.decoding.memory_drafter import MemoryDraftModel
+from qm_spec.decoding.prior_drafter import untrained_config
+from qm_spec.decoding.rejection import verify_greedy, verify_sampled
+from qm_spec.decoding.sampling import RowStreams, pick, probabilities
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.pipelines import rejection
-from qm_spec.pipelines.memory_drafter import MemoryDraftModel
-from qm_spec.pipelines.prior_drafter import untrained_config
-from qm_spec.pipelines.rejection import verify_greedy, verify_sampled
-from qm_spec.pipelines.sampling import RowStreams, pick, probabilities
 
 # Of each test of a distribution: how often a correct decoder would fail it under another seed.
 FALSE_ALARM = 1e-6

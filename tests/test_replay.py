@@ -11,6 +11,17 @@ from reduced_drafter import with_draft_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import qm_spec
+from qm_spec.bench.acceptance import replay as replay_module
+from qm_spec.bench.acceptance.replay import (
+    Replay,
+    expected_replay,
+    expected_walk,
+    read_text,
+    replay,
+    walk,
+    write_continuations,
+)
+from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.config import MergeConfig
 from qm_spec.discovery import target_fingerprint
 from qm_spec.drafter.checkpoint import load_drafter
@@ -20,17 +31,6 @@ from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.loop import DraftLoop
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.rows import read_target
-from qm_spec.evaluation import replay as replay_module
-from qm_spec.evaluation.metrics import DraftCounts
-from qm_spec.evaluation.replay import (
-    Replay,
-    expected_replay,
-    expected_walk,
-    read_text,
-    replay,
-    walk,
-    write_continuations,
-)
 from qm_spec.ops.page import slot_elements
 from qm_spec.training.documents import Document, DocumentBatches
 from qm_spec.training.drafter import DraftTraining

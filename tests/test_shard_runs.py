@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qm_spec.evaluation.benchmark import Benchmark
-from qm_spec.evaluation.engine import request_counts, run_requests
-from qm_spec.evaluation.metrics import DraftCounts
-from qm_spec.evaluation.results import request_rows
-from qm_spec.evaluation.settings import RaySettings
-from qm_spec.evaluation.shards import EngineSpec, ShardSpec, TokenPrompt, split_shard
-from qm_spec.evaluation.store import ShardStore
+from qm_spec.bench.engine.metrics import DraftCounts
+from qm_spec.bench.engine.shards import EngineSpec, ShardSpec, TokenPrompt, split_shard
+from qm_spec.bench.engine.store import ShardStore
+from qm_spec.bench.engine.worker import request_counts, run_requests
+from qm_spec.bench.results.file import request_rows
+from qm_spec.bench.runs.benchmark import Benchmark
+from qm_spec.bench.settings import RaySettings
 
 ENGINE = EngineSpec("target", None, "float32", 64, 1, True, 0)
 
@@ -136,7 +136,7 @@ def test_a_result_is_found_for_exactly_what_was_asked(tmp_path, results):
 def results():
     from fake_engine import decode
 
-    from qm_spec.evaluation.shards import ShardResult
+    from qm_spec.bench.engine.shards import ShardResult
 
     return [ShardResult("cpu", "float32", (decode(shard(2), method),)) for method in ("ngram", "none")]
 
@@ -210,7 +210,7 @@ def test_plain_decoding_twice_is_two_runs(benchmark_settings, engine_command):
 def test_a_part_without_its_reference_is_in_no_speedup(benchmark_settings):
     from fake_engine import decode
 
-    from qm_spec.evaluation.shards import ShardResult
+    from qm_spec.bench.engine.shards import ShardResult
 
     benchmark = Benchmark(benchmark_settings(ray=RaySettings(2)))
     plain, ngram = benchmark._measurements

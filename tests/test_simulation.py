@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 
 from qm_spec.cli import app
 from qm_spec.config import MergeConfig
-from qm_spec.evaluation.simulation import measure
-from qm_spec.evaluation.simulation.acceptance import Acceptance, AcceptanceByContext, parse_acceptance
-from qm_spec.evaluation.simulation.command import parse_counts
-from qm_spec.evaluation.simulation.hardware import Hardware, load_hardware, shipped_hardware
-from qm_spec.evaluation.simulation.prediction import Scenario, predict_steps, predict_traffic
-from qm_spec.evaluation.simulation.shapes import EAGLE3, QUICKMERGE, DrafterShape, TargetShape, load_config
-from qm_spec.evaluation.simulation.steps import PREFILL_CHUNK, CostModel
-from qm_spec.evaluation.simulation.traffic import (
+from qm_spec.simulation import measure
+from qm_spec.simulation.acceptance_rates import Acceptance, AcceptanceByContext, parse_acceptance
+from qm_spec.simulation.hardware import Hardware, load_hardware, shipped_hardware
+from qm_spec.simulation.prediction import Scenario, predict_steps, predict_traffic
+from qm_spec.simulation.run import parse_counts
+from qm_spec.simulation.shapes import EAGLE3, QUICKMERGE, DrafterShape, TargetShape, load_config
+from qm_spec.simulation.steps import PREFILL_CHUNK, CostModel
+from qm_spec.simulation.traffic import (
     Percentiles,
     ReplicaSpeed,
     RequestTimes,
@@ -31,7 +31,7 @@ from qm_spec.evaluation.simulation.traffic import (
     TrafficSettings,
     simulate_traffic,
 )
-from qm_spec.evaluation.simulation.validation import Served, predict_runs
+from qm_spec.simulation.validation import Served, predict_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 NOVELS = ROOT / "qm_spec" / "zoo" / "novels"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +14,18 @@ from pathlib import Path
 import pytest
 from tiny_pair import edit_json, write_drafter, write_target
 
-from qm_spec.evaluation.benchmark import Benchmark
-from qm_spec.evaluation.command import run_with_progress
-from qm_spec.evaluation.environment import engine_environment
-from qm_spec.evaluation.methods import find_method
-from qm_spec.evaluation.process import EngineError, engine_events
-from qm_spec.evaluation.settings import BenchmarkSettings
-from qm_spec.evaluation.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
-from qm_spec.evaluation.store import ShardStore
+from qm_spec.bench.engine.process import EngineError, engine_events
+from qm_spec.bench.engine.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt
+from qm_spec.bench.engine.store import ShardStore
+from qm_spec.bench.environment import engine_environment
+from qm_spec.bench.methods import find_method
+from qm_spec.bench.runs.benchmark import Benchmark
+from qm_spec.bench.settings import BenchmarkSettings
+from qm_spec.cli.evaluate import run_with_progress
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "benchmarks" / "spec.py"
-RECALL_TARGET = ROOT / "qm_spec" / "zoo" / "recall" / "target"
+NOVELS_TARGET = ROOT / "qm_spec" / "zoo" / "novels" / "target"
 
 
 @pytest.fixture
@@ -392,7 +393,11 @@ def test_vllm_measures_a_real_model(shared, tmp_path):
 def test_a_prompt_that_is_read_in_pieces_is_sampled_from(tmp_path):
     # A step of vLLM on a CPU reads 4096 tokens. Requests at a temperature have seeds here, and with a seed its own
     # engine ends behind the first piece.
-    engine = EngineSpec(str(RECALL_TARGET), None, "float32", 4352, 1, True, 0)
+    target = tmp_path / "target"
+    shutil.copytree(NOVELS_TARGET, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    engine = EngineSpec(str(target), None, "float32", 4352, 1, True, 0)
     prompt = TokenPrompt("a", tuple(range(1000, 1420)) * 10)
     spec = ShardSpec(engine, (prompt,), 4, 1.0, 1, 0, 2, warm_up=False)
     events = engine_events([spec], tmp_path, tmp_path / "engine.log", engine_environment("cpu"))

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from synthetic_results import made_up_results, made_up_rows, made_up_run
 
-from qm_spec.evaluation.compare import compare_results, format_comparisons, noise_floors
-from qm_spec.evaluation.statistics import (
+from qm_spec.bench.results.bootstrap import (
     ACCEPTANCE,
     SPEED,
     TPOT,
@@ -22,6 +21,7 @@ from qm_spec.evaluation.statistics import (
     student_quantile,
     verdict,
 )
+from qm_spec.bench.results.compare import compare_results, format_comparisons, noise_floors
 
 
 def skewed_ratio(rng, n):
@@ -78,7 +78,7 @@ def test_a_share_may_be_of_either_sign():
 def test_resampling_in_pieces_is_as_good_as_at_once(monkeypatch):
     columns = skewed_ratio(np.random.default_rng(1), 30)
     whole = Resamples(columns, num_resamples=1001).ratio({"up": 1, "down": -1})
-    monkeypatch.setattr("qm_spec.evaluation.statistics._CHUNK", 30 * 100)
+    monkeypatch.setattr("qm_spec.bench.results.bootstrap._CHUNK", 30 * 100)
     assert Resamples(columns, num_resamples=1001).ratio({"up": 1, "down": -1}) == whole
 
 

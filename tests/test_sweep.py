@@ -8,13 +8,13 @@ import shlex
 import pytest
 from synthetic_results import made_up_results, made_up_rows, made_up_run
 
-from qm_spec.evaluation.benchmark import Benchmark
-from qm_spec.evaluation.command import run_with_progress
-from qm_spec.evaluation.recommend import format_front, pareto_front, recommend, serve_command
-from qm_spec.evaluation.report.measurements import Measurements
-from qm_spec.evaluation.settings import Sweep
-from qm_spec.evaluation.shards import EngineSpec
-from qm_spec.evaluation.sweep import parse_sweep
+from qm_spec.bench.engine.shards import EngineSpec
+from qm_spec.bench.report.measurements import Measurements
+from qm_spec.bench.report.recommend import format_front, pareto_front, recommend, serve_command
+from qm_spec.bench.runs.benchmark import Benchmark
+from qm_spec.bench.settings import Sweep
+from qm_spec.bench.sweep import parse_sweep
+from qm_spec.cli.evaluate import run_with_progress
 
 
 def test_values_are_lists_and_ranges():

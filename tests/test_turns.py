@@ -13,16 +13,16 @@ from fake_engine import decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qm_spec.evaluation import turns as paired
-from qm_spec.evaluation.benchmark import Benchmark
-from qm_spec.evaluation.doubts import doubts
-from qm_spec.evaluation.memory import engines_at_once, kv_cache_bytes
-from qm_spec.evaluation.methods import METHODS, Method
-from qm_spec.evaluation.plan import Measurement, plan_rounds
-from qm_spec.evaluation.settings import Sweep
-from qm_spec.evaluation.shards import EngineSpec, PassResult, RequestResult, ShardSpec, TokenPrompt
-from qm_spec.evaluation.table import category_tables
-from qm_spec.evaluation.turns import Turn
+from qm_spec.bench.engine.capacity import engines_at_once, kv_cache_bytes
+from qm_spec.bench.engine.shards import EngineSpec, PassResult, RequestResult, ShardSpec, TokenPrompt
+from qm_spec.bench.methods import METHODS, Method
+from qm_spec.bench.results import turns as paired
+from qm_spec.bench.results.doubts import doubts
+from qm_spec.bench.results.table import category_tables
+from qm_spec.bench.results.turns import Turn
+from qm_spec.bench.runs.benchmark import Benchmark
+from qm_spec.bench.runs.plan import Measurement, plan_rounds
+from qm_spec.bench.settings import Sweep
 
 
 def quiet(*event) -> None:
@@ -46,7 +46,7 @@ def test_each_prompt_is_decoded_by_all_before_the_next_one(benchmark_settings, e
 
 
 def test_several_requests_in_flight_take_turns_by_waves(benchmark_settings, engine_command, turns, monkeypatch):
-    monkeypatch.setattr("qm_spec.evaluation.plan._WAVES_PER_TURN", 1)
+    monkeypatch.setattr("qm_spec.bench.runs.plan._WAVES_PER_TURN", 1)
     Benchmark(benchmark_settings(concurrency=2, repeats=1)).run(quiet, engine_command)
     assert [(method, prompts) for method, prompts, _ in turns()] == [
         ("ngram", "p0"),
@@ -164,7 +164,7 @@ def test_a_method_is_added_by_one_record(benchmark_settings, engine_command, mon
     assert [(run["method"], run["num_speculative_tokens"]) for run in runs[2:]] == 2 * [("mine", 7)]
     assert (asked.out / "speedup.png").exists()
     assert benchmark.recommendation.command.startswith("MINE=1 vllm serve")
-    from qm_spec.evaluation.report.render import write_report
+    from qm_spec.bench.report.render import write_report
 
     page, _ = write_report(asked.out)
     assert "mine" in page.read_text()
@@ -311,6 +311,6 @@ def test_a_cache_holds_the_longest_requests_that_meet():
 
 
 def test_as_many_engines_as_fit_but_never_plain_decoding_alone(monkeypatch):
-    monkeypatch.setattr("qm_spec.evaluation.memory.free_bytes", lambda device: 100)
+    monkeypatch.setattr("qm_spec.bench.engine.capacity.free_bytes", lambda device: 100)
     assert engines_at_once(20, "cpu") == 4
     assert engines_at_once(80, "cpu") == 2

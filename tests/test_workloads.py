@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from qm_spec.evaluation.long_documents import book_prompts, generated_prompts
-from qm_spec.evaluation.prompts import read_prompts, tokenize_prompts
-from qm_spec.evaluation.workloads import DATA_VARIABLE, SPEC_BENCH_TASKS, WORKLOADS, load_workload, workload_path
-from qm_spec.training.dependent import KINDS
+from qm_spec.bench.workloads.catalogue import DATA_VARIABLE, SPEC_BENCH_TASKS, WORKLOADS, load_workload, workload_path
+from qm_spec.bench.workloads.generated import KINDS
+from qm_spec.bench.workloads.long_documents import book_prompts, generated_prompts
+from qm_spec.bench.workloads.prompts import read_prompts, tokenize_prompts
 
 MT_BENCH = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
 

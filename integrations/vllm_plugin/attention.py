@@ -23,8 +23,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from qm_spec.config import MergeConfig
+from qm_spec.integrations.vllm_plugin import compat
 from qm_spec.integrations.vllm_plugin.cuda_graphs import can_capture
 from qm_spec.integrations.vllm_plugin.pages import count_groups, draft_spec, target_specs, view_pages, warn_of_groups
+from qm_spec.integrations.vllm_plugin.patches.v2_speculator import SPECULATOR
 from qm_spec.ops import append_kv_, merge_groups_, merged_attention
 from qm_spec.ops.page import slot_elements
 
@@ -64,12 +66,13 @@ class QuickMergeMetadataBuilder(AttentionMetadataBuilder[QuickMergeMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        """Return `ALWAYS` where a try on this GPU has shown that the operators hold in a graph, else `NEVER`.
+        """Return `ALWAYS` where vLLM will not capture this layer, or may, else `NEVER`.
 
-        The reference operators read values on the host, which no graph can. `NEVER` makes vLLM lower the target's
-        graphs to piecewise ones too.
+        `NEVER` makes vLLM lower the target's graphs to piecewise ones. It captures the layer with its own speculator of
+        the V2 runner only: V1 runs drafters outside of full graphs, and our speculator decides for itself.
         """
-        return AttentionCGSupport.ALWAYS if can_capture(vllm_config) else AttentionCGSupport.NEVER
+        outside = not vllm_config.use_v2_model_runner or compat.in_force(SPECULATOR)
+        return AttentionCGSupport.ALWAYS if outside or can_capture(vllm_config) else AttentionCGSupport.NEVER
 
     def build(
         self,

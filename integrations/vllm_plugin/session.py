@@ -32,7 +32,7 @@ from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
 
-# In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_draft_tokens.py).
+# In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_kernels.py).
 MOST_REQUESTS_16_BIT = 16
 # Steps in a row in which drafting may fail. A fault that passes costs the drafts of a step; one that stays would fill
 # the log.
@@ -83,7 +83,7 @@ class DraftSession:
 
     Attributes:
         batch: requests of the last step, row by row; none at all where vLLM does not tell.
-        num_failures: steps in a row in which drafting has failed; from `MOST_FAILURES` on it is over.
+        num_failures: steps in a row in which drafting has failed.
         switch: what may be drafted.
         counters: what has been drafted, and accepted.
         report: tells about them.
@@ -111,6 +111,11 @@ class DraftSession:
         self.report = Report(self.counters, "the drafter")
         self.captures: bool | None = None
         self._requests: dict[str, DraftRequest] = {}
+
+    @property
+    def failed(self) -> bool:
+        """Whether drafting has failed so often that it is over."""
+        return self.num_failures >= MOST_FAILURES
 
     @cached_property
     def graphs(self) -> DraftGraphs | None:
@@ -151,7 +156,7 @@ class DraftSession:
         After `MOST_FAILURES` steps in a row it is not called again. What the pages lack of a failed step costs
         acceptance only: readers trust no page, and merging drops what is not finite.
         """
-        if self.num_failures >= MOST_FAILURES:
+        if self.failed:
             self._note_failed_step()
             return None
         try:
@@ -159,11 +164,10 @@ class DraftSession:
         except Exception:
             self.num_failures += 1
             self._forget()
-            over = self.num_failures >= MOST_FAILURES
             logger.warning(
                 "qm_spec: drafting failed, so %s. Outputs stay right; please report what follows",
                 f"after {MOST_FAILURES} steps in a row this engine goes on without drafts; start it again to draft"
-                if over
+                if self.failed
                 else "this step goes on without drafts",
                 exc_info=True,
             )

@@ -20,6 +20,7 @@ from qm_spec.drafter.loop import DraftLoop
 from qm_spec.drafter.paged_loop import DraftInputs, paged_draft_steps
 from qm_spec.integrations.vllm_plugin.copies import CopiedDrafts
 from qm_spec.integrations.vllm_plugin.counters import DeviceCounts
+from qm_spec.integrations.vllm_plugin.cuda_graphs import can_capture
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length
 from qm_spec.integrations.vllm_plugin.model import drafter_config
 from qm_spec.integrations.vllm_plugin.step import DraftStep
@@ -89,8 +90,8 @@ class QuickMergeSpeculator(EagleSpeculator):
         return min(most, self.num_speculative_steps)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Prepare full graphs of the loop where the target's decode steps have them, else none."""
-        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        """Prepare full graphs of the loop where the target's decode steps have them and the operators hold in them."""
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and can_capture(self.vllm_config)
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         self.decode_cudagraph_manager = SpeculatorCudaGraphManager(
             self.vllm_config, self.device, mode, decode_query_len=1
@@ -243,7 +244,7 @@ class QuickMergeSpeculator(EagleSpeculator):
         longest = int(input_batch.seq_lens_cpu_upper_bound.max()) + 1
         all_token_ids, num_tokens = self.req_states.all_token_ids.gpu[:, :longest], self.num_verified[:num_reqs] + 1
         self.copied.find(all_token_ids, places, num_tokens, session.lookup_length)
-        if self.draft_logits is not None:
+        if self.draft_logits is not None and self.sure_ids.numel():
             first = self._num_prior_drafts
             rows, steps = places.unsqueeze(1), torch.arange(first, self.num_speculative_steps, device=places.device)
             # Distributions behind the prior's drafts are written where they change only: they are as wide as V.

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from qm_spec.discovery.files import read_json, shown, target_file
 from qm_spec.discovery.fingerprint import target_fingerprint
-
-ZOO = Path(__file__).resolve().parents[1] / "zoo"
+from qm_spec.pairs import ZOO
 
 
 def drafter_home() -> Path:

@@ -36,7 +36,7 @@ class Eagle3Config(LlamaConfig):
     holds `d2t` and, as `lm_head`, the target's rows of these tokens.
 
     vLLM runs full attention, and a sliding window by `layer_types`. It has no attention sinks, so a drafter with a
-    window and sinks is measured by `evaluation/replay.py` alone.
+    window and sinks is measured by `bench/acceptance/replay.py` alone.
 
     Args:
         target_fingerprint: of the one target this drafter was trained for.

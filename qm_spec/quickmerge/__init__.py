@@ -7,12 +7,12 @@ Source: QuickMerge++, arXiv 2508.13204, and the two READMEs behind it: `quickmer
 """
 
 from qm_spec.quickmerge.alignment import BidirectionalARAlignment
+from qm_spec.quickmerge.ar_prior import AutoregressivePrior, PriorCache
 from qm_spec.quickmerge.budget import effective_tokens, entropy_budget, fixed_budget, ratio_budget
 from qm_spec.quickmerge.facade import QuickMergePP, quickmerge_inference
 from qm_spec.quickmerge.fidelity import NormBasedFidelityConstraint, norm_mass_retained, normalised_entropy_drop
 from qm_spec.quickmerge.grouping import Grouping, group_by_cosine, group_by_kmeans
 from qm_spec.quickmerge.merging import DifferentiableTokenMerging, MergedTokens, merge_groups, unmerge
-from qm_spec.quickmerge.prior import AutoregressivePrior, PriorCache
 from qm_spec.quickmerge.saliency import EntropyAwareSaliency, LearnedSaliency, NormSaliency
 from qm_spec.quickmerge.selection import Selection, TemperatureSchedule, TokenSelection
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qm_spec.quickmerge.ar_prior import AutoregressivePrior
 from qm_spec.quickmerge.inputs import check_tokens, full_mask
-from qm_spec.quickmerge.prior import AutoregressivePrior
 
 
 class BidirectionalARAlignment(nn.Module):

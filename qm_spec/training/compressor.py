@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalPrediction
 from qm_spec import provenance
 from qm_spec.quickmerge import QuickMergePP, TemperatureSchedule
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
-from qm_spec.training.loop import LoopSettings, fit
+from qm_spec.training.fit import LoopSettings, fit
 
 LOSSES = ("alignment", "fidelity", "total")
 VALID_TOKENS = 8192

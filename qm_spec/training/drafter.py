@@ -43,7 +43,7 @@ from qm_spec.drafter.vocabulary import choose_tokens, coverage
 from qm_spec.training.data import find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.documents import Document, DocumentBatches, windows
 from qm_spec.training.estimate import expected_acceptance_length
-from qm_spec.training.loop import LoopSettings, fit
+from qm_spec.training.fit import LoopSettings, fit
 from qm_spec.training.regenerate import regenerate
 from qm_spec.training.states import Reading, TargetStates
 

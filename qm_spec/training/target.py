@@ -20,8 +20,7 @@ from transformers import (
 
 from qm_spec import provenance
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
-from qm_spec.training.induction import protect_induction
-from qm_spec.training.loop import LoopSettings, fit
+from qm_spec.training.fit import LoopSettings, fit
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -118,7 +117,6 @@ def train_target(
     else:
         tokenizer = train_tokenizer(files, vocab_size)
         model = LlamaForCausalLM(target_config(len(tokenizer), hidden_size, num_layers, intermediate_size, context))
-    protect_induction(model)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     train_set = TokenWindows(tokenize(tokenizer, read_documents(files)), sequence_length)

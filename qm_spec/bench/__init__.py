@@ -1,0 +1,1 @@
+"""What `qm-spec eval`, `generate`, `data`, `compare` and `report` are made of."""

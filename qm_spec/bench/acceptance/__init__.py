@@ -1,0 +1,1 @@
+"""Acceptance without decoding: drafters replayed on what the target wrote."""

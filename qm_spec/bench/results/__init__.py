@@ -1,0 +1,1 @@
+"""What was measured: files, metrics, intervals, comparisons and tables."""

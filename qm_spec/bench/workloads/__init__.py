@@ -1,0 +1,1 @@
+"""Prompts: published files, generated documents, books and traces."""

@@ -1,0 +1,171 @@
+"""The command line of `qm-spec data`."""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qm_spec.cli.evaluate import ray_settings
+from qm_spec.cli.options import EXIT_ENGINE_FAILED, EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qm_spec.bench.runs.answering import Answering, Progress
+
+EXAMPLES = """
+Example: `qm-spec data --target my-model --prompts prompts.jsonl --out answers`, then
+`qm-spec train --target my-model --data answers --out my-model/qm_spec`
+
+Example: `qm-spec data --target my-model --prompts chats/ --prompts sharegpt.json --out answers --skip-bad-lines`
+
+Example: `qm-spec data --target /shared/my-model --prompts prompts.jsonl.xz --out answers --ray 8 --num-gpus 1 --resume`
+"""
+# So many of the rows that are left out are named; the record beside the answers has all.
+_NAMED = 5
+_SECONDS_PER_LINE = 20.0
+
+
+def answer(
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Further files of --prompts.", show_default=False)
+    ] = None,
+    *,
+    target: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the target model.")],
+    prompts: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            help="Rows with 'prompt', 'text', OpenAI 'messages' or ShareGPT's 'conversations'; .jsonl or .json, packed "
+            "with gz or xz or not; or a folder of them. May be repeated.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the data set.")],
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer; an end-of-text token ends sooner.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Of the sampled answers.")] = 1.0,
+    greedy_share: Annotated[
+        float, typer.Option(help="Of the prompts, chosen by a hash: answered greedily, the others sampled.")
+    ] = 0.5,
+    concurrency: Annotated[int, typer.Option(help="Requests kept in flight by each engine.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of sampling; sampled answer i takes seed + i.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto (the model's own), bfloat16, float16 or float32.")] = "auto",
+    plain_text: Annotated[
+        bool, typer.Option("--plain-text", help="Go on with the prompts' text, without the chat template.")
+    ] = False,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Leave lines out that hold no prompt, and name them.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has answered.")] = False,
+    ray: Annotated[int, typer.Option(metavar="N", help="Share the prompts among N Ray actors, an engine each.")] = 0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a running cluster, or auto.", show_default="one on this machine")
+    ] = None,
+    num_cpus: Annotated[float, typer.Option(help="Cores per actor.")] = 1.0,
+    num_gpus: Annotated[
+        float | None, typer.Option(help="GPUs per actor.", show_default="1 where this machine has one, else 0")
+    ] = None,
+) -> None:
+    """Let a target answer prompts, as data to train its drafter on: token ids in shards, greedy and sampled.
+
+    Left out by name: prompts without room for an answer, empty answers. Each prompt is answered once.
+    """
+    from rich.console import Console
+
+    from qm_spec.bench.runs.answering import Answering, AnswerSettings
+
+    # Ended by the system or by Ctrl-C, the engines are ended too, and --resume goes on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console(stderr=True)
+    answering = Answering(
+        AnswerSettings(
+            target=target,
+            prompts=(*prompts, *(more or ())),
+            out=out,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            greedy_share=greedy_share,
+            concurrency=concurrency,
+            seed=seed,
+            dtype=dtype,
+            plain_text=plain_text,
+            skip_bad_lines=skip_bad_lines,
+            ray=ray_settings(ray, ray_address, num_cpus, num_gpus),
+            resume=resume,
+        )
+    )
+    _say_what_is_left_out(answering)
+    try:
+        record = _run(answering, console)
+    except KeyboardInterrupt as interruption:
+        typer.echo(f"interrupted; what is answered stays in {out}, and --resume goes on from there", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from interruption
+    _name("empty answers", record["empty_answers"])
+    typer.echo(
+        f"saved {out}: {record['num_answers']} answers, {record['num_answer_tokens']} tokens, "
+        f"{record['num_cut_at_max_tokens']} answers cut at {max_tokens} tokens"
+    )
+    if answering.failures:
+        for failure in answering.failures:
+            typer.echo(f"error: {failure}", err=True)
+        typer.echo(
+            f"{record['finished_shards']} of {record['num_shards']} shards are answered; --resume tries the others",
+            err=True,
+        )
+        raise typer.Exit(EXIT_ENGINE_FAILED)
+
+
+def _say_what_is_left_out(answering: Answering) -> None:
+    if answering.engine != "vllm":
+        typer.echo("note: vLLM is not installed; transformers answers, which takes longer", err=True)
+    if answering.num_duplicates:
+        typer.echo(f"note: left out {answering.num_duplicates} prompts that stand there more than once", err=True)
+    _name("rows", answering.skipped)
+
+
+def _name(what: str, messages: list[str]) -> None:
+    if not messages:
+        return
+    typer.echo(f"note: left out {len(messages)} {what}:", err=True)
+    for message in messages[:_NAMED]:
+        typer.echo(f"  {message}", err=True)
+    if len(messages) > _NAMED:
+        typer.echo(f"  and {len(messages) - _NAMED} more, which provenance.json names", err=True)
+
+
+def describe(progress: Progress) -> str:
+    """Say how far a run has come."""
+    left = "" if progress.left_s is None else f", {_duration(progress.left_s)} left"
+    return f"{progress.done} of {progress.total} answers, {progress.tokens_per_s:.0f} tokens/s{left}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _run(answering: Answering, console: Console) -> dict[str, Any]:
+    """Run with a bar on a terminal, and with a line now and then elsewhere."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+    bar = Progress(SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), console=console, transient=True)
+    task = bar.add_task("starting", total=answering.num_prompts)
+    next_line = 0.0
+    printed_done = -1
+
+    def on_progress(progress: Any) -> None:
+        nonlocal next_line, printed_done
+        bar.update(task, completed=progress.done, description=describe(progress))
+        now = time.monotonic()
+        due = now >= next_line or progress.done == progress.total
+        if not console.is_terminal and due and progress.done != printed_done:
+            next_line, printed_done = now + _SECONDS_PER_LINE, progress.done
+            console.print(describe(progress), highlight=False)
+
+    with bar if console.is_terminal else nullcontext():
+        return answering.run(on_progress)

@@ -1,0 +1,1 @@
+"""Speculative decoding of transformers models and bare modules, without vLLM."""

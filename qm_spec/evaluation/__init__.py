@@ -1,1 +1,0 @@
-"""Measure acceptance and speed of speculative decoding in vLLM."""
