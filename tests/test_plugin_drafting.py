@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.drafter.vocabulary import to_offsets
-from qm_spec.integrations.vllm_plugin import cuda_graphs, seeds
+from qm_spec.integrations.vllm_plugin import attention, cuda_graphs, seeds
 from qm_spec.integrations.vllm_plugin import proposer as plugin
 from qm_spec.integrations.vllm_plugin import session as drafting
 from qm_spec.integrations.vllm_plugin.attention import QuickMergeImpl, QuickMergeMetadata, QuickMergeMetadataBuilder
@@ -38,10 +39,11 @@ from qm_spec.integrations.vllm_plugin.head import DraftRows
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
 from qm_spec.integrations.vllm_plugin.patches import draft_loop
 from qm_spec.integrations.vllm_plugin.patches.drafts_after_step import with_pending_drafts
+from qm_spec.integrations.vllm_plugin.patches.v2_speculator import SPECULATOR
 from qm_spec.integrations.vllm_plugin.session import Drafts, DraftSession, plain_weights
 from qm_spec.integrations.vllm_plugin.step import DraftStep
 from qm_spec.ops.draft_tokens import draft_tokens
-from qm_spec.ops.page import slot_elements
+from qm_spec.ops.page import slot_elements, split_page
 
 pytestmark = pytest.mark.vllm
 
@@ -335,6 +337,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def vllm_config(device: str = "cuda", mode: Any = CUDAGraphMode.FULL_AND_PIECEWISE, **settings: Any) -> Any:
     settings = {"vocabulary": 100_000, "max_num_seqs": 64, "shards": 1, "replicas": 1, "drafted": None} | settings
+    v2 = settings.pop("v2", True)
     drafter = QuickMergeConfig(
         hidden_size=192,
         num_attention_heads=6,
@@ -345,6 +348,7 @@ def vllm_config(device: str = "cuda", mode: Any = CUDAGraphMode.FULL_AND_PIECEWI
     )
     return SimpleNamespace(
         device_config=SimpleNamespace(device_type=device),
+        use_v2_model_runner=v2,
         model_config=SimpleNamespace(dtype=torch.bfloat16),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=settings["shards"], data_parallel_size=settings["replicas"]
@@ -379,8 +383,19 @@ def tries(monkeypatch: pytest.MonkeyPatch, outcome: bool) -> list[Any]:
     return asked
 
 
-def test_vllm_may_capture_the_attention_where_a_try_on_this_gpu_worked(gpu, monkeypatch):
+def test_the_target_keeps_its_full_graphs_without_kernels_as_they_do_not_hold_our_layer(gpu, monkeypatch):
     support = QuickMergeMetadataBuilder.get_cudagraph_support
+    monkeypatch.setattr(cuda_graphs.backend, "backend", lambda device="cpu": "reference")
+    monkeypatch.setattr(attention.compat, "in_force", lambda patch: patch is SPECULATOR)
+    assert support(vllm_config(), None) == AttentionCGSupport.ALWAYS
+    monkeypatch.setattr(attention.compat, "in_force", lambda patch: False)
+    assert support(vllm_config(v2=False), None) == AttentionCGSupport.ALWAYS
+    assert support(vllm_config(), None) == AttentionCGSupport.NEVER, "vLLM's own speculator would capture it"
+
+
+def test_vllms_speculator_may_capture_the_attention_where_a_try_on_this_gpu_worked(gpu, monkeypatch):
+    support = QuickMergeMetadataBuilder.get_cudagraph_support
+    monkeypatch.setattr(attention.compat, "in_force", lambda patch: False)
     theirs = inspect.signature(AttentionMetadataBuilder.get_cudagraph_support).parameters
     assert inspect.signature(support).parameters == theirs
     asked = tries(monkeypatch, True)
@@ -480,21 +495,59 @@ def test_elsewhere_drafts_are_made_at_once(proposed):
     assert with_pending_drafts(lambda self: self._draft_token_ids)(runner) == "tensor"
 
 
-def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(proposed, caplog):
-    calls = []
-
-    def failing(*args: Any) -> None:
-        calls.append(args)
+def test_a_step_whose_drafting_fails_has_no_drafts_and_the_next_one_drafts_again(proposed, caplog):
+    def failing(step: Any) -> None:
         raise IndexError("page 17")
 
     proposer, drafts = proposed(failing, drafts_after_step=False)
     assert drafts == [[], []] and proposer._last_draft_probs is None
-    session = proposer.model.session
-    assert session.failed
-    assert session.attempt(lambda: calls.append("again")) is None and len(calls) == 1, "it is not asked again"
     (record,) = caplog.records
-    assert "goes on without drafts" in record.message and "page 17" in str(record.exc_info)
+    assert record.levelno == logging.WARNING and "this step goes on without drafts" in record.message
+    assert "page 17" in str(record.exc_info)
+    assert proposer.model.session.attempt(lambda: "drafts") == "drafts"
     assert plugin.no_drafts(3, 4, torch.device("meta")).token_ids.shape == (3, 4)
+
+
+def test_drafting_that_fails_in_three_steps_in_a_row_stays_off_and_says_so(caplog):
+    session = DraftSession(None, None, 4, 4)
+    fails = iter([True, True, False, True, True, True])
+    calls = []
+
+    def draft() -> str:
+        calls.append("asked")
+        if next(fails):
+            raise IndexError
+        return "drafts"
+
+    answers = [session.attempt(draft) for _ in range(8)]
+    assert answers == [None, None, "drafts", *[None] * 5]
+    assert len(calls) == 6, "a success in between begins anew; after three it is not asked again"
+    assert ["after 3 steps in a row this engine" in record.message for record in caplog.records] == [False] * 4 + [True]
+
+
+def test_what_a_failed_step_has_left_half_noted_is_forgotten(monkeypatch):
+    """An index that lacks tokens in the middle, and times of a step that did not end."""
+    session = DraftSession(None, None, 4, 4, lookup_length=3)
+    state = object()
+    session.note_batch(["a"], {"a": state})
+    controller, request = session.controller, session.batch[0]
+    session.attempt(lambda: 1 / 0)
+    session.note_batch(["a"], {"a": state})
+    assert session.controller is not controller and session.batch[0] is not request
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_distributions_that_verification_weighs_by_are_finite_whatever_the_pages_hold(model, by_position):
+    """Or it would write other tokens than the target's. The first request has read what is not finite."""
+    expected, _ = propose(model, 3, sampled(1.0, 0.0, 0.0))
+    # Of 70 tokens one of the last 24, which are not merged yet.
+    keys, _, _ = split_page(model.case.cache, SIZES.head_dim)
+    keys[model.case.block_table[0, 65 // keys.shape[2]].long(), :, 65 % keys.shape[2]] = float("nan")
+    generator = {"row0": torch.Generator().manual_seed(0)} if by_position else {}
+    drafted, probs = propose(model, 3, sampled(1.0, 0.0, 0.0, **generator), by_position=by_position)
+    assert probs.isfinite().all()
+    assert torch.equal(probs[0], torch.nn.functional.one_hot(drafted[0], SIZES.vocabulary).float())
+    assert torch.equal(drafted[1:], expected[1:]) and (probs[1:].max(-1).values < 1).all()
 
 
 # Fails in a draft that keeps the tokens of its step waiting.

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
@@ -72,6 +74,7 @@ class Request:
     prompt_token_ids: list[int] | None
     output_token_ids: list[int] = field(default_factory=list)
     computed: int = 0
+    sampling_params: Any = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -238,6 +241,29 @@ def test_looked_up_drafts_come_with_distributions_that_are_sure_of_them() -> Non
     assert plugin.join_drafts(found, drafted, None, alike)[1] is None
     assert plugin.join_drafts([Lookup((), 0)] * 3, drafted, probs, alike) == (drafted, probs)
     assert plugin.join_drafts([], drafted, probs, alike) == (drafted, probs)
+
+
+class Vocabularies(TorchDispatchMode):
+    """Notes the type of each tensor that is as wide as a vocabulary."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.types = size, set[torch.dtype]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.size,):
+                self.types.add(tensor.dtype)
+        return result
+
+
+def test_distributions_of_looked_up_drafts_are_made_in_float32() -> None:
+    """In int64 those of 256 requests with 16 drafts and 128k tokens took 4 GB more."""
+    found = [Lookup((7, 0, 1, 2), 3), Lookup((), 0)]
+    with Vocabularies(8) as seen:
+        plugin.join_drafts(found, torch.tensor([[1, 2], [3, 4]]), torch.rand(2, 2, 8), [4, 2])
+    assert seen.types == {torch.float32}
 
 
 def test_more_is_looked_up_than_drafted_the_longer_the_match() -> None:

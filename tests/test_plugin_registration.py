@@ -544,24 +544,6 @@ def test_a_folder_that_holds_no_drafter_is_refused_by_name(
         make_args(target, spec_model=str(tmp_path / name), spec_tokens=2).create_engine_config()
 
 
-# Which operators run
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_gpu_or_cpu_without_kernels_is_said_in_vllms_log(
-    device: str, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from qm_spec.integrations.vllm_plugin import model
-
-    for path in ("compiled", "reference"):
-        monkeypatch.setattr(model.backend, "backend", lambda of, path=path: path)
-        model._tell_operators(device)
-    compiled, reference = log
-    assert compiled.levelno == logging.INFO and f"compiled kernels on {device}" in compiled.getMessage()
-    assert reference.levelno == logging.WARNING and "pip install" in reference.getMessage()
-    assert ("QM_SPEC_CUDA=1" in reference.getMessage()) == (device == "cuda")
-
-
 # Which targets give out their states
 
 

@@ -159,6 +159,30 @@ def test_whole_prompts_are_grouped_by_their_length():
     assert "acceptance-by-category" not in plots
 
 
+def test_speed_ups_stand_by_category_where_turns_have_measured_them():
+    results = results_of()
+    for run in results["runs"]:
+        run["categories"] = [
+            {
+                "category": name,
+                "num_prompts": 2,
+                "acceptance_length": 2.0,
+                "tokens_per_step": 1.9,
+                "speedup": None if run["method"] == "none" else value,
+                "speedup_low": None,
+                "speedup_high": None,
+                "num_prompts_different": 0,
+            }
+            for name, value in (("math", 2.5), ("qa", 1.5))
+        ]
+    plots = {plot.name: plot for one in build_report(results).sections for plot in one.plots}
+    (axes,) = plots["speedup-by-category"].figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["math", "qa"]
+    for bars in axes.containers:
+        assert bars.lines[0].get_xdata().tolist() == [2.5, 1.5]
+    assert {bars.get_label() for bars in axes.containers} == {"ngram", "qm_spec"}
+
+
 def test_failures_and_doubts_come_first():
     results = results_of(again=False)
     results["failures"] = [

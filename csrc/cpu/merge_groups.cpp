@@ -118,7 +118,7 @@ struct Entries {
   Entries(int64_t group_size, int64_t width)
       : width(width),
         most(to_lanes(group_size)),
-        scratch(4 * most * width + 2 * most * most + 5 * most),
+        scratch(4 * most * width + 2 * most * most + 6 * most),
         cluster(most),
         order(most),
         centre(most + 1),
@@ -130,6 +130,7 @@ struct Entries {
     for (float** rows : {&key_rows[0], &key_rows[1], &value_rows[0], &value_rows[1]}) *rows = take(most * width);
     gram = take(most * most), blocks = take(most * most);
     mass = take(most), count = take(most), new_mass = take(most), new_count = take(most), weight = take(most);
+    live = take(most);
     // The lanes behind the last entry hold anything, but nothing slow.
     std::fill(gram, next, 0.0f);
   }
@@ -140,6 +141,7 @@ struct Entries {
   Rows keys, values;
   float *key_rows[2], *value_rows[2];
   float *gram, *blocks, *mass, *count, *new_mass, *new_count, *weight;
+  float* live;  // 1, and 0 of an entry that is dropped
   std::vector<int32_t> cluster, order, centre, other;
   // The first entry that joins each centre, and the next one that joins the same; -1: none.
   std::vector<int32_t> joined, next;
@@ -253,7 +255,9 @@ QM_INLINE void saliency_mass(Entries& e, int64_t num, const Rule& rule) {
   const float share = 1.0f / sum(total);
   for (int64_t i = 0; i < lanes; i += kLanes) {
     const Vec pi = load<Vec>(e.weight + i) * share;
-    store(pi * load<Vec>(e.mass + i) + (1.0f - pi) * rule.epsilon, e.mass + i);
+    const Vec mass = pi * load<Vec>(e.mass + i) + (1.0f - pi) * rule.epsilon;
+    // Keys too large for their products leave no number either, which times 0 is not 0.
+    store(select(load<Vec>(e.live + i) + mass * 0.0f > 0.0f, mass, Vec{}), e.mass + i);
   }
 }
 
@@ -327,6 +331,9 @@ QM_INLINE void divide(Entries& e, int64_t num, int64_t keep) {
   }
 }
 
+// An entry's share of its cluster, of which all may have been dropped.
+QM_INLINE float share_of(float mass, float total) { return mass / (total > 0.0f ? total : 1.0f); }
+
 // kParts vectors' worth of the means of keys and values of each cluster, from column `c` on. Values are of type V.
 template <class Vec, class T, class S, class V, int kParts>
 QM_INLINE void means(Entries& e, const Rows& new_keys, const Rows& new_values, int64_t keep, int64_t c) {
@@ -338,14 +345,14 @@ QM_INLINE void means(Entries& e, const Rows& new_keys, const Rows& new_values, i
     const S* key = e.keys.at<S>(i) + c;
     const V* value = e.values.at<V>(i) + c;
     // Divided first, so that an entry by itself is copied bit by bit.
-    float weight = e.mass[i] / e.new_mass[k];
+    float weight = share_of(e.mass[i], e.new_mass[k]);
 #pragma GCC unroll 4
     for (int p = 0; p < kParts; ++p) {
       key_sum[p].set(weight, Part(key + p * kColumns));
       value_sum[p].set(weight, Part(value + p * kColumns));
     }
     for (i = e.joined[k]; i >= 0; i = e.next[i]) {
-      key = e.keys.at<S>(i) + c, value = e.values.at<V>(i) + c, weight = e.mass[i] / e.new_mass[k];
+      key = e.keys.at<S>(i) + c, value = e.values.at<V>(i) + c, weight = share_of(e.mass[i], e.new_mass[k]);
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) {
         key_sum[p].add(weight, Part(key + p * kColumns));
@@ -392,6 +399,28 @@ struct Slots {
   void set_state(int64_t i, const SlotState& state) const { std::memcpy(key(i) + state_offset, &state, sizeof state); }
 };
 
+// Whether `count` elements side by side are all finite: only those times 0 are 0.
+template <class Vec, class T>
+QM_INLINE bool are_finite(const T* x, int64_t count) {
+  Vec zeros{};
+  float part[kLanes];
+  for (int64_t c = 0; c < count; c += kLanes) {
+    load_row<Vec>(x + c, std::min(kLanes, count - c), part);
+    zeros += load<Vec>(part) * 0.0f;
+  }
+  return sum(zeros) == 0.0f;
+}
+
+// Make zeros of an entry that is not finite, and return whether it was: what is merged stays so.
+template <class Vec, class T>
+QM_INLINE bool keep_finite(const Slots& slots, int64_t i, int64_t head_dim) {
+  // Key and value stand side by side.
+  const bool finite = std::isfinite(slots.state(i).mass) &&
+                      are_finite<Vec>(reinterpret_cast<const T*>(slots.key(i)), 2 * head_dim);
+  if (!finite) std::memset(slots.key(i), 0, slots.state_offset);
+  return finite;
+}
+
 // Rows of whole vectors are read where they stand, keys only if they are of the type that is computed with.
 template <class Vec, class T, class S>
 QM_INLINE void read_entries(const Slots& slots, int64_t num, int64_t head_dim, int64_t level, Entries& e) {
@@ -399,11 +428,12 @@ QM_INLINE void read_entries(const Slots& slots, int64_t num, int64_t head_dim, i
   e.keys = whole && std::is_same_v<T, S> ? Rows{slots.key(0), slots.stride} : e.scratch_rows<S>(e.key_rows, level);
   e.values = whole ? Rows{slots.value(0), slots.stride} : e.scratch_rows<S>(e.value_rows, level);
   for (int64_t i = 0; i < num; ++i) {
+    e.live[i] = keep_finite<Vec, T>(slots, i, head_dim);
     const T *key = reinterpret_cast<const T*>(slots.key(i)), *value = reinterpret_cast<const T*>(slots.value(i));
     if (!whole || !std::is_same_v<T, S>) load_row<Vec>(key, head_dim, e.keys.at<S>(i));
     if (!whole) load_row<Vec>(value, head_dim, e.values.at<S>(i));
     const SlotState state = slots.state(i);
-    e.mass[i] = state.mass, e.count[i] = state.count;
+    e.mass[i] = e.live[i] > 0.0f ? state.mass : 0.0f, e.count[i] = state.count;
   }
 }
 
@@ -487,7 +517,9 @@ template <class Vec, class T>
 QM_INLINE void merge_pair_of(
     const Slots& head, const Slots& tail, const Slots& last, int64_t head_dim, int64_t to) {
   const SlotState a = head.state(0), b = tail.state(0);
-  const float mass = a.mass + b.mass, first = a.mass / mass, second = b.mass / mass;
+  const float head_mass = keep_finite<Vec, T>(head, 0, head_dim) ? a.mass : 0.0f;
+  const float tail_mass = keep_finite<Vec, T>(tail, 0, head_dim) ? b.mass : 0.0f;
+  const float mass = head_mass + tail_mass, first = share_of(head_mass, mass), second = share_of(tail_mass, mass);
   const auto mean = [&](char* into, const char* other) __attribute__((always_inline)) {
     T *x = reinterpret_cast<T*>(into);
     const T* y = reinterpret_cast<const T*>(other);

@@ -51,6 +51,7 @@ struct Group {
   float *merged_mass, *merged_count;  // [M] each, of the entries after it
   float* score;                       // [M], entropies, then inverse norms
   int *is_centre, *home;              // [M] each; home: the entry after the merge that an entry joins
+  int* is_dropped;                    // [M], in the place of home, before the first assignment
   int64_t size, dim, row_stride;
 
   __host__ __device__ static int64_t num_floats(int64_t size, int64_t dim) { return size * (dim + 1 + 8); }
@@ -63,7 +64,7 @@ struct Group {
     merged_count = merged_mass + size;
     score = merged_count + size;
     is_centre = reinterpret_cast<int*>(score + size);
-    home = is_centre + size;
+    is_dropped = home = is_centre + size;
   }
   __device__ float dot(int64_t i, int64_t j) const {
     const float *a = rows + i * row_stride, *b = rows + j * row_stride;
@@ -130,6 +131,9 @@ __device__ inline bool is_heavier(const float* mass, int64_t j, int64_t i) {
   return a > b || (a == b && j < i);
 }
 
+// An entry's share of its cluster, of which all may have been dropped.
+__device__ inline float share_of(float mass, float total) { return mass / (total > 0.0f ? total : 1.0f); }
+
 // Find the entry after the merge that each of `old` entries joins, and its weight there; rows are keys.
 __device__ inline void assign(const Group& group, int old, int keep) {
   const int lane = lane_id();
@@ -168,8 +172,21 @@ __device__ inline void assign(const Group& group, int old, int keep) {
   }
   __syncwarp();
   for (int i = lane; i < old; i += kWarp)
-    group.weight[i] = group.mass[i] / group.merged_mass[group.home[i]];
+    group.weight[i] = share_of(group.mass[i], group.merged_mass[group.home[i]]);
   __syncwarp();
+}
+
+// Whether an entry, whose key and value stand side by side, is finite; if not, it becomes zeros. For a whole warp.
+template <typename T>
+__device__ bool keep_finite(T* entry, int64_t head_dim, float mass) {
+  // Only what is finite gives 0 times 0.
+  bool is_finite = mass * 0.0f == 0.0f;
+  for (int64_t c = lane_id(); c < 2 * head_dim; c += kWarp) is_finite &= to_float(entry[c]) * 0.0f == 0.0f;
+  is_finite = !__any_sync(kAllLanes, !is_finite);
+  for (int64_t c = lane_id(); !is_finite && c < 2 * head_dim; c += kWarp) store(entry + c, 0.0f);
+  // Other lanes read them.
+  __syncwarp();
+  return is_finite;
 }
 
 // Write the weighted means of `old` rows to the first `keep` slots.
@@ -196,16 +213,25 @@ __device__ void merge_group(
   const Cache<T>& cache = merge.cache;
   const Schedule& schedule = merge.schedule;
   T *keys = cache.slot(at.page, head, at.slot), *values = keys + cache.head_dim;
-  for (int i = lane_id(); i < schedule.held[old_level]; i += kWarp) {
+  for (int i = 0; i < schedule.held[old_level]; ++i) {
     const SlotState* state = cache.state(at.page, head, at.slot + i);
-    group.mass[i] = state->mass;
+    const bool is_finite = keep_finite(keys + i * cache.slot_stride, cache.head_dim, state->mass);
+    if (lane_id() != i % kWarp) continue;
+    group.mass[i] = is_finite ? state->mass : 0.0f;
     group.count[i] = state->count;
+    group.is_dropped[i] = !is_finite;
   }
   for (int level = old_level + 1; level <= new_level; ++level) {
     const int old = schedule.held[level - 1], keep = schedule.held[level];
     if (keep == 0) break;
     read_rows(group, keys, cache.slot_stride, old);
-    if (level == 1) weigh(group, merge.saliency);
+    if (level == 1) {
+      weigh(group, merge.saliency);
+      // Keys too large for their products leave no number either.
+      for (int i = lane_id(); i < old; i += kWarp)
+        if (group.is_dropped[i] || !(group.mass[i] * 0.0f == 0.0f)) group.mass[i] = 0.0f;
+      __syncwarp();
+    }
     assign(group, old, keep);
     write_means(group, keys, cache.slot_stride, old, keep);
     read_rows(group, values, cache.slot_stride, old);
@@ -276,9 +302,10 @@ template <typename T>
 __device__ void merge_pair(
     const Cache<T>& cache, const Schedule& schedule, Place first, Place second, Place last, int64_t head, int level) {
   const SlotState a = *cache.state(first.page, head, first.slot), b = *cache.state(second.page, head, second.slot);
-  const float mass = a.mass + b.mass, weight_a = a.mass / mass, weight_b = b.mass / mass;
-  T* to = cache.slot(first.page, head, first.slot);
-  const T* from = cache.slot(second.page, head, second.slot);
+  T *to = cache.slot(first.page, head, first.slot), *from = cache.slot(second.page, head, second.slot);
+  const float mass_a = keep_finite(to, cache.head_dim, a.mass) ? a.mass : 0.0f;
+  const float mass_b = keep_finite(from, cache.head_dim, b.mass) ? b.mass : 0.0f;
+  const float mass = mass_a + mass_b, weight_a = share_of(mass_a, mass), weight_b = share_of(mass_b, mass);
   // Key and value stand side by side.
   for (int64_t c = lane_id(); c < 2 * cache.head_dim; c += kWarp)
     store(to + c, weight_a * to_float(to[c]) + weight_b * to_float(from[c]));

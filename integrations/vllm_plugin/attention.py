@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +23,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from qm_spec.config import MergeConfig
+from qm_spec.integrations.vllm_plugin import compat
 from qm_spec.integrations.vllm_plugin.cuda_graphs import can_capture
-from qm_spec.integrations.vllm_plugin.pages import draft_spec, target_specs, view_pages, warn_of_groups
+from qm_spec.integrations.vllm_plugin.pages import count_groups, draft_spec, target_specs, view_pages, warn_of_groups
+from qm_spec.integrations.vllm_plugin.patches.v2_speculator import SPECULATOR
 from qm_spec.ops import append_kv_, merge_groups_, merged_attention
 from qm_spec.ops.page import slot_elements
 
@@ -62,12 +66,13 @@ class QuickMergeMetadataBuilder(AttentionMetadataBuilder[QuickMergeMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        """Return `ALWAYS` where a try on this GPU has shown that the operators hold in a graph, else `NEVER`.
+        """Return `ALWAYS` where vLLM will not capture this layer, or may, else `NEVER`.
 
-        The reference operators read values on the host, which no graph can. `NEVER` makes vLLM lower the target's
-        graphs to piecewise ones too.
+        `NEVER` makes vLLM lower the target's graphs to piecewise ones. It captures the layer with its own speculator of
+        the V2 runner only: V1 runs drafters outside of full graphs, and our speculator decides for itself.
         """
-        return AttentionCGSupport.ALWAYS if can_capture(vllm_config) else AttentionCGSupport.NEVER
+        outside = not vllm_config.use_v2_model_runner or compat.in_force(SPECULATOR)
+        return AttentionCGSupport.ALWAYS if outside or can_capture(vllm_config) else AttentionCGSupport.NEVER
 
     def build(
         self,
@@ -205,7 +210,15 @@ class QuickMergeBackend(AttentionBackend):
 
 
 class MergedAttention(Attention):
-    """`Attention` whose pages hold keys, values and merge state."""
+    """`Attention` whose pages hold keys, values and merge state.
+
+    Attributes:
+        count_groups: returns how many groups of layers the target's cache has without and with this one.
+        at_start: called once, as soon as there are pages: all else of the engine is settled by then.
+    """
+
+    count_groups: Callable[[], tuple[int, int]] | None = None
+    at_start: Callable[[], None] | None = None
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """Return the full-attention spec with room for the merge state, or the target's, see `draft_spec`."""
@@ -215,8 +228,12 @@ class MergedAttention(Attention):
         spec = draft_spec(own, target)
         if spec is own:
             warn_of_groups(vllm_config, own, self.layer_name, target)
+        self.count_groups = partial(count_groups, vllm_config, spec, self.layer_name, target)
         return spec
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Keep the cache as `[pages, G, P, C]`, whosever spec it was made from."""
         self.kv_cache = view_pages(kv_cache, self.num_kv_heads, self.head_size, self.kv_cache_torch_dtype)
+        if self.at_start is not None and kv_cache.numel():
+            tell, self.at_start = self.at_start, None
+            tell()

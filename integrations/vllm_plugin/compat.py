@@ -98,17 +98,28 @@ def require_runner(uses_v2: bool) -> None:
         )
 
 
+def in_force(patch: Patch) -> bool:
+    """Tell whether a patch has been put in force."""
+    owner, name = _owner(patch)
+    declared = inspect.getattr_static(owner, name, None)
+    return getattr(getattr(declared, "__func__", declared), "_qm_spec_patch", None) == patch.target
+
+
+def _owner(patch: Patch) -> tuple[Any, str]:
+    """Return the module or class that holds what is patched, None where there is none, and the name in it."""
+    module_name, _, path = patch.target.partition(":")
+    class_name, _, name = path.rpartition(".")
+    owner = _import(module_name)
+    return (getattr(owner, class_name, None) if class_name else owner), name
+
+
 def apply(patch: Patch) -> bool:
     """Put a patch in force once; return whether it is in force.
 
     A method that is not there, or has other parameters than the patch was written for, is left
     alone with a warning: this may be a vLLM whose user never asks for qm_spec.
     """
-    module_name, _, path = patch.target.partition(":")
-    class_name, _, name = path.rpartition(".")
-    owner = _import(module_name)
-    if class_name:
-        owner = getattr(owner, class_name, None)
+    owner, name = _owner(patch)
     declared = inspect.getattr_static(owner, name, None)
     if declared is None:
         return _skip(patch, "there is no such method")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from functools import partial
 
@@ -17,6 +16,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix, process_eagle_weight
 
+from qm_spec.discovery.files import shown
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.head import spread
 from qm_spec.drafter.prior import NUM_AUX_STATES, PriorLayer, plain_linear
@@ -25,16 +25,16 @@ from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
 from qm_spec.integrations.vllm_plugin.head import DraftRows, plain_head
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length
+from qm_spec.integrations.vllm_plugin.metrics import open_file
 from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import CPU_EXPANSION
 from qm_spec.integrations.vllm_plugin.patches.cpu_seeds import CPU_SEEDS
 from qm_spec.integrations.vllm_plugin.patches.draft_loop import DRAFT_LOOP
 from qm_spec.integrations.vllm_plugin.patches.drafts_after_step import DRAFTS_AFTER_STEP
 from qm_spec.integrations.vllm_plugin.patches.request_states import REQUEST_STATES
 from qm_spec.integrations.vllm_plugin.patches.seed_numbers import SEED_NUMBERS, SEEDED_ROWS
+from qm_spec.integrations.vllm_plugin.report import Report
 from qm_spec.integrations.vllm_plugin.session import DraftSession
-from qm_spec.ops import backend
-
-logger = logging.getLogger("vllm.plugins.qm_spec")
+from qm_spec.integrations.vllm_plugin.status import tell_status
 
 _PARALLEL = {
     "column": partial(ColumnParallelLinear, gather_output=False),
@@ -57,17 +57,26 @@ def _parallel_linear(inputs: int, outputs: int, split: str, name: str) -> nn.Mod
     return _PARALLEL[split](inputs, outputs, bias=False, return_bias=False, prefix=name)
 
 
-def _tell_operators(device: str) -> None:
-    """Say in vLLM's log which operators run: without kernels all is right, and slow."""
-    if backend.backend(device) == "compiled":
-        logger.info("qm_spec: compiled kernels on %s", device)
-    else:
-        logger.warning(
-            "qm_spec: no compiled kernels for %s, so PyTorch references run, which are slower, and on a GPU the target "
-            "loses its full CUDA graphs; %s",
-            device,
-            backend.how_to_build(device),
-        )
+def _make_report(session: DraftSession, vllm_config: VllmConfig) -> Report:
+    """Return what tells of an engine's drafting, where vLLM tells of the rest: on its first rank."""
+    from vllm import envs
+
+    drafter, parallel = vllm_config.speculative_config.draft_model_config, vllm_config.parallel_config
+    folder = getattr(drafter.hf_config, "qm_spec_metrics", None)
+    if get_tensor_model_parallel_rank() > 0:
+        folder = None
+    # As vLLM labels its own.
+    labels = {
+        "model_name": str(vllm_config.model_config.served_model_name),
+        "engine": str(parallel.data_parallel_index),
+    }
+    return Report(
+        session.counters,
+        shown(drafter.model),
+        logs=folder is not None,
+        file=open_file(folder, labels),
+        interval_s=envs.VLLM_LOG_STATS_INTERVAL,
+    )
 
 
 class QuickMergeModel(nn.Module):
@@ -165,7 +174,8 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         # On a CPU also for the tokens behind pieces of prompts.
         if on_cpu or self.session.lookup_length:
             compat.apply(REQUEST_STATES)
-        _tell_operators(vllm_config.device_config.device_type)
+        self.session.report = _make_report(self.session, vllm_config)
+        self.model.attn.at_start = partial(tell_status, self, vllm_config)
         compat.apply(CPU_EXPANSION)
         compat.apply(CPU_SEEDS)
 

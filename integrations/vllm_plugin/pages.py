@@ -83,11 +83,25 @@ def view_pages(cache: Tensor, num_kv_heads: int, head_dim: int, dtype: torch.dty
     return cache.as_strided(shape, (cache.stride(0), page_size * elements, elements, 1))
 
 
+def count_groups(
+    vllm_config: VllmConfig, spec: AttentionSpec, name: str, target: Mapping[str, KVCacheSpec]
+) -> tuple[int, int]:
+    """Return how many groups of layers the target's cache has without the draft layer, and how many with it.
+
+    Args:
+        vllm_config: of the engine.
+        spec: of the draft layer.
+        name: of the draft layer.
+        target: specs of the target's layers by name.
+    """
+    if _of_one_kind(spec, target):
+        return 1, 1
+    return num_groups(vllm_config, target), num_groups(vllm_config, {**target, name: spec})
+
+
 def warn_of_groups(vllm_config: VllmConfig, own: AttentionSpec, name: str, target: Mapping[str, KVCacheSpec]) -> None:
     """Say once how many groups a page costs that fits into none of the target's."""
-    if _of_one_kind(own, target):
-        return
-    alone, with_ours = num_groups(vllm_config, target), num_groups(vllm_config, {**target, name: own})
+    alone, with_ours = count_groups(vllm_config, own, name, target)
     if with_ours <= alone + 1:
         return
     pages = sorted({spec.page_size_bytes for spec in target.values() if type(spec) is FullAttentionSpec})

@@ -22,26 +22,40 @@ def session_of(proposer: Any) -> DraftSession | None:
 def can_draft(proposer: Any) -> bool:
     """Tell whether our loop can draft for this proposer; if not, vLLM's own loop does.
 
-    It runs on one rank, on the CPU, and on a GPU with compiled kernels and a target of plain weights.
-    Ranks of data parallelism run vLLM's loop, in which they wait for each other. Multimodal rotary
-    positions do not matter to ours, token ids of another vocabulary do.
+    Multimodal rotary positions do not matter to ours, token ids of another vocabulary do.
     """
     return (
         session_of(proposer) is not None
-        and (proposer.device.type == "cpu" or _can_draft_on_gpu(proposer))
-        and get_tensor_model_parallel_world_size() == 1
-        and proposer.vllm_config.parallel_config.data_parallel_size == 1
+        and obstacle(proposer.model, proposer.vllm_config, proposer.device.type) is None
         and not proposer.use_heterogeneous_vocab
         and not proposer.supports_mm_inputs
     )
 
 
-def _can_draft_on_gpu(proposer: Any) -> bool:
-    return (
-        proposer.device.type == "cuda"
-        and backend.backend("cuda") == "compiled"
-        and plain_weights(proposer.model) is not None
-    )
+def obstacle(model: Any, vllm_config: Any, device: str) -> str | None:
+    """Return why vLLM's own loop must draft, None where ours can.
+
+    Ours runs on one rank, on the CPU, and on a GPU with compiled kernels and a target of plain weights. Ranks of data
+    parallelism run vLLM's loop, in which they wait for each other.
+
+    Args:
+        model: the drafter, with the target's embedding and head in place.
+        vllm_config: of the engine.
+        device: its type.
+    """
+    if get_tensor_model_parallel_world_size() > 1:
+        return "there are several ranks of tensor parallelism"
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        return "there are several ranks of data parallelism"
+    if device == "cpu":
+        return None
+    if device != "cuda":
+        return f"there is none for {device}"
+    if backend.backend("cuda") != "compiled":
+        return "there are no compiled kernels"
+    if plain_weights(model) is None:
+        return "the target's embedding or head is quantised, scaled or carries LoRA"
+    return None
 
 
 def no_drafts(num_requests: int, num_drafts: int, device: torch.device) -> Drafts:

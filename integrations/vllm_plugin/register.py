@@ -32,6 +32,8 @@ def _register() -> None:
     from qm_spec.integrations.vllm_plugin.patches.resolution import RESOLVE_DRAFTER
     from qm_spec.integrations.vllm_plugin.patches.v2_speculator import SPECULATOR
 
+    # What the package itself says would reach no handler of vLLM's.
+    logging.getLogger("qm_spec").parent = logger
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
     # A flag whose value nothing resolves would end in a puzzling error of vLLM's.

@@ -18,12 +18,15 @@ from qm_spec.drafter.loop import DraftLoop, dense_weights
 from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop, draw
 from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.integrations.vllm_plugin.adaptive import begin_step, make_controller, plan_step
+from qm_spec.integrations.vllm_plugin.counters import Counters
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
 from qm_spec.integrations.vllm_plugin.head import plain_head, plain_table
 from qm_spec.integrations.vllm_plugin.lookup import draft_widths, join_drafts, look_up
+from qm_spec.integrations.vllm_plugin.report import Report
 from qm_spec.integrations.vllm_plugin.seeds import next_numbers
 from qm_spec.integrations.vllm_plugin.seeds import sample as sample_by_number
 from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
+from qm_spec.integrations.vllm_plugin.switch import Switch, limit_drafts
 from qm_spec.ops import merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
 
@@ -31,6 +34,9 @@ logger = logging.getLogger("vllm.plugins.qm_spec")
 
 # In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_kernels.py).
 MOST_REQUESTS_16_BIT = 16
+# Steps in a row in which drafting may fail. A fault that passes costs the drafts of a step; one that stays would fill
+# the log.
+MOST_FAILURES = 3
 
 Drafted = TypeVar("Drafted")
 
@@ -77,7 +83,11 @@ class DraftSession:
 
     Attributes:
         batch: requests of the last step, row by row; none at all where vLLM does not tell.
-        failed: drafting has failed and is over.
+        num_failures: steps in a row in which drafting has failed.
+        switch: what may be drafted.
+        counters: what has been drafted, and accepted.
+        report: tells about them.
+        captures: whether the V2 runner's speculator captures our loop; None where the speculator is not ours.
     """
 
     def __init__(
@@ -95,8 +105,17 @@ class DraftSession:
         self.num_drafts, self.most_drafts = num_drafts, most_drafts
         self.lookup_length, self.adapts, self.seeds_by_position = lookup_length, adapts, seeds_by_position
         self.batch: list[DraftRequest] = []
-        self.failed = False
+        self.num_failures = 0
+        self.switch = Switch(most_drafts)
+        self.counters = Counters()
+        self.report = Report(self.counters, "the drafter")
+        self.captures: bool | None = None
         self._requests: dict[str, DraftRequest] = {}
+
+    @property
+    def failed(self) -> bool:
+        """Whether drafting has failed so often that it is over."""
+        return self.num_failures >= MOST_FAILURES
 
     @cached_property
     def graphs(self) -> DraftGraphs | None:
@@ -109,6 +128,12 @@ class DraftSession:
         """What decides how many tokens to draft."""
         return make_controller(self.num_drafts, self.most_drafts if self.lookup_length else 0)
 
+    def turn(self, on: bool) -> None:
+        """Draft from now on, or no longer: pages are still written, so that drafts are as good as ever afterwards."""
+        self.switch.on = on
+        # It would take what happened in between for one step.
+        self.__dict__.pop("controller", None)
+
     def note_batch(self, names: Sequence[str], states: Mapping[str, Any]) -> None:
         """Note the requests of the next step to draft behind, and forget those that vLLM has forgotten.
 
@@ -119,24 +144,62 @@ class DraftSession:
         self._requests = {
             name: request for name, request in self._requests.items() if states.get(name) is request.state
         }
-        self.batch = [self._requests.setdefault(name, DraftRequest(states[name])) for name in names]
+        for name in names:
+            if name not in self._requests:
+                self._requests[name] = request = DraftRequest(states[name])
+                request.most_drafts = self.switch.most_tokens(request.asked)
+        self.batch = [self._requests[name] for name in names]
 
     def attempt(self, draft: Callable[[], Drafted]) -> Drafted | None:
-        """Return what `draft` returns; None for good after it has raised: decoding needs no drafts."""
-        if not self.failed:
-            try:
-                return draft()
-            except Exception:
-                self.failed = True
-                logger.exception(
-                    "qm_spec: drafting failed, so this engine goes on without drafts. Outputs stay right; "
-                    "please report what follows"
-                )
-        return None
+        """Return what `draft` returns, None where it raises: decoding needs no drafts.
 
-    def draft(self, step: DraftStep) -> Drafts:
-        """Decide how many tokens to draft behind this step, write its states into the merged cache and draft."""
+        After `MOST_FAILURES` steps in a row it is not called again. What the pages lack of a failed step costs
+        acceptance only: readers trust no page, and merging drops what is not finite.
+        """
+        if self.failed:
+            self._note_failed_step()
+            return None
+        try:
+            drafted = draft()
+        except Exception:
+            self.num_failures += 1
+            self._forget()
+            logger.warning(
+                "qm_spec: drafting failed, so %s. Outputs stay right; please report what follows",
+                f"after {MOST_FAILURES} steps in a row this engine goes on without drafts; start it again to draft"
+                if self.failed
+                else "this step goes on without drafts",
+                exc_info=True,
+            )
+            self._note_failed_step()
+            return None
+        self.num_failures = 0
+        self.report.end_step()
+        return drafted
+
+    def _note_failed_step(self) -> None:
+        self.counters["failed_steps", ""] += 1
+        self.report.end_step()
+
+    def _forget(self) -> None:
+        """Drop what a step that failed may have left half noted: indices are made anew, and costs measured anew."""
+        self._requests.clear()
+        self.__dict__.pop("controller", None)
+
+    def draft(self, step: DraftStep) -> Drafts | None:
+        """Decide how many tokens to draft behind this step, write its states into the merged cache and draft.
+
+        Returns:
+            None where drafting is switched off.
+        """
         on_cpu = step.next_token_ids.device.type == "cpu"
+        if on_cpu or self.lookup_length:
+            # Lookup reads values on the host too.
+            self._count_verified(step)
+        if not self.switch.on:
+            self.counters["steps", "plain"] += 1
+            self.propose(step, [0] * len(step.next_token_ids))
+            return None
         controller = self.controller if self.adapts and on_cpu and step.requests else None
         if controller is not None:
             begin_step(controller, step)
@@ -151,10 +214,42 @@ class DraftSession:
             widths, found = plan_step(controller, step, found)
         else:
             widths = draft_widths(found, num_requests, num_drafts)
+            if on_cpu and step.requests:
+                # A GPU drafts as many for all.
+                widths, found = limit_drafts(step.requests, widths, found)
         drafts = self.propose(step, widths, found)
+        self._count_drafted(step, widths, found)
         if controller is not None:
             controller.end()
         return drafts
+
+    def _count_verified(self, step: DraftStep) -> None:
+        """Count what this step has verified of the drafts that were made behind the one before."""
+        if not step.requests:
+            return
+        rows, rejected = step.query_start_loc.diff().tolist(), step.num_rejected.tolist()
+        for request, num_rows, num_rejected in zip(step.requests, rows, rejected, strict=True):
+            # A preempted request has more rows: it is read again, and its draft is lost.
+            if request.source is not None and 1 < num_rows <= 1 + request.num_drafted:
+                num_drafted = num_rows - 1
+                self.counters.note_drafts(request.source, 1, num_drafted, num_drafted - num_rejected)
+            request.source = None
+
+    def _count_drafted(self, step: DraftStep, widths: Sequence[int], found: Sequence[Lookup]) -> None:
+        """Count the step by what has drafted behind it, and note whose draft each request waits with."""
+        sources = [
+            None if not width else "lookup" if found and found[row].length else "prior"
+            for row, width in enumerate(widths)
+        ]
+        self.counters["steps", "prior" if "prior" in sources else "lookup" if "lookup" in sources else "plain"] += 1
+        if not step.requests:
+            return
+        for request, source, width, num_computed in zip(
+            step.requests, sources, widths, step.num_verified.tolist(), strict=True
+        ):
+            # Behind a piece of a prompt vLLM drops the drafts.
+            request.source = source if request.num_written(num_computed) > 0 else None
+            request.num_drafted = width
 
     def propose(self, step: DraftStep, widths: Sequence[int], found: Sequence[Lookup] = ()) -> Drafts:
         """Write this step's states into the merged cache and draft from it.
@@ -217,6 +312,7 @@ class DraftSession:
                     paged = PagedLoop(weights, eps, cache, merge)
                     inputs = DraftInputs(table, verified, state, next_ids, temperature, uniform)
                     drafted, probs = self.graphs.draft(paged, inputs, num_drafts)
+                    self.counters["graph_replays", ""] = self.graphs.num_replays
                 else:
                     merge_groups_(cache, table, verified, layer.head_dim, merge)
                     drafted, probs = draft_tokens(
@@ -225,7 +321,22 @@ class DraftSession:
                 # What verifies drafts knows the target's vocabulary only.
                 if step.draws and model.draft_rows is not None:
                     probs = spread(probs, weights.token_ids, model.config.vocab_size, 0.0)
+            if step.draws and probs is not None:
+                _make_sure(probs, drafted)
             return Drafts(*join_drafts(found, drafted, probs if step.draws else None, widths))
+
+
+def _make_sure(probs: Tensor, drafted: Tensor) -> None:
+    """Call drafts sure, in place, whose distribution `[B, K, V]` is not finite: verification must not weigh by it.
+
+    Such are those of a request that has read what is not finite, until its window has moved on.
+    """
+    places = drafted.unsqueeze(-1)
+    # A distribution with one NaN in it is all NaN.
+    broken = ~probs.gather(-1, places).isfinite()
+    # The host reads a CPU's values for nothing; elsewhere it would wait.
+    if probs.device.type != "cpu" or broken.any():
+        probs.masked_fill_(broken, 0.0).scatter_add_(-1, places, broken.to(probs.dtype))
 
 
 def _random_numbers(generators: Mapping[int, torch.Generator], like: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import S
 from qm_spec.drafter.loop import DraftLoop
 from qm_spec.drafter.paged_loop import DraftInputs, paged_draft_steps
 from qm_spec.integrations.vllm_plugin.copies import CopiedDrafts
+from qm_spec.integrations.vllm_plugin.counters import DeviceCounts
+from qm_spec.integrations.vllm_plugin.cuda_graphs import can_capture
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length
 from qm_spec.integrations.vllm_plugin.model import drafter_config
 from qm_spec.integrations.vllm_plugin.step import DraftStep
@@ -57,6 +59,8 @@ class QuickMergeSpeculator(EagleSpeculator):
         next_token_ids: `[R]` int64, the token behind each of them. Their states are in `hidden_states`.
         copied: what lookup has found behind them.
         req_states: the runner's requests, for the tokens of their texts.
+        counts: of verified drafts.
+        has_drafted: whether what the next step verifies are drafts of ours, and not zeros.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
@@ -67,6 +71,8 @@ class QuickMergeSpeculator(EagleSpeculator):
         self.copied = CopiedDrafts(self.max_num_reqs, self.num_speculative_steps, device)
         self.num_verified = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.next_token_ids = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+        self.counts = DeviceCounts(device)
+        self.has_drafted = False
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the drafter. Behind its own drafts there are copies only, or token 0: either is sure."""
@@ -84,12 +90,13 @@ class QuickMergeSpeculator(EagleSpeculator):
         return min(most, self.num_speculative_steps)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Prepare full graphs of the loop where the target's decode steps have them, else none."""
-        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        """Prepare full graphs of the loop where the target's decode steps have them and the operators hold in them."""
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and can_capture(self.vllm_config)
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         self.decode_cudagraph_manager = SpeculatorCudaGraphManager(
             self.vllm_config, self.device, mode, decode_query_len=1
         )
+        self.model.session.captures = full
 
     def capture(self) -> None:
         """Capture the loop, in vLLM's own capture phase; it runs without graphs if that fails."""
@@ -168,16 +175,37 @@ class QuickMergeSpeculator(EagleSpeculator):
                 next_prefill_tokens,
             )
             self._remember(step, num_reqs, dummy_run)
-            if num_drafts:
+            # A later step merges what one without drafts leaves.
+            drafts_now = num_drafts > 0 and session.switch.on
+            if not dummy_run:
+                self._count(input_batch, num_rejected, drafts_now)
+            if drafts_now:
                 self._look_up(input_batch, dummy_run)
-                # A later step merges what one without drafts leaves.
                 self._draft(num_reqs, attn_metadata, is_profile, num_drafts)
-            return True
+            return session.switch.on
 
-        drafts = self.draft_tokens[:num_reqs]
-        if not self.model.session.attempt(draft):
+        session, drafts = self.model.session, self.draft_tokens[:num_reqs]
+        if not session.attempt(draft):
             self._draft_zeros(drafts, None if dummy_run else input_batch.idx_mapping)
         return drafts
+
+    def _count(self, input_batch: Any, num_rejected: Tensor, drafts_now: bool) -> None:
+        """Count this step, without a value read on the host.
+
+        Args:
+            input_batch: of this step, which has verified the drafts behind the one before.
+            num_rejected: `[B]`, of these.
+            drafts_now: whether there are drafts behind this one.
+        """
+        counters, places = self.model.session.counters, input_batch.idx_mapping
+        counters["steps", "prior" if drafts_now else "plain"] += 1
+        if input_batch.num_draft_tokens and self.has_drafted:
+            # The target's logits are those behind the drafts and of one more token.
+            num_drafted = input_batch.cu_num_logits[: len(places) + 1].diff() - 1
+            self.counts.note(num_drafted, num_rejected, self.copied.by_place[places])
+        for source, numbers in self.counts.take().items():
+            counters.note_drafts(source, *numbers)
+        self.has_drafted = drafts_now
 
     def _metadata(self, attn_metadata: dict[str, Any] | None) -> Any:
         return (attn_metadata or {}).get(self.model.model.attn.layer_name)
@@ -216,7 +244,7 @@ class QuickMergeSpeculator(EagleSpeculator):
         longest = int(input_batch.seq_lens_cpu_upper_bound.max()) + 1
         all_token_ids, num_tokens = self.req_states.all_token_ids.gpu[:, :longest], self.num_verified[:num_reqs] + 1
         self.copied.find(all_token_ids, places, num_tokens, session.lookup_length)
-        if self.draft_logits is not None:
+        if self.draft_logits is not None and self.sure_ids.numel():
             first = self._num_prior_drafts
             rows, steps = places.unsqueeze(1), torch.arange(first, self.num_speculative_steps, device=places.device)
             # Distributions behind the prior's drafts are written where they change only: they are as wide as V.
@@ -246,6 +274,7 @@ class QuickMergeSpeculator(EagleSpeculator):
                 # The graph reads the table that it was captured with.
                 group.map_to_kernel_block_table(self.block_tables.input_block_tables[group.kv_cache_group_id])
         self.decode_cudagraph_manager.run_fullgraph(graph)
+        self.model.session.counters["graph_replays", ""] += 1
 
     def _draft_all(
         self,
@@ -265,6 +294,8 @@ class QuickMergeSpeculator(EagleSpeculator):
 
         def sample(output: Tensor, number: int) -> Tensor:
             self.current_draft_step.fill_(number)
+            # Drafts behind what is not finite may be any, but verification must not weigh them by such a distribution.
+            output = output.nan_to_num(0.0, 0.0, 0.0)
             # vLLM draws a token by the position before it. That of the first draft holds the token behind those read.
             token_ids: Tensor = self.sample_draft(
                 output,
@@ -312,7 +343,7 @@ class QuickMergeSpeculator(EagleSpeculator):
         super().observe_verification(idx_mapping, num_sampled, num_rejected)
 
     def _draft_zeros(self, drafts: Tensor, places: Tensor | None) -> None:
-        """Draft token 0 for all, as drafting has failed and vLLM takes no fewer than K.
+        """Draft token 0 for all, as drafting has failed or is off and vLLM takes no fewer than K.
 
         Verification must be told that they are sure, or it takes them for draws from what is kept of earlier steps.
 

@@ -20,10 +20,22 @@ class DraftRequest:
     Attributes:
         state: the V1 runner's `CachedRequestState`.
         index: of its tokens, made by the first lookup.
+        source: of the draft that the target verifies next, `prior` or `lookup`; None where it has none.
+        num_drafted: tokens of that draft.
+        most_drafts: tokens that it lets a step draft.
     """
 
     state: Any
     index: SuffixIndex | None = None
+    source: str | None = None
+    num_drafted: int = 0
+    most_drafts: int = sys.maxsize
+
+    @property
+    def asked(self) -> object:
+        """What it says of drafting for it, see `switch.py`; None for nothing."""
+        given = getattr(self.state.sampling_params, "extra_args", None)
+        return given.get("qm_spec") if given else None
 
     def token_ids(self, start: int, end: int) -> list[int] | None:
         """Return its tokens as vLLM knows them; None for embeddings, and before sampled ones have arrived."""
@@ -32,17 +44,25 @@ class DraftRequest:
         token_ids = [self.state.get_token_id(position) for position in range(start, end)]
         return None if min(token_ids) < 0 else token_ids
 
-    def num_useful(self, num_computed: int) -> int:
-        """Return how many drafts it can still use: none while its prompt is read, and none of its last token.
+    def num_written(self, num_computed: int) -> int:
+        """Return how many tokens have been sampled for it, 0 or less while its prompt is read.
 
         Args:
             num_computed: its verified tokens in the cache; one more has been sampled.
         """
-        num_written = num_computed + 1 - self.state.num_prompt_tokens
+        return num_computed + 1 - int(self.state.num_prompt_tokens)
+
+    def num_useful(self, num_computed: int) -> int:
+        """Return how many drafts it can still use: none while its prompt is read, none of its last token, as it asks.
+
+        Args:
+            num_computed: its verified tokens in the cache; one more has been sampled.
+        """
+        num_written = self.num_written(num_computed)
         most = self.state.sampling_params.max_tokens
         if num_written < 1:
             return 0
-        return sys.maxsize if most is None else max(most - num_written - 1, 0)
+        return self.most_drafts if most is None else min(self.most_drafts, max(most - num_written - 1, 0))
 
 
 @dataclass(frozen=True)

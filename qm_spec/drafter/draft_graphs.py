@@ -36,6 +36,9 @@ class DraftGraphs:
     Args:
         capture: records and returns what replays.
         sizes: batch sizes to capture. A batch is padded to the next one; larger ones run without a graph.
+
+    Attributes:
+        num_replays: drafts by a graph so far.
     """
 
     def __init__(self, capture: Capture, sizes: Iterable[int]) -> None:
@@ -44,6 +47,7 @@ class DraftGraphs:
         self._replays: dict[Hashable, Callable[[], None]] = {}
         self._buffers: dict[Hashable, _Buffers] = {}
         self._addresses: tuple[int, ...] = ()
+        self.num_replays = 0
 
     def draft(self, loop: PagedLoop, inputs: DraftInputs, num_drafts: int) -> tuple[Tensor, Tensor]:
         """Draft as `PagedLoop.draft` does; what is returned is the caller's own.
@@ -77,6 +81,7 @@ class DraftGraphs:
         # What else the other rows hold is left over from larger batches, and means nothing.
         buffers.inputs.num_tokens[batch:size].zero_()
         replay()
+        self.num_replays += 1
         return buffers.ids[:batch].clone(), buffers.probs[:batch].clone()
 
     def _record(

@@ -67,7 +67,7 @@ def merge_entries(keys: Tensor, values: Tensor, mass: Tensor, count: Tensor, kee
     Args:
         keys: `[..., R0, d]`.
         values: `[..., R0, d]`.
-        mass: `[..., R0]` float32, positive.
+        mass: `[..., R0]` float32, positive; 0 leaves an entry, whose key and value must be finite, out of the means.
         count: `[..., R0]` float32.
         keep: R, 0..R0; 0 drops the group.
 
@@ -93,7 +93,9 @@ def merge_entries(keys: Tensor, values: Tensor, mass: Tensor, count: Tensor, kee
     cluster.scatter_(-1, salient, torch.arange(keep, device=keys.device).expand_as(salient))
     member = torch.nn.functional.one_hot(cluster, keep).to(mass.dtype)
     merged_mass = (member * mass.unsqueeze(-1)).sum(-2)
-    weights = (member * mass.unsqueeze(-1) / merged_mass.unsqueeze(-2)).mT
+    # Of a cluster all of whose entries have no mass nothing is left: zeros without a mass.
+    total = merged_mass.where(merged_mass > 0, 1.0)
+    weights = (member * mass.unsqueeze(-1) / total.unsqueeze(-2)).mT
     merged_keys = (weights @ keys.float()).to(keys.dtype)
     merged_values = (weights @ values.float()).to(values.dtype)
     merged_count = (member * count.unsqueeze(-1)).sum(-2)

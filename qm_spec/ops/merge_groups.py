@@ -127,6 +127,8 @@ def _merge(
 ) -> None:
     """Merge the first `old` entries of each row's groups into the first `keep` slots of its first group.
 
+    An entry whose key, value or mass is not finite is dropped: it reads as zeros without a mass.
+
     Args:
         keys: `[pages, G, P, d]`, changed in place.
         values: `[pages, G, P, d]`, changed in place.
@@ -148,7 +150,10 @@ def _merge(
         return words[page, :, slot[..., :old]].flatten(1, 2).transpose(1, 2)
 
     k, v, s = read(keys), read(values), read(state)
+    dropped = ~(k.isfinite() & v.isfinite()).all(-1) | ~s[..., MASS].isfinite()
+    k, v = (x.masked_fill(dropped.unsqueeze(-1), 0.0) for x in (k, v))
     mass = saliency_mass(k, config) if new_level == 1 else s[..., MASS]
+    mass = mass.masked_fill(dropped | ~mass.isfinite(), 0.0)
     merged = merge_entries(k, v, mass, s[..., COUNT], keep)
     target = page[:, 0], slice(None), slot[:, 0, :keep]
     keys[target] = merged.keys.transpose(1, 2)
@@ -173,6 +178,11 @@ def merge_groups_(cache: Tensor, block_table: Tensor, frontier: Tensor, head_dim
     groups may cross pages; where two requests share its first pages but not all, the first request
     that comes gives it its content, and the other keeps its own groups beside it. What the slots
     hold that a merge leaves empty is not specified.
+
+    What a merge writes is finite. An entry with a key or value that is not (inf or NaN) is dropped: it counts as a
+    token, and adds nothing else to its head's means, for it reads as zeros with mass 0. Where all entries of a cluster
+    are dropped, zeros with mass 0 remain, which the next merge leaves out. Raw entries are kept as they were written:
+    the window's attention may read them until they are merged, and no longer.
 
     Args:
         cache: `[pages, G, P, C]`, changed in place; page 0 is never touched.

@@ -36,7 +36,7 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
         session = session_of(self)
         if session is not None and can_draft(self):
 
-            def draft() -> Drafts:
+            def draft() -> Drafts | None:
                 step = DraftStep.from_v1(
                     self,
                     num_speculative_tokens,
@@ -62,7 +62,7 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
         if session is not None and session.lookup_length:
             warn_without_lookup()
         most = num_speculative_tokens if session is None else min(num_speculative_tokens, session.num_drafts)
-        return original(
+        drafts = original(
             self,
             most,
             target_token_ids,
@@ -76,6 +76,11 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
             num_rejected_tokens_gpu,
             slot_mappings,
         )
+        if session is not None and not session.switch.on:
+            # Its keys and values are written.
+            self._last_draft_probs = None
+            return no_drafts(len(next_token_ids), num_speculative_tokens, self.device).token_ids
+        return drafts
 
     return replaced
 

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from qm_spec.discovery.files import shown
 from qm_spec.integrations.vllm_plugin.compat import Patch
+from qm_spec.integrations.vllm_plugin.metrics import shared_folder
 from qm_spec.integrations.vllm_plugin.request import find_request, is_our_model, resolve
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
+
+WORKER_EXTENSION = "qm_spec.integrations.vllm_plugin.worker.QuickMergeWorkerExtension"
 
 
 def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,6 +47,11 @@ def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
             # Otherwise the V1 runner drafts for nobody while one request is within K tokens of its end; drafts take no
             # room in the pages, and the scheduler cuts those behind the end.
             drafter.max_model_len = target_model_config.max_model_len + config.num_speculative_tokens
+            if not self.disable_log_stats:
+                # With the draft model it reaches the engine, wherever that runs.
+                drafter.hf_config.qm_spec_metrics = shared_folder()
+            if not target_parallel_config.worker_extension_cls:
+                target_parallel_config.worker_extension_cls = WORKER_EXTENSION
         return config
 
     return create_speculative_config

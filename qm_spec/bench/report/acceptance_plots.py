@@ -9,11 +9,11 @@ import numpy as np
 
 from qm_spec.bench.report.drawing import (
     Plot,
+    category_plot,
     draw_intervals,
     interval_hint,
     legend_below,
     line_style,
-    name_rows,
     new_axes,
     sweep_plot,
 )
@@ -69,20 +69,23 @@ def _points(rows: Sequence[Sequence[RequestRow]], shift: float) -> tuple[list[fl
 
 
 def _category_plot(measurements: Measurements, drafted: Sequence[Measured], tasks: Sequence[str]) -> Plot:
-    figure, axes = new_axes(1.3 + (0.22 + 0.13 * len(drafted)) * len(tasks))
-    drawn: list[Estimate] = []
-    for number, one in enumerate(drafted):
-        shift = 0.16 * (number - (len(drafted) - 1) / 2)
-        groups = [[row for row in one.rows if row.category == task] for task in tasks]
-        places, estimates = _points(groups, shift)
-        style = line_style(one.setting.method, measurements.methods)
-        draw_intervals(axes, places, estimates, style, label=one.setting.method, horizontal=True)
-        drawn += estimates
-    name_rows(axes, tasks)
-    axes.set_xlabel(_LABEL)
-    legend_below(figure, axes)
-    caption = measurements.caption("The target's own token is counted." + interval_hint(drawn))
-    return Plot("acceptance-by-category", "Acceptance length by category", caption, figure)
+    found = {
+        one.setting.method: {
+            task: value
+            for task in tasks
+            if (value := estimate(ACCEPTANCE, [row for row in one.rows if row.category == task])) is not None
+        }
+        for one in drafted
+    }
+    return category_plot(
+        measurements,
+        found,
+        tasks,
+        name="acceptance-by-category",
+        title="Acceptance length by category",
+        label=_LABEL,
+        hint="The target's own token is counted.",
+    )
 
 
 def length_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:

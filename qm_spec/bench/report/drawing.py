@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,43 @@ def draw_intervals(
         axes.errorbar(values, places, xerr=lengths, **{**style, **bars, "linestyle": ""})
     else:
         axes.errorbar(places, values, yerr=lengths, **{**style, **bars})
+
+
+def category_plot(
+    measurements: Measurements,
+    found: Mapping[str, Mapping[str, Estimate]],
+    categories: Sequence[str],
+    *,
+    name: str,
+    title: str,
+    label: str,
+    hint: str,
+    level: float | None = None,
+) -> Plot:
+    """Draw a row per category with a point per method.
+
+    Args:
+        found: estimates by method and category; categories that a method lacks are left out.
+        categories: from the top.
+        label: of the values.
+        hint: for readers.
+        level: where a dashed line stands.
+    """
+    figure, axes = new_axes(1.3 + (0.22 + 0.13 * len(found)) * len(categories))
+    drawn: list[Estimate] = []
+    for number, (method, by_category) in enumerate(found.items()):
+        shift = 0.16 * (number - (len(found) - 1) / 2)
+        points = [(place + shift, by_category[one]) for place, one in enumerate(categories) if one in by_category]
+        estimates = [one for _, one in points]
+        style = line_style(method, measurements.methods)
+        draw_intervals(axes, [place for place, _ in points], estimates, style, label=method, horizontal=True)
+        drawn += estimates
+    if level is not None:
+        axes.axvline(level, color=INK, linewidth=0.9, linestyle="--")
+    name_rows(axes, categories)
+    axes.set_xlabel(label)
+    legend_below(figure, axes)
+    return Plot(name, title, measurements.caption(hint + interval_hint(drawn)), figure)
 
 
 def interval_hint(estimates: Sequence[Estimate]) -> str:

@@ -8,6 +8,7 @@ from qm_spec.bench.methods import REFERENCE_METHOD
 from qm_spec.bench.report.drawing import (
     INK,
     Plot,
+    category_plot,
     draw_intervals,
     interval_hint,
     line_style,
@@ -30,6 +31,18 @@ def speed_plots(measurements: Measurements) -> Iterator[Plot]:
     ]
     if compared:
         yield _methods_plot(measurements, compared)
+    by_category = {one.setting.method: _by_category(one) for one, _ in compared if one.run.get("categories")}
+    if by_category:
+        yield category_plot(
+            measurements,
+            by_category,
+            list(dict.fromkeys(name for found in by_category.values() for name in found)),
+            name="speedup-by-category",
+            title="Speed-up by category",
+            label=_LABEL,
+            hint="Right of the dashed line is faster.",
+            level=1.0,
+        )
     for axis in measurements.varied():
         plot = sweep_plot(
             measurements,
@@ -42,6 +55,14 @@ def speed_plots(measurements: Measurements) -> Iterator[Plot]:
         )
         if plot is not None:
             yield plot
+
+
+def _by_category(one: Measured) -> dict[str, Estimate]:
+    return {
+        found["category"]: Estimate(found["speedup"], found["speedup_low"], found["speedup_high"])
+        for found in one.run["categories"]
+        if found["speedup"] is not None
+    }
 
 
 def _methods_plot(measurements: Measurements, compared: list[tuple[Measured, Estimate]]) -> Plot:
