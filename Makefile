@@ -63,8 +63,7 @@ lint: install ## ruff and mypy
 
 docs: install ## build the site in build/site; a dead link is an error
 	$(BIN)/python docs/hooks/cli.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "built build/site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: install ## sdist, and the wheel made from it, in dist/
 	$(BIN)/python -m build --no-isolation

@@ -261,6 +261,14 @@ def test_every_patch_of_vllm_is_in_the_table() -> None:
     assert set(re.findall(r"^\| `(\w+\.py)` \|", patches, re.MULTILINE)) == files
 
 
+def test_every_counter_is_in_the_table() -> None:
+    from qm_spec.integrations.vllm_plugin.counters import METRICS
+
+    text = (ROOT / "docs/reference/metrics.md").read_text()
+    counted = {f"qm_spec:{metric.name}_total" for metric in METRICS}
+    assert set(re.findall(r"^\| `(qm_spec:\w+)` \|", text, re.MULTILINE)) == counted
+
+
 # Prose
 
 
