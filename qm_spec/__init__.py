@@ -20,6 +20,8 @@ if TYPE_CHECKING:
         quickmerge_inference,
     )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BidirectionalARAlignment",
     "DifferentiableTokenMerging",

@@ -265,7 +265,8 @@ def test_a_disk_that_fills_up_leaves_the_finished_shards_and_the_record(settings
     synced = []
 
     def fsync(number):
-        synced.append(number)
+        if "answers-" in os.readlink(f"/proc/self/fd/{number}"):
+            synced.append(number)
         if len(synced) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
