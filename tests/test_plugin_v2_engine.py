@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from v2_engine import INTERPRETED, NOISE
 
 import qm_spec
+from qm_spec.bench.acceptance.replay import accepted_everywhere, chances_everywhere, read_text
 from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.head import draft_head
-from qm_spec.evaluation.replay import accepted_everywhere, chances_everywhere, read_text
 
 pytestmark = pytest.mark.vllm
 
