@@ -1,7 +1,7 @@
 """vLLM's V2 engine with our drafter: in batches, sampled, preempted, aborted; each step keeps what a replay expects.
 
 Where only outputs were compared, a drafter that has lost its memory would go unnoticed. So each step of each request
-is held to what the target and the drafter say for its text in `evaluation/replay.py`.
+is held to what the target and the drafter say for its text in `bench/acceptance/replay.py`.
 """
 
 from __future__ import annotations
