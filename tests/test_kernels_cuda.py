@@ -820,7 +820,7 @@ def test_graphs_over_the_host_code_draft_what_the_operator_drafts(host: Host) ->
     assert len(recorder.graphs) == 1
 
 
-def test_the_host_code_refuses_with_a_sentence(host: Host) -> None:
+def test_the_host_code_refuses_with_a_sentence(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(20)
     rest = (torch.rand(4), torch.rand(4), 5, CONFIG)
     with host:
@@ -830,6 +830,11 @@ def test_the_host_code_refuses_with_a_sentence(host: Host) -> None:
             ops.merged_attention(torch.randn(1, 4, 8).half(), case.cache, case.table, lens(20), lens(0, 1), *rest)
         with pytest.raises(RuntimeError, match="block_table must be"):
             ops.merge_groups_(case.cache, case.table.long(), lens(20), 8, CONFIG)
+        with monkeypatch.context() as patch:
+            patch.setattr("qm_spec.config.SALIENCIES", ("entropy", "norm"))
+            unknown = replace(CONFIG, saliency="norm")
+        with pytest.raises(RuntimeError, match="saliency must be entropy or inverse_entropy, got norm"):
+            ops.merge_groups_(case.cache, case.table, lens(20), 8, unknown)
         # Nothing to do.
         ops.append_kv_(case.cache, case.key[:0], case.value[:0], case.slots[:0])
         out, lse, _ = ops.merged_attention(torch.randn(0, 4, 8), case.cache, case.table, lens(20), lens(0, 0), *rest)

@@ -519,6 +519,13 @@ class TestMerge:
         merge_reference(expected.cache, case.table, lens(200), 8, CONFIG)
         assert_same_cache(case, expected)
 
+    def test_a_saliency_that_only_python_knows_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A drafter would be trained by one measure and served by another."""
+        case = make_case(64)
+        monkeypatch.setattr("qm_spec.config.SALIENCIES", ("entropy", "norm"))
+        with pytest.raises(RuntimeError, match="saliency must be entropy or inverse_entropy, got norm"):
+            merge_groups_(case.cache, case.table, lens(64), 8, replace(CONFIG, saliency="norm"))
+
     def test_a_page_that_does_not_exist_is_an_error(self) -> None:
         case = make_case(64)
         with pytest.raises(RuntimeError, match=r"block_table: pages must be in 0\.\.4, got 1000000"):

@@ -649,8 +649,10 @@ void merge_groups(
   STD_TORCH_CHECK(
       cache.page_size % group_size == 0,
       op, ": group_size ", group_size, " must divide the page size ", cache.page_size);
-  const Rule rule{
-      config, saliency == "inverse_entropy", static_cast<float>(temperature), static_cast<float>(epsilon)};
+  const bool inverse = saliency == "inverse_entropy";
+  STD_TORCH_CHECK(
+      inverse || saliency == "entropy", op, ": saliency must be entropy or inverse_entropy, got ", saliency);
+  const Rule rule{config, inverse, static_cast<float>(temperature), static_cast<float>(epsilon)};
   const Integers frontier = integers(frontier_tensor, op);
 
   // Requests may share pages. In each round those work that share no group with one before them; the others list

@@ -21,10 +21,13 @@ void merge_groups_cuda(
   STD_TORCH_CHECK(
       group_size >= 2 && cache.size(2) % group_size == 0,
       kOp, ": group_size ", group_size, " must divide the page size ", cache.size(2));
+  const bool inverse = saliency == "inverse_entropy";
+  STD_TORCH_CHECK(
+      inverse || saliency == "entropy", kOp, ": saliency must be entropy or inverse_entropy, got ", saliency);
   if (block_table.numel() == 0 || cache.numel() == 0) return;
   const Schedule due = schedule_of(window, group_size, schedule, doublings, kOp);
   const Saliency weighing{
-      saliency == "inverse_entropy" ? -1.0f : 1.0f, static_cast<float>(temperature), static_cast<float>(epsilon)};
+      inverse ? -1.0f : 1.0f, static_cast<float>(temperature), static_cast<float>(epsilon)};
   const torch::stable::accelerator::DeviceGuard guard(cache.get_device_index());
   const Launcher launch(cache.get_device_index());
   dispatch(cache, kOp, [&](auto* type) {

@@ -10,6 +10,9 @@ from torch import Tensor
 from qm_spec.config import MergeConfig
 from qm_spec.ops.attention_entropy import attention_entropy
 
+# Of a token's attention entropy in its saliency; the kernels refuse a name that they do not know.
+_SIGN = {"entropy": 1.0, "inverse_entropy": -1.0}
+
 
 def saliency_mass(keys: Tensor, config: MergeConfig) -> Tensor:
     """Weigh the tokens of each group by their attention entropy among the group's keys.
@@ -27,9 +30,7 @@ def saliency_mass(keys: Tensor, config: MergeConfig) -> Tensor:
 
     Source: QuickMerge++, arXiv 2508.13204.
     """
-    entropy = attention_entropy(keys)
-    if config.saliency == "inverse_entropy":
-        entropy = -entropy
+    entropy = _SIGN[config.saliency] * attention_entropy(keys)
     low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
     spread = high - low
     saliency = torch.where(spread > 1e-6, (entropy - low) / spread.clamp_min(1e-6), 0.5)
