@@ -327,7 +327,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(plugin.backend, "backend", lambda device="cpu": "compiled")
     monkeypatch.setattr(plugin, "plain_weights", lambda model: object())
     return SimpleNamespace(
-        model=bare(QuickMergeForCausalLM, session="the engine's"),
+        model=bare(QuickMergeForCausalLM, session=DraftSession(None, None, 4, 4)),
         device=torch.device("cuda"),
         vllm_config=vllm_config(),
         use_heterogeneous_vocab=False,
@@ -528,7 +528,7 @@ def test_drafting_that_fails_in_three_steps_in_a_row_stays_off_and_says_so(caplo
 def test_what_a_failed_step_has_left_half_noted_is_forgotten(monkeypatch):
     """An index that lacks tokens in the middle, and times of a step that did not end."""
     session = DraftSession(None, None, 4, 4, lookup_length=3)
-    state = object()
+    state = SimpleNamespace(sampling_params=None)
     session.note_batch(["a"], {"a": state})
     controller, request = session.controller, session.batch[0]
     session.attempt(lambda: 1 / 0)
