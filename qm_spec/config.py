@@ -11,7 +11,8 @@ from typing import Any
 
 # The name that vLLM knows the draft model by; it must begin with Eagle3.
 ARCHITECTURE = "Eagle3QuickMergeForCausalLM"
-SALIENCIES = ("entropy", "inverse_entropy")
+# By name, the sign of a token's attention entropy in its saliency.
+SALIENCIES = {"entropy": 1.0, "inverse_entropy": -1.0}
 # A checkpoint may come from anywhere, and these decide how much memory is asked for and how far distances are shifted.
 MOST_WINDOW = 2**20
 MOST_GROUP_SIZE = 256
@@ -82,7 +83,7 @@ class MergeConfig:
         if not 0 <= self.doublings <= 16:
             raise ValueError(f"MergeConfig: doublings must be in 0..16, got {self.doublings}")
         if self.saliency not in SALIENCIES:
-            raise ValueError(f"MergeConfig: saliency must be one of {SALIENCIES}, got {self.saliency!r}")
+            raise ValueError(f"MergeConfig: saliency must be one of {tuple(SALIENCIES)}, got {self.saliency!r}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"MergeConfig: temperature must be above 0 and finite, got {self.temperature}")
         if not 0 < self.epsilon < 1:

@@ -831,7 +831,7 @@ def test_the_host_code_refuses_with_a_sentence(host: Host, monkeypatch: pytest.M
         with pytest.raises(RuntimeError, match="block_table must be"):
             ops.merge_groups_(case.cache, case.table.long(), lens(20), 8, CONFIG)
         with monkeypatch.context() as patch:
-            patch.setattr("qm_spec.config.SALIENCIES", ("entropy", "norm"))
+            patch.setattr("qm_spec.config.SALIENCIES", {"entropy": 1.0, "norm": 1.0})
             unknown = replace(CONFIG, saliency="norm")
         with pytest.raises(RuntimeError, match="saliency must be entropy or inverse_entropy, got norm"):
             ops.merge_groups_(case.cache, case.table, lens(20), 8, unknown)

@@ -522,7 +522,7 @@ class TestMerge:
     def test_a_saliency_that_only_python_knows_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A drafter would be trained by one measure and served by another."""
         case = make_case(64)
-        monkeypatch.setattr("qm_spec.config.SALIENCIES", ("entropy", "norm"))
+        monkeypatch.setattr("qm_spec.config.SALIENCIES", {"entropy": 1.0, "norm": 1.0})
         with pytest.raises(RuntimeError, match="saliency must be entropy or inverse_entropy, got norm"):
             merge_groups_(case.cache, case.table, lens(64), 8, replace(CONFIG, saliency="norm"))
 

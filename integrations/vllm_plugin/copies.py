@@ -53,10 +53,10 @@ class CopiedDrafts:
 
     def over_logits(self, logits: Tensor, number: int) -> Tensor:
         """Return logits `[B, V]` of one step, certain of the copy where there is a match."""
-        rows, vocabulary = logits.shape
-        found = (self.lengths[:rows] > 0).unsqueeze(1)
-        copied = self.token_ids[:rows, number].unsqueeze(1) == torch.arange(vocabulary, device=logits.device)
-        return logits.masked_fill(found & ~copied, float("-inf")).masked_fill(found & copied, 0.0)
+        rows = len(logits)
+        found, copied = (self.lengths[:rows] > 0).unsqueeze(1), self.token_ids[:rows, number].unsqueeze(1)
+        certain = logits.gather(1, copied).masked_fill(found, 0.0)
+        return logits.masked_fill(found, float("-inf")).scatter(1, copied, certain)
 
     def over_confidences(self, probs: Tensor) -> Tensor:
         """Return the chances `[B, K]` that each draft is accepted if those before it are, for copies by their match.

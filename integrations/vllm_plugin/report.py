@@ -13,7 +13,8 @@ logger = logging.getLogger("vllm.plugins.qm_spec")
 
 # Tokens that the target accepts of one draft. The shipped drafters have 1.2 on greedy text and, at their worst, 0.2 to
 # 0.3: at temperature 1 with drafts that are not drawn (docs/results/long-context.md). A drafter below this does not
-# fit, and pays nowhere that was measured: on a CPU drafting and verifying cost nearly half a step (docs/design.md).
+# fit, and pays nowhere that was measured: on a CPU drafting and verifying cost nearly half a step
+# (docs/results/profile-step.md).
 LEAST_ACCEPTED = 0.15
 # Reports in a row, and drafts in them, before that is said: a minute, so that no single odd batch does it, and enough
 # drafts to tell 0.15 from 0.2 (a draft's accepted tokens deviate by about 0.5 there, so their mean by 0.016).

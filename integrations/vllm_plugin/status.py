@@ -8,6 +8,7 @@ from typing import Any
 
 from qm_spec.discovery.files import shown
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
+from qm_spec.integrations.vllm_plugin.proposer import obstacle
 from qm_spec.ops import backend
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
@@ -59,9 +60,6 @@ def status_of(model: Any, vllm_config: Any) -> Status:
     if v2:
         reason = None if session.captures is not None else "vLLM did not take our speculator"
     else:
-        # It imports the model, which imports this.
-        from qm_spec.integrations.vllm_plugin.proposer import obstacle
-
         reason = obstacle(model, vllm_config, device)
     if reason is not None:
         losses.append(

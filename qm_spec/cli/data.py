@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qm_spec.cli.evaluate import ray_settings
-from qm_spec.cli.options import EXIT_ENGINE_FAILED, EXIT_INTERRUPTED
+from qm_spec.cli.options import EXIT_ENGINE_FAILED, EXIT_INTERRUPTED, NumCpus, NumGpus, RayAddress, ray_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,13 +61,9 @@ def answer(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has answered.")] = False,
     ray: Annotated[int, typer.Option(metavar="N", help="Share the prompts among N Ray actors, an engine each.")] = 0,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Of a running cluster, or auto.", show_default="one on this machine")
-    ] = None,
-    num_cpus: Annotated[float, typer.Option(help="Cores per actor.")] = 1.0,
-    num_gpus: Annotated[
-        float | None, typer.Option(help="GPUs per actor.", show_default="1 where this machine has one, else 0")
-    ] = None,
+    ray_address: RayAddress = None,
+    num_cpus: NumCpus = 1.0,
+    num_gpus: NumGpus = None,
 ) -> None:
     """Let a target answer prompts, as data to train its drafter on: token ids in shards, greedy and sampled.
 

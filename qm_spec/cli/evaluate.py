@@ -11,14 +11,21 @@ import typer
 
 from qm_spec.bench.methods import METHODS
 from qm_spec.bench.settings import WAITING
-from qm_spec.cli.options import EXIT_BAD_INPUT, EXIT_ENGINE_FAILED, EXIT_INTERRUPTED
+from qm_spec.cli.options import (
+    EXIT_BAD_INPUT,
+    EXIT_ENGINE_FAILED,
+    EXIT_INTERRUPTED,
+    NumCpus,
+    NumGpus,
+    RayAddress,
+    ray_settings,
+)
 from qm_spec.pairs import NOVELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from qm_spec.bench.runs.benchmark import Benchmark
-    from qm_spec.bench.settings import RaySettings
 
 
 EXAMPLES = """
@@ -141,14 +148,9 @@ def evaluate(
             help="Share the prompts among N Ray actors, each with one engine at a time, so not in turn.",
         ),
     ] = 0,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Of a running cluster, or auto.", show_default="one on this machine"),
-    ] = None,
-    num_cpus: Annotated[float, typer.Option(help="Cores per actor.")] = 1.0,
-    num_gpus: Annotated[
-        float | None, typer.Option(help="GPUs per actor.", show_default="1 where this machine has one, else 0")
-    ] = None,
+    ray_address: RayAddress = None,
+    num_cpus: NumCpus = 1.0,
+    num_gpus: NumGpus = None,
 ) -> None:
     """Compare speculation methods on one target: speed, acceptance, and whether the output stays the same.
 
@@ -213,28 +215,6 @@ def parse_baselines(entries: Sequence[str]) -> dict[str, Path]:
             raise ValueError(f"baseline: must be NAME=DIR with each name once, got {entry!r}")
         found[name] = Path(folder)
     return found
-
-
-def ray_settings(num_actors: int, address: str | None, num_cpus: float, num_gpus: float | None) -> RaySettings | None:
-    """Return what the options of a command ask of Ray, None for nothing.
-
-    Raises:
-        ValueError: Ray is not installed, an address comes without actors, or a value is out of range.
-    """
-    from importlib.util import find_spec
-
-    from qm_spec.bench.environment import default_device
-    from qm_spec.bench.settings import RaySettings
-
-    if num_actors == 0:
-        if address is not None:
-            raise ValueError(f"ray: the address {address} must come with --ray N, the number of actors")
-        return None
-    if find_spec("ray") is None:
-        raise ValueError("ray: is not installed; install it with pip install 'qm_spec[eval]', or leave --ray out")
-    if num_gpus is None:
-        num_gpus = 1.0 if default_device() == "cuda" else 0.0
-    return RaySettings(num_actors, address, num_cpus, num_gpus)
 
 
 def run_with_progress(benchmark: Benchmark) -> int:

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qm_spec.cli.evaluate import ray_settings
-from qm_spec.cli.options import EXIT_INTERRUPTED, Target
+from qm_spec.cli.options import EXIT_INTERRUPTED, NumCpus, NumGpus, RayAddress, Target, ray_settings
 
 
 def generate(
@@ -34,13 +33,9 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto (the model's own), bfloat16, float16 or float32.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run has generated.")] = False,
     ray: Annotated[int, typer.Option(metavar="N", help="Share the rows among N Ray actors, an engine each.")] = 0,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Of a running cluster, or auto.", show_default="one on this machine")
-    ] = None,
-    num_cpus: Annotated[float, typer.Option(help="Cores per actor.")] = 1.0,
-    num_gpus: Annotated[
-        float | None, typer.Option(help="GPUs per actor.", show_default="1 where this machine has one, else 0")
-    ] = None,
+    ray_address: RayAddress = None,
+    num_cpus: NumCpus = 1.0,
+    num_gpus: NumGpus = None,
 ) -> None:
     """Answer a file of prompts offline; a row that cannot be answered gets an error in its place.
 

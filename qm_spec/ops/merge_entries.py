@@ -7,11 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qm_spec.config import MergeConfig
+from qm_spec.config import SALIENCIES, MergeConfig
 from qm_spec.ops.attention_entropy import attention_entropy
-
-# Of a token's attention entropy in its saliency; the kernels refuse a name that they do not know.
-_SIGN = {"entropy": 1.0, "inverse_entropy": -1.0}
 
 
 def saliency_mass(keys: Tensor, config: MergeConfig) -> Tensor:
@@ -30,7 +27,7 @@ def saliency_mass(keys: Tensor, config: MergeConfig) -> Tensor:
 
     Source: QuickMerge++, arXiv 2508.13204.
     """
-    entropy = _SIGN[config.saliency] * attention_entropy(keys)
+    entropy = SALIENCIES[config.saliency] * attention_entropy(keys)
     low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
     spread = high - low
     saliency = torch.where(spread > 1e-6, (entropy - low) / spread.clamp_min(1e-6), 0.5)

@@ -107,7 +107,7 @@ class EntropyAwareSaliency(nn.Module):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"EntropyAwareSaliency: num_layers must be at least 1, got {num_layers}")
-        check_choice("EntropyAwareSaliency", "direction", direction, ENTROPY_SALIENCIES)
+        check_choice("EntropyAwareSaliency", "direction", direction, tuple(ENTROPY_SALIENCIES))
         check_choice("EntropyAwareSaliency", "normalisation", normalisation, NORMALISATIONS)
         self.embedding_dim = embedding_dim
         self.num_layers = num_layers

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qm_spec.config import MergeConfig
+from qm_spec.config import SALIENCIES, MergeConfig
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
@@ -127,14 +127,13 @@ def _array(tensor: Tensor) -> Array:
 
 def _config(config: MergeConfig) -> Config:
     schedule = (ctypes.c_int64 * 16)(*config.schedule)
-    sign = -1.0 if config.saliency == "inverse_entropy" else 1.0
     return Config(
         config.window,
         config.group_size,
         len(config.schedule),
         schedule,
         config.doublings,
-        sign,
+        SALIENCIES[config.saliency],
         config.temperature,
         config.epsilon,
     )
