@@ -13,7 +13,7 @@ from torch import Tensor
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.loop import DraftLoop, dense_weights
 from qm_spec.ops import backend
-from qm_spec.ops.draft_tokens import draft_tokens_reference
+from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens_reference
 
 COMPILED = backend.backend() == "compiled"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -105,6 +105,36 @@ def test_greedy_drafts_are_the_best_tokens_but_for_near_ties(make, dtype, num_dr
         # Behind a tie the drafts go apart.
         same = clear.cumprod(-1).bool()
         assert torch.equal(ids[same], reference[same])
+
+
+def test_a_float32_target_is_drafted_for_in_half_the_bytes(make):
+    """The drafter's checkpoint and the target's head are bfloat16, the engine computes in float32."""
+    case = make(torch.float32)
+    narrow = {
+        name: weight.bfloat16().float() if weight.is_floating_point() else weight
+        for name, weight in case.weights._asdict().items()
+    }
+    wide = replace(case, weights=DraftWeights(**narrow))
+    half = replace(case, weights=wide.weights.in_half_the_bytes())
+    assert half.weights.head.dtype == half.weights.q_proj.dtype == torch.bfloat16
+    assert half.weights.embedding.dtype == half.weights.norm.dtype == half.weights.slopes.dtype == torch.float32
+    batch = len(case.state)
+    temperature, uniform = torch.ones(batch), torch.rand(batch, 1, dtype=torch.float64)
+    for arguments in [(1, temperature, uniform), (1, None, None)]:
+        for one, other in zip(half.draft(*arguments), wide.draft(*arguments), strict=True):
+            torch.testing.assert_close(one, other)
+    for one, other in zip(
+        draft_tokens_reference(*half.arguments(4)), draft_tokens_reference(*wide.arguments(4)), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_a_matrix_that_bfloat16_does_not_hold_stays_as_it_is():
+    weights = make_case([5], SMALL, torch.float32).weights
+    inexact = weights.in_half_the_bytes()
+    assert all(one is other for one, other in zip(inexact, weights, strict=True))
+    bfloat16 = make_case([5], SMALL, torch.bfloat16).weights
+    assert all(one is other for one, other in zip(bfloat16.in_half_the_bytes(), bfloat16, strict=True))
 
 
 def test_each_request_drafts_what_it_drafts_alone(make):

@@ -78,7 +78,15 @@ template <class Vec, class T, int kWeights, int kBatch>
 QM_INLINE void block(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count, float* out) {
   Vec sums[kBatch][kWeights] = {};
   int64_t k = 0;
-  for (; k + kStep <= count; k += kStep) add_step(w + k, w_stride, x + k, x_stride, sums);
+  for (; k + kStep <= count; k += kStep) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kWeights; ++i) {
+      const T* const ahead = w + (kWeights + i) * w_stride + k;
+      __builtin_prefetch(ahead);
+      if (sizeof(T) == 4) __builtin_prefetch(ahead + kLanes);
+    }
+    add_step(w + k, w_stride, x + k, x_stride, sums);
+  }
   if (k < count) {
     T rest[kWeights][kStep] = {};
     for (int i = 0; i < kWeights; ++i) std::memcpy(rest[i], w + i * w_stride + k, (count - k) * sizeof(T));

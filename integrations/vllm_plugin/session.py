@@ -111,6 +111,7 @@ class DraftSession:
         self.report = Report(self.counters, "the drafter")
         self.captures: bool | None = None
         self._requests: dict[str, DraftRequest] = {}
+        self._halved: tuple[tuple[int, int], DraftWeights] | None = None
 
     @property
     def failed(self) -> bool:
@@ -122,6 +123,17 @@ class DraftSession:
         """The draft graphs, made at the first step; None on a CPU."""
         on_gpu = self.vllm_config.device_config.device_type == "cuda"
         return DraftGraphs(CudaCapture(), graph_sizes(self.vllm_config)) if on_gpu else None
+
+    def _weights(self) -> DraftWeights | None:
+        """Return what the operator drafts with, on a CPU in half the bytes; None where vLLM's own layers must draft."""
+        weights = plain_weights(self.model)
+        if weights is None or self.graphs is not None:
+            return weights
+        # A target's head may be put in place of ours after the first step.
+        source = weights.embedding.data_ptr(), weights.head.data_ptr()
+        if self._halved is None or self._halved[0] != source:
+            self._halved = source, weights.in_half_the_bytes()
+        return self._halved[1]
 
     @cached_property
     def controller(self) -> Controller:
@@ -277,7 +289,7 @@ class DraftSession:
             return Drafts(join_drafts(found, nothing, None, widths)[0], None)
         state, table, verified = states[rows], step.block_table, step.num_verified
 
-        weights = plain_weights(model)
+        weights = self._weights()
         if self.graphs is None and len(state) > MOST_REQUESTS_16_BIT and state.dtype.itemsize == 2:
             weights = None
         temperature = uniform = None

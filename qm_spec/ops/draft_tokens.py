@@ -71,6 +71,22 @@ class DraftWeights(NamedTuple):
         """Return the target's token ids of rows of the head, int64."""
         return self.token_ids[rows] if len(self.token_ids) else rows
 
+    @torch.no_grad()
+    def in_half_the_bytes(self) -> DraftWeights:
+        """Return the same weights, with a float32 matrix in bfloat16 where that holds it exactly.
+
+        A draft step takes as long as its weights take to read. The checkpoints of targets in bfloat16 are such. The
+        embedding, of which single rows are read, stays the target's own.
+        """
+
+        def halved(name: str, weight: Tensor) -> Tensor:
+            if name == "embedding" or weight.dtype != torch.float32 or weight.dim() != 2:
+                return weight
+            half = weight.bfloat16()
+            return half if torch.equal(half.float(), weight) else weight
+
+        return self._make(halved(name, weight) for name, weight in self._asdict().items())
+
 
 class DraftLayer(Protocol):
     """What a draft step asks of the prior; `PriorLayer` has it."""
@@ -225,7 +241,7 @@ def draft_tokens_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute `draft_tokens` in plain PyTorch; the weights are those of `DraftWeights`."""
     config = MergeConfig(window, group_size, tuple(schedule), doublings=doublings)
-    w = DraftWeights(*weights)
+    w = DraftWeights(*(x.to(state.dtype) if x.is_floating_point() else x for x in weights))
     layer = DenseLayer(w, eps)
     probs: list[Tensor] = []
 
@@ -303,7 +319,7 @@ def draft_tokens(
         num_tokens: `[B]` int32, verified tokens in the cache; 0 marks padding, whose drafts mean nothing.
         state: `[B, D]`, fused state of the newest of them.
         next_ids: `[B]`, the token that follows it.
-        weights: all but the token ids in the state's dtype.
+        weights: all but the token ids in the state's dtype; matrices may be in bfloat16, see `in_half_the_bytes`.
         num_drafts: K, at least 1.
         eps: of the norms.
         config: of the merged cache.
@@ -382,9 +398,14 @@ def _check_weights(weights: DraftWeights, dtype: torch.dtype, hidden: int, num_k
         shape = matrices.get(name, (length,))
         if weight.shape != shape:
             raise ValueError(f"draft_tokens: {name} must be {list(shape)}, got {list(weight.shape)}")
-        expected, why = (torch.int64, "") if name == "token_ids" else (dtype, " as the state is")
-        if weight.dtype != expected:
-            raise TypeError(f"draft_tokens: {name} must be {expected}{why}, got {weight.dtype}")
+        expected: tuple[torch.dtype, ...] = (dtype,)
+        why = " as the state is"
+        if name == "token_ids":
+            expected, why = (torch.int64,), ""
+        elif name in matrices:
+            expected, why = (dtype, torch.bfloat16), " as the state is, or torch.bfloat16"
+        if weight.dtype not in expected:
+            raise TypeError(f"draft_tokens: {name} must be {expected[0]}{why}, got {weight.dtype}")
     if num_heads % num_kv_heads or query_size * num_kv_heads != kv_size * num_heads:
         raise ValueError(
             f"draft_tokens: q_proj and k_proj must have rows for {num_heads} and {num_kv_heads} heads of one size, "
