@@ -85,7 +85,7 @@ class DraftWeights(NamedTuple):
             half = weight.bfloat16()
             return half if torch.equal(half.float(), weight) else weight
 
-        return self._make(halved(name, weight) for name, weight in self._asdict().items())
+        return DraftWeights(*(halved(name, weight) for name, weight in self._asdict().items()))
 
 
 class DraftLayer(Protocol):
