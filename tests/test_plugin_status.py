@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
@@ -27,10 +28,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
         monkeypatch.setattr(status.backend, "backend", lambda device="cpu": kernels)
         monkeypatch.setattr(proposer, "get_tensor_model_parallel_world_size", lambda: settings.get("ranks", 1))
         monkeypatch.setattr(status, "graph_sizes", lambda vllm_config: [1, 2, 8])
+        monkeypatch.setattr(status.platform, "machine", lambda: settings.get("machine", "x86_64"))
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: settings.get("capability", "AVX2"))
         config = SimpleNamespace(
             device_config=SimpleNamespace(device_type=device),
             use_v2_model_runner=v2,
-            model_config=SimpleNamespace(model="the/target"),
+            model_config=SimpleNamespace(model="the/target", dtype=settings.get("dtype", torch.float32)),
             parallel_config=SimpleNamespace(data_parallel_size=1),
             speculative_config=SimpleNamespace(draft_model_config=SimpleNamespace(model="a/drafter\n")),
         )
@@ -64,6 +67,10 @@ def test_one_line_tells_all(engine: Callable[..., tuple[Any, Any]], plugin_log: 
         ),
         ({"device": "cuda"}, {"graphs": "up to 8 requests", "drafts": "in every step"}, []),
         ({"kernels": "reference"}, {"loop": "ours"}, ["pip install"]),
+        ({"dtype": torch.bfloat16}, {"loop": "ours"}, ["multiplies bfloat16 slowly", "--dtype float32"]),
+        ({"dtype": torch.bfloat16, "capability": "AVX512"}, {}, []),
+        ({"dtype": torch.float16, "machine": "aarch64", "capability": "DEFAULT"}, {}, []),
+        ({"dtype": torch.bfloat16, "device": "cuda"}, {}, []),
         ({"ranks": 2}, {"loop": "vLLM's"}, ["several ranks of tensor parallelism"]),
         ({"v2": True, "captures": True, "device": "cuda"}, {"runner": "V2", "loop": "ours", "graphs": "full"}, []),
         ({"v2": True, "captures": False}, {"graphs": "none", "lookup": "from 3 tokens"}, []),
