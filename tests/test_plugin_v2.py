@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
@@ -563,30 +562,38 @@ json.dump({**result, **notes}, open(sys.argv[2], "w"))
 
 @pytest.fixture(scope="module")
 def requests() -> list[dict[str, Any]]:
-    """Each prompt alone, then the longest again, whose first pages are kept; all together; samples."""
-    from transformers import AutoTokenizer
+    """Two prompts that repeat themselves, three that do not, and the last once more: each alone; together; sampled.
+
+    The first goes round and the second repeats a little, as what the target writes by itself does.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ZOO / "target")
     texts = [json.loads(line)["text"] for line in (ZOO / "prompts.jsonl").read_text().splitlines()]
-    prompts = [
-        {"prompt_token_ids": tokenizer(text)["input_ids"][:length]}
-        for text, length in zip(texts, LENGTHS, strict=False)
-    ]
+    ids = [tokenizer(text)["input_ids"][:length] for text, length in zip(texts, LENGTHS, strict=False)]
+    target = AutoModelForCausalLM.from_pretrained(ZOO / "target", dtype=torch.float32)
+    begun = torch.tensor(ids[:1])
+    written = target.generate(begun, max_length=97, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist()
+    prompts = [{"prompt_token_ids": one} for one in ids]
+    repetitive = [{"prompt_token_ids": one} for one in (written, written[:56])]
     greedy = {"temperature": 0, "max_tokens": NUM_TOKENS}
     sampled = {"temperature": 1, "max_tokens": NUM_TOKENS, "seed": 5}
+    together = [[{**one, "cache_salt": "together"} for one in many] for many in (prompts, [*repetitive, prompts[1]])]
     return [
-        *({"prompts": [prompt], "sampling": greedy} for prompt in [*prompts, prompts[-1]]),
-        {"prompts": [{**prompt, "cache_salt": "together"} for prompt in prompts], "sampling": greedy},
+        *({"prompts": [prompt], "sampling": greedy} for prompt in [*repetitive, *prompts, prompts[-1]]),
+        *({"prompts": many, "sampling": greedy} for many in together),
         *[{"prompts": prompts[:1], "sampling": sampled}] * 2,
+        *[{"prompts": repetitive[:1], "sampling": sampled}] * 2,
     ]
 
 
-def run_all(requests: list[dict[str, Any]], lookup_length: int, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Run requests in V2 without and with our drafter, and in V1 with it; adaptation is off."""
+@pytest.fixture(scope="module")
+def runs(requests: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The requests with lookup: in V2 without and with our drafter, and in V1 with it; adaptation is off."""
     v1 = NOTED + OFFLINE + WITH_NOTES
     v2 = V2.replace("import json, sys\n", NOTED + NOTED_V2 + "import json, sys\n") + WITH_NOTES
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QM_SPEC_LOOKUP", str(lookup_length))
+        patch.setenv("QM_SPEC_LOOKUP", "2")
         return SimpleNamespace(
             plain=run_offline(tmp_path_factory.mktemp("plain"), ENGINE, requests, V2),
             v2=run_offline(tmp_path_factory.mktemp("v2"), {**ENGINE, "speculative_config": OURS}, requests, v2),
@@ -594,58 +601,70 @@ def run_all(requests: list[dict[str, Any]], lookup_length: int, tmp_path_factory
         )
 
 
-@pytest.fixture(scope="module")
-def runs(requests: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The requests without lookup."""
-    return run_all(requests, 0, tmp_path_factory)
+def alone(run: Any) -> tuple[list[list[Any]], list[list[Any]]]:
+    """Return `[verified tokens, newest, drafts]` of steps with one request: of the repetitive ones, of the others."""
+    rows = [rows[0] for rows in takewhile(lambda rows: len(rows) == 1, run["drafted"])]
+    end = [verified for verified, *_ in rows].index(LENGTHS[0])
+    return rows[:end], rows[end:]
 
 
-@pytest.fixture(scope="module")
-def repetitive(requests: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Prompts with lookup, of which the first goes round and the second repeats a little: alone, together, sampled.
-
-    They are what the target writes by itself, which repeats itself more and more.
-    """
-    from transformers import AutoModelForCausalLM
-
-    (first,), (other,) = (requests[place]["prompts"] for place in (0, 1))
-    greedy, sampled = requests[0]["sampling"], requests[-1]["sampling"]
-    target = AutoModelForCausalLM.from_pretrained(ZOO / "target", dtype=torch.float32)
-    begun = torch.tensor([first["prompt_token_ids"]])
-    written = target.generate(begun, max_length=97, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist()
-    prompts = [{"prompt_token_ids": written}, {"prompt_token_ids": written[:56]}]
-    asked = [
-        *({"prompts": [prompt], "sampling": greedy} for prompt in prompts),
-        {"prompts": [{**prompt, "cache_salt": "together"} for prompt in [*prompts, other]], "sampling": greedy},
-        *[{"prompts": prompts[:1], "sampling": sampled}] * 2,
-    ]
-    found = run_all(asked, 2, tmp_path_factory)
-    found.texts = [
-        [*request["prompts"][0]["prompt_token_ids"], *answers[0]]
-        for request, answers in zip(asked[:2], found.plain["answers"][:2], strict=True)
-    ]
-    return found
+def accepted(run: Any, requests: slice) -> int:
+    """Return how many draft tokens were accepted in these requests."""
+    counts = [0, *(counters["vllm:spec_decode_num_accepted_tokens"] for counters in run["counters"])]
+    return counts[requests.stop] - counts[requests.start]
 
 
 def test_greedy_outputs_are_those_without_drafts_and_those_of_v1(runs: Any) -> None:
     assert runs.v2["speculators"] == ["QuickMergeSpeculator"] and runs.v2["errors"] == [None] * len(runs.v2["errors"])
-    assert runs.v2["answers"][:5] == runs.plain["answers"][:5] == runs.v1["answers"][:5]
+    assert runs.v2["answers"][:8] == runs.plain["answers"][:8] == runs.v1["answers"][:8]
     assert all(len(ids) == NUM_TOKENS for answers in runs.v2["answers"] for ids in answers)
-    accepted = runs.v2["counters"][4]["vllm:spec_decode_num_accepted_tokens"]
-    assert accepted > 20, "drafts are kept, so that the texts show something"
+    assert accepted(runs.v2, slice(2, 7)) > 20, "drafts are kept, so that the texts show something"
 
 
 def test_requests_alone_have_the_drafts_of_v1(runs: Any) -> None:
     """Also behind pieces of a prompt, and where a prompt's first pages are kept from the request before."""
-
-    def alone(run: Any) -> list[Any]:
-        return [rows[0] for rows in takewhile(lambda rows: len(rows) == 1, run["drafted"])]
-
-    ours = alone(runs.v2)
-    assert ours == alone(runs.v1)
+    _, ours = alone(runs.v2)
+    assert ours == alone(runs.v1)[1]
     # The last prompt's first pieces are read the first time only.
     assert [verified for verified, *_ in ours].count(64) == 1
     assert [verified for verified, *_ in ours].count(150) == 2
+
+
+def test_repetitive_prompts_are_copied_with_the_drafts_of_v1(runs: Any, requests: list[dict[str, Any]]) -> None:
+    """Those of the prior, where nothing matches, too."""
+    ours, _ = alone(runs.v2)
+    assert ours == alone(runs.v1)[0]
+    first, second = (
+        [*request["prompts"][0]["prompt_token_ids"], *answers[0]]
+        for request, answers in zip(requests[:2], runs.plain["answers"][:2], strict=True)
+    )
+    assert second == first[: len(second)], "so that one text says what was written behind either prompt"
+    copied = drafted = 0
+    # A text's last step may write more than was asked for.
+    for verified, newest, drafts in (step for step in ours if step[0] < len(first)):
+        assert first[verified] == newest
+        index = SuffixIndex(2)
+        index.read(first[:verified])
+        lookup = index.look_up(newest, NUM_DRAFTS)
+        drafted += 1
+        copied += lookup.length > 0
+        assert not lookup.length or tuple(drafts) == lookup.drafts
+    assert 5 <= copied < drafted, "the prior drafts too"
+    assert accepted(runs.v2, slice(0, 1)) >= 9, "of the first prompt's twelve tokens nine or more were drafted"
+
+
+@pytest.mark.parametrize("samples", [slice(8, 10), slice(10, 12)], ids=["drawn", "copied"])
+def test_seeds_reproduce_samples(samples: slice, runs: Any) -> None:
+    first, second = runs.v2["answers"][samples]
+    greedy = runs.v2["answers"][2 if samples.start == 8 else 0]
+    assert first == second and first != greedy, "they were sampled"
+    assert accepted(runs.v2, samples) > 0
+
+
+def test_what_a_step_reads_of_vllm_is_what_it_is_taken_for(runs: Any) -> None:
+    """In both live runners: after a change of vLLM's the names that do not fit are listed here."""
+    assert runs.v1["broken"] == runs.v2["broken"] == []
+    assert runs.v1["seen"] == ["draws", "requests"] and runs.v2["seen"] == []
 
 
 # Drafting fails before it writes the last two pieces of the prompt, and once more later.
@@ -674,66 +693,6 @@ def test_steps_whose_drafting_fails_change_no_token_and_later_ones_draft(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QM_SPEC_LOOKUP", "0")
         program = program.replace("import json, sys\n", FAILING + "import json, sys\n")
-        answer = run_offline(tmp_path, {**ENGINE, "speculative_config": OURS}, requests[2:3], program)
-    assert answer["answers"][0] == runs.plain["answers"][2]
+        answer = run_offline(tmp_path, {**ENGINE, "speculative_config": OURS}, requests[4:5], program)
+    assert answer["answers"][0] == runs.plain["answers"][4]
     assert answer["counters"][0]["vllm:spec_decode_num_accepted_tokens"] > 0
-
-
-def test_what_a_step_reads_of_vllm_is_what_it_is_taken_for(runs: Any) -> None:
-    """In both live runners: after a change of vLLM's the names that do not fit are listed here."""
-    assert runs.v1["broken"] == runs.v2["broken"] == []
-    assert runs.v1["seen"] == ["draws", "requests"] and runs.v2["seen"] == []
-
-
-def test_seeds_reproduce_samples_whose_drafts_are_drawn(runs: Any) -> None:
-    first, second = runs.v2["answers"][5:]
-    assert first == second and first != runs.v2["answers"][0], "they were sampled"
-    before, after = (runs.v2["counters"][place]["vllm:spec_decode_num_accepted_tokens"] for place in (4, 6))
-    assert after > before
-
-
-# Engines with lookup
-
-
-def test_repetitive_prompts_are_copied_and_outputs_are_those_without_drafts_and_those_of_v1(repetitive: Any) -> None:
-    v2, v1 = repetitive.v2, repetitive.v1
-    assert v2["errors"] == [None] * 5 and v2["answers"][:3] == repetitive.plain["answers"][:3] == v1["answers"][:3]
-    copied = drafted = 0
-    for text, steps in zip(repetitive.texts, alone_by_text(v2, repetitive.texts), strict=True):
-        # The last step may write more than was asked for.
-        for verified, newest, drafts in (step for step in steps if step[0] < len(text)):
-            assert text[verified] == newest
-            index = SuffixIndex(2)
-            index.read(text[:verified])
-            lookup = index.look_up(newest, NUM_DRAFTS)
-            drafted += 1
-            copied += lookup.length > 0
-            assert not lookup.length or tuple(drafts) == lookup.drafts
-    assert 5 <= copied < drafted, "the prior drafts too"
-    # Of the first prompt's twelve tokens nine or more were drafted.
-    assert v2["counters"][0]["vllm:spec_decode_num_accepted_tokens"] >= 9
-
-
-def test_with_lookup_requests_alone_have_the_drafts_of_v1(repetitive: Any) -> None:
-    """Those of the prior, where nothing matches, too."""
-    assert alone_by_text(repetitive.v2, repetitive.texts) == alone_by_text(repetitive.v1, repetitive.texts)
-
-
-def test_seeds_reproduce_samples_whose_drafts_are_copied(repetitive: Any) -> None:
-    first, second = repetitive.v2["answers"][3:]
-    assert first == second
-    before, after = (repetitive.v2["counters"][place]["vllm:spec_decode_num_accepted_tokens"] for place in (2, 4))
-    assert after > before
-
-
-def alone_by_text(run: Any, texts: list[list[int]]) -> list[list[list[int]]]:
-    """Return what was drafted behind each text, which was decoded alone: `[verified tokens, newest, drafts]`."""
-    steps: list[list[list[int]]] = []
-    last = sys.maxsize
-    for (row,) in takewhile(lambda rows: len(rows) == 1, run["drafted"]):
-        if row[0] <= last:
-            steps.append([])
-        steps[-1].append(row)
-        last = row[0]
-    # A later batch may begin with one request alone.
-    return steps[: len(texts)]
