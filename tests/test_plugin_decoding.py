@@ -1,14 +1,7 @@
-"""vLLM decodes with our drafter what it decodes without: offline and over HTTP, on the shipped pair."""
+"""vLLM decodes with our drafter what it decodes without, on the shipped pair."""
 
 import json
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +9,6 @@ import torch
 from offline_engine import OFFLINE, run_offline
 
 import qm_spec
-from qm_spec.bench.environment import engine_environment
 from qm_spec.discovery import find_drafter
 
 pytestmark = pytest.mark.vllm
@@ -25,7 +17,33 @@ ZOO = Path(qm_spec.__file__).parent / "zoo" / "novels"
 TARGET = ZOO / "target"
 NUM_TOKENS = 48
 NUM_SAMPLES = 1500
-ENGINE = {"model": str(TARGET), "max_model_len": 1024}
+ENGINE = {"model": str(TARGET), "max_model_len": 1024, "enable_prefix_caching": True}
+# Notes whether it is within the engine's step that a step runs, and that a draft is made.
+WATCHED = """
+from vllm.v1.engine.core import EngineCore
+from qm_spec.integrations.vllm_plugin.session import DraftSession
+step, draft, within, stepping = EngineCore.step, DraftSession.draft, [], {}
+
+
+def watched_step(self):
+    within.append("step")
+    stepping["a step"] = True
+    try:
+        return step(self)
+    finally:
+        within.clear()
+
+
+def watched_draft(*args):
+    stepping["a draft"] = stepping.get("a draft", False) or bool(within)
+    return draft(*args)
+
+
+EngineCore.step, DraftSession.draft = watched_step, watched_draft
+"""
+WITH_NOTES = """
+json.dump({**json.load(open(sys.argv[2])), "stepping": stepping}, open(sys.argv[2], "w"))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +79,8 @@ def plain(tmp_path_factory, requests):
 def drafted(tmp_path_factory, requests):
     # Another seed: samples of the same noise would agree more than chance allows.
     engine = {**ENGINE, "speculative_config": qm_spec.speculative_config(TARGET), "seed": 1}
-    return run_offline(tmp_path_factory.mktemp("drafted"), engine, requests)
+    program = WATCHED + OFFLINE + WITH_NOTES
+    return run_offline(tmp_path_factory.mktemp("drafted"), engine, [*requests, requests[0]], program)
 
 
 def test_twenty_greedy_outputs_are_token_identical(plain, drafted):
@@ -149,69 +168,13 @@ def test_vllms_own_loop_drafts_the_same(tmp_path, requests, drafted):
     assert abs(theirs - ours) < 0.05 * ours
 
 
-def test_prefix_caching_keeps_outputs_and_acceptance(tmp_path, requests, plain, drafted):
+def test_prefix_caching_keeps_outputs_and_acceptance(plain, drafted):
     """The same batch twice: the second time its pages come from the cache, merged already."""
-    engine = {
-        **ENGINE,
-        "speculative_config": qm_spec.speculative_config(TARGET),
-        "enable_prefix_caching": True,
-        "max_num_seqs": 4,
-    }
-    answer = run_offline(tmp_path, engine, [requests[0], requests[0]])
-    assert answer["answers"] == [plain["answers"][0]] * 2
-    assert answer["counters"][1]["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert drafted["answers"][-1] == plain["answers"][0]
+    before, after = (counters["vllm:spec_decode_num_accepted_tokens"] for counters in drafted["counters"][-2:])
+    assert after > before
 
 
-@contextmanager
-def server(arguments, log):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(TARGET), *arguments),
-        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"),
-        *("--max-model-len", "512", "--served-model-name", "novels"),
-    ]
-    environment = {**engine_environment("cpu"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError):
-                assert process.poll() is None, log.read_text()[-4000:]
-                assert time.monotonic() < deadline, log.read_text()[-4000:]
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def complete(url, ids):
-    body = {"model": "novels", "prompt": ids, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
-    body["return_token_ids"] = True
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as reply:
-        return json.load(reply)["choices"][0]["token_ids"]
-
-
-def test_serve_by_name_over_http(tmp_path, requests, plain):
-    with server(["--speculative-model", "qm_spec"], tmp_path / "log") as url:
-        for number in (3, 11):
-            assert complete(url, requests[0]["prompts"][number]["prompt_token_ids"]) == plain["answers"][0][number][:32]
-        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
-            metrics = reply.read().decode()
-    accepted = [line for line in metrics.splitlines() if line.startswith("vllm:spec_decode_num_accepted_tokens_total")]
-    assert accepted and float(accepted[0].split()[-1]) > 0
-
-
-def test_serve_by_speculative_config_over_http(tmp_path, requests, plain):
-    config = {"method": "eagle3", "model": str(find_drafter(TARGET)), "num_speculative_tokens": 2}
-    with server(["--speculative-config", json.dumps(config)], tmp_path / "log") as url:
-        assert complete(url, requests[0]["prompts"][5]["prompt_token_ids"]) == plain["answers"][0][5][:32]
+def test_drafting_begins_when_the_tokens_of_a_step_are_out(drafted):
+    """A draft within the step would keep its tokens waiting."""
+    assert drafted["stepping"] == {"a step": True, "a draft": False}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
-from offline_engine import OFFLINE, run_offline
 from plugin_doubles import MERGE, SIZES, bare, make_model, make_step
 from recorded_graph import Recorder, WithoutHost, without_values
 from vllm.config import CUDAGraphMode
@@ -25,7 +22,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
-import qm_spec
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.draft_graphs import DraftGraphs
@@ -548,46 +544,3 @@ def test_distributions_that_verification_weighs_by_are_finite_whatever_the_pages
     assert probs.isfinite().all()
     assert torch.equal(probs[0], torch.nn.functional.one_hot(drafted[0], SIZES.vocabulary).float())
     assert torch.equal(drafted[1:], expected[1:]) and (probs[1:].max(-1).values < 1).all()
-
-
-# Fails in a draft that keeps the tokens of its step waiting.
-WATCHED = (
-    """
-from vllm.v1.engine.core import EngineCore
-from qm_spec.integrations.vllm_plugin.session import DraftSession
-step, draft, stepping, seen = EngineCore.step, DraftSession.draft, [], set()
-
-
-def watched_step(self):
-    seen.add("step")
-    stepping.append(True)
-    try:
-        return step(self)
-    finally:
-        stepping.clear()
-
-
-def watched_draft(*args):
-    seen.add("draft")
-    assert not stepping, "drafted within the step"
-    return draft(*args)
-
-
-EngineCore.step, DraftSession.draft = watched_step, watched_draft
-"""
-    + OFFLINE
-    + """
-assert seen == {"step", "draft"}, seen
-"""
-)
-
-
-def test_drafting_begins_when_the_tokens_of_a_step_are_out(tmp_path):
-    zoo = Path(qm_spec.__file__).parent / "zoo" / "novels"
-    texts = [json.loads(line)["text"][:600] for line in (zoo / "prompts.jsonl").read_text().splitlines()[:3]]
-    engine = {"model": str(zoo / "target"), "max_model_len": 1024, "max_num_seqs": 2}
-    requests = [{"prompts": texts, "sampling": {"temperature": 0, "max_tokens": 24}}]
-    speculative = qm_spec.speculative_config(engine["model"])
-    result = run_offline(tmp_path, {**engine, "speculative_config": speculative}, requests, WATCHED)
-    assert [len(answer) for answer in result["answers"][0]] == [24] * 3
-    assert result["counters"][0]["vllm:spec_decode_num_accepted_tokens"] > 20

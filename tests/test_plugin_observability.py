@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
 from offline_engine import OFFLINE, run_offline
-from test_plugin_decoding import server
 from v2_engine import V2
 
 import qm_spec
@@ -177,49 +175,13 @@ def test_an_engine_with_the_v2_runner_counts_and_is_turned_off(requests: Any, tm
     assert "runner V2, loop ours" in status
 
 
-@pytest.mark.parametrize("program", [OFFLINE, V2], ids=["V1", "V2"])
-def test_batches_above_a_size_are_not_drafted_for(program: str, requests: Any, tmp_path: Path) -> None:
-    """By vLLM's own setting."""
+def test_batches_above_a_size_are_not_drafted_for(requests: Any, tmp_path: Path) -> None:
+    """By vLLM's own setting; with the V2 runner in test_plugin_v2_engine.py."""
     config = {**ENGINE["speculative_config"], "num_speculative_tokens_per_batch_size": [[1, 2, 4], [3, 64, 0]]}  # type: ignore[dict-item]
     alone = {**requests[0], "prompts": requests[0]["prompts"][:1]}
     ran = SimpleNamespace(
-        **run_offline(tmp_path, {**ENGINE, "speculative_config": config}, [requests[0], alone], with_calls(program))
+        **run_offline(tmp_path, {**ENGINE, "speculative_config": config}, [requests[0], alone], with_calls(OFFLINE))
     )
     large, small = counted(ran)
     assert ran.answers[1] == ran.answers[0][:1]
     assert large["drafts"] <= 2 < small["drafts"] and large["steps plain"] > NUM_TOKENS - 4
-
-
-def test_a_server_has_metrics_of_its_engines_process(
-    requests: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Over HTTP: `vllm_xargs`, `/collective_rpc` and `/metrics`, with the engine in a process of its own."""
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
-
-    def post(url: str, body: dict[str, Any]) -> Any:
-        ask = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(ask, timeout=300) as reply:
-            return json.load(reply)
-
-    def complete(url: str, **fields: Any) -> dict[str, float]:
-        ids = requests[0]["prompts"][0]["prompt_token_ids"]
-        body = {"model": "novels", "prompt": ids, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
-        post(f"{url}/v1/completions", {**body, **fields})
-        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as reply:
-            lines = reply.read().decode().splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
-
-    def total(metrics: dict[str, float], name: str) -> float:
-        return sum(value for key, value in metrics.items() if key.startswith(name + "{"))
-
-    with server(["--speculative-model", "qm_spec"], tmp_path / "log") as url:
-        drafted = complete(url)
-        off = complete(url, vllm_xargs={"qm_spec": "off"})
-        (stats,) = post(f"{url}/collective_rpc", {"method": "qm_spec_drafting", "args": ["off"]})["results"]
-        engine_off = complete(url)
-    accepted = "qm_spec:accepted_tokens_total"
-    assert total(drafted, accepted) == total(drafted, "vllm:spec_decode_num_accepted_tokens_total") > 0
-    assert total(off, accepted) == total(drafted, accepted) == total(engine_off, accepted)
-    assert not stats["drafting"] and stats["accepted_tokens"]["prior"] == total(off, accepted)
-    log = (tmp_path / "log").read_text()
-    assert log.count("qm_spec: target") == 1 and 'model_name="novels"' in "".join(drafted)
