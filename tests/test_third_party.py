@@ -1,10 +1,13 @@
 """A model that we did not make: train a drafter for it, and decode with it in vLLM."""
 
 import pytest
+import torch
 from offline_engine import run_offline
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import qm_spec
+from qm_spec.bench.acceptance.replay import write_continuations
 from qm_spec.cli import app
 from qm_spec.discovery import target_fingerprint
 
@@ -32,10 +35,13 @@ def test_a_drafter_for_a_third_party_model_is_accepted_and_changes_nothing(share
     )
     assert done.exit_code == 0, done.output
     engine = {"model": str(target), "max_model_len": 400}
-    requests = [{"prompts": PROMPTS, "sampling": {"temperature": 0, "max_tokens": 200}}]
-    plain = run_offline(tmp_path, engine, requests)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    requests = [{"prompts": asked, "sampling": {"temperature": 0, "max_tokens": 200}}]
     drafted = run_offline(tmp_path, {**engine, "speculative_config": qm_spec.speculative_config(target)}, requests)
-    assert drafted["answers"] == plain["answers"]
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    assert drafted["answers"] == [write_continuations(model, prompts, 200)]
     counters = drafted["counters"][0]
     length = 1 + counters["vllm:spec_decode_num_accepted_tokens"] / counters["vllm:spec_decode_num_drafts"]
     assert length > 1.5, f"acceptance length {length:.2f} after a training of seconds"
