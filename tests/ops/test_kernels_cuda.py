@@ -13,14 +13,30 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import draft_cases
 import pytest
 import torch
+from support import paged
 from support.cuda_emulation import Emulation, build
 from support.cuda_emulation.host import Host, link
+from support.paged import (
+    CONFIG,
+    DTYPES,
+    LAYOUTS,
+    SENTINEL,
+    Case,
+    assert_merged_is_finite,
+    assert_same_cache,
+    attend_reference,
+    exact_attention,
+    lens,
+    merge_reference,
+    poison,
+    raw_bytes,
+)
 from support.recorded_graph import Recorder
 from torch import Tensor
 
@@ -30,19 +46,11 @@ from qm_spec.drafter import paged_loop
 from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop
 from qm_spec.ops.append_kv import append_kv_reference
-from qm_spec.ops.entries import entry_bias, gather_entries
-from qm_spec.ops.merge_groups import merge_groups_reference
-from qm_spec.ops.merged_attention import merged_attention_reference
-from qm_spec.ops.page import COUNT, LEVEL, MASS, slot_elements, split_page
+from qm_spec.ops.page import COUNT, LEVEL, split_page
 
-# Spans of 2 groups from a distance of 48 tokens, of 4 from 96, of 8 from 192.
-CONFIG = MergeConfig(window=12, group_size=4, schedule=(2, 1), doublings=3)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Where layers, pages, heads, slots and elements of a cache stand in memory: vLLM's four block-compact layouts.
-LAYOUTS = {"LBHNC": (0, 1, 2, 3, 4), "LBNHC": (0, 1, 3, 2, 4), "BLHNC": (1, 0, 2, 3, 4), "BLNHC": (1, 0, 3, 2, 4)}
-SENTINEL = 0.1234
 OPERATORS = ("append_kv", "merge_groups", "merged_attention")
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+make_case = functools.partial(paged.make_case, spare_page=True)
 
 
 class Gpu:
@@ -93,107 +101,6 @@ def kernels(request: pytest.FixtureRequest) -> Emulation | Gpu:
     emulation = request.getfixturevalue("emulation")
     emulation.seed = emulation.num_splits = 0
     return emulation
-
-
-@dataclass
-class Case:
-    """A cache of which one request's pages are known.
-
-    Attributes:
-        buffer: what the cache is a view of; everything else in it is a sentinel.
-        cache: `[pages, G, P, C]`; what was not written is NaN.
-        table: `[1, columns]` int32; columns past the request's pages name a page of NaN.
-        key: `[N, G, d]`, as appended.
-        value: `[N, G, d]`.
-        slots: `[N]` int64.
-    """
-
-    buffer: Tensor
-    cache: Tensor
-    table: Tensor
-    key: Tensor
-    value: Tensor
-    slots: Tensor
-
-    @property
-    def head_dim(self) -> int:
-        return self.key.shape[-1]
-
-    def copy(self) -> Case:
-        """Return the same with memory of its own."""
-        buffer = self.buffer.clone()
-        cache = buffer.as_strided(self.cache.shape, self.cache.stride(), self.cache.storage_offset())
-        return replace(self, buffer=buffer, cache=cache)
-
-
-def lens(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def make_case(
-    num_tokens: int,
-    page_size: int = 16,
-    heads: int = 2,
-    head_dim: int = 8,
-    dtype: torch.dtype = torch.float32,
-    layout: str = "LBHNC",
-    seed: int = 0,
-    appended: bool = True,
-) -> Case:
-    torch.manual_seed(seed)
-    num_pages = -(-num_tokens // page_size)
-    order = LAYOUTS[layout]
-    elements = slot_elements(head_dim, dtype)
-    sizes = (3, num_pages + 2, heads, page_size, elements)
-    buffer = torch.full([sizes[i] for i in order], SENTINEL, dtype=dtype)
-    # The second of three layers.
-    cache = buffer.permute([order.index(i) for i in range(5)])[1]
-    cache.fill_(float("nan"))
-    table = torch.full((1, num_pages + 3), num_pages + 1, dtype=torch.int32)
-    table[0, :num_pages] = torch.randperm(num_pages).int() + 1
-    # Scores of moderate size for any head size: far from uniform attention, and far from one token's attention to
-    # itself alone, where float32 leaves of an entropy little but rounding errors.
-    key, value = (torch.randn(2, num_tokens, heads, head_dim) * 1.5 * head_dim**-0.25).to(dtype)
-    position = torch.arange(num_tokens)
-    slots = table[0].long()[position // page_size] * page_size + position % page_size
-    if appended:
-        append_kv_reference(cache, key, value, slots)
-    return Case(buffer, cache, table, key, value, slots)
-
-
-def merge_reference(cache: Tensor, table: Tensor, frontier: Tensor, head_dim: int, config: MergeConfig) -> None:
-    settings = (config.window, config.group_size, list(config.schedule))
-    rest = (config.saliency, config.temperature, config.epsilon, config.doublings)
-    merge_groups_reference(cache, table, frontier, head_dim, *settings, *rest)
-
-
-def attend_reference(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, config = arguments
-    settings = (config.window, config.group_size, list(config.schedule), config.doublings)
-    return merged_attention_reference(*tensors, *settings)
-
-
-def raw_bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-def assert_same_cache(case: Case, expected: Case) -> None:
-    """Counts, levels and what lies outside are equal; masses, keys and values of live entries up to rounding."""
-    _, _, state = split_page(case.cache, case.head_dim)
-    keys, values, wanted = split_page(expected.cache, case.head_dim)
-    for word in (COUNT, LEVEL):
-        assert torch.equal(state[..., word].nan_to_num(-7.0), wanted[..., word].nan_to_num(-7.0))
-    live = wanted[..., COUNT] > 0
-    eps = torch.finfo(case.cache.dtype).eps
-    # Bytes that were never written may read as a live entry, whose key is not a number.
-    tolerance = {"rtol": max(2 * eps, 1e-4), "atol": max(2 * eps, 1e-5), "equal_nan": True}
-    torch.testing.assert_close(state[..., MASS][live], wanted[..., MASS][live], rtol=1e-4, atol=1e-6)
-    own_keys, own_values, _ = split_page(case.cache, case.head_dim)
-    torch.testing.assert_close(own_keys[live], keys[live], **tolerance)
-    torch.testing.assert_close(own_values[live], values[live], **tolerance)
-    case.cache.fill_(0.0)
-    expected.cache.fill_(0.0)
-    assert torch.equal(case.buffer, expected.buffer), "written outside of the cache"
 
 
 # What the emulation finds
@@ -330,19 +237,11 @@ def test_merge_equals_the_reference_for_other_settings(kernels, config, heads, h
 @pytest.mark.parametrize("num_tokens", [70, 150])
 def test_what_is_not_finite_is_dropped_when_it_is_merged(kernels, num_tokens, dtype) -> None:
     case = make_case(num_tokens, 16, 2, 8, dtype)
-    keys, values, state = split_page(case.cache, 8)
-    pages = case.table[0, :4].long()
-    keys[pages[0], 0, 1, -1], values[pages[0], 1, 6, 0] = math.nan, -math.inf
-    # All of a group, for one head; and all of two neighbours, which become one span.
-    keys[pages[1], 0, 8:12], values[pages[2], 1, 0:8] = math.inf, math.nan
-    # As a former owner may have left it.
-    state[pages[3], 0, 5, MASS] = math.nan
+    poison(case)
     expected = case.copy()
     merge_reference(expected.cache, case.table, lens(num_tokens), 8, CONFIG)
     kernels.merge_groups_(case.cache, case.table, lens(num_tokens), 8, CONFIG)
-    entries = gather_entries(case.cache, case.table, lens(num_tokens), 8, CONFIG)
-    for words in (entries.keys, entries.values):
-        assert words.transpose(1, 2)[~entries.raw].isfinite().all()
+    assert_merged_is_finite(case, num_tokens, CONFIG)
     assert_same_cache(case, expected)
 
 
@@ -466,21 +365,6 @@ def attention_arguments(case: Case, num_tokens: int, rows: int, heads: int, max_
     query = torch.randn(rows, heads, case.head_dim).to(case.cache.dtype)
     slopes, far_bias = torch.rand(heads) * 0.2, torch.randn(heads)
     return query, case.cache, case.table, lens(num_tokens), lens(0, rows), slopes, far_bias, max_rows, config
-
-
-def exact_attention(query: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, *rest) -> tuple[Tensor, ...]:
-    """One request, all of whose rows are computed, in float64."""
-    _, slopes, far_bias, _, config = rest
-    entries = gather_entries(cache, table, seq_lens, query.shape[-1], config)
-    position = int(seq_lens) - len(query) + torch.arange(len(query)).unsqueeze(0)
-    entries = replace(entries, count=entries.count.double())
-    bias = entry_bias(entries, position, slopes.double(), far_bias.double())[0]
-    per_group = query.shape[1] // cache.shape[1]
-    key, value = (x[0].double().repeat_interleave(per_group, 0) for x in (entries.keys, entries.values))
-    scores = query.double().transpose(0, 1) @ key.mT * query.shape[-1] ** -0.5 + bias
-    weights, lse = torch.softmax(scores, -1), scores.logsumexp(-1)
-    entropy = -torch.special.xlogy(weights, weights).sum(-1)
-    return (weights @ value).transpose(0, 1), lse.T, entropy.T
 
 
 def assert_precise(results: tuple[Tensor, ...], plain: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
