@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# What is drafted must not depend on how busy the machine is; the tests of that turn it on.
-os.environ["QM_SPEC_ADAPT"] = "0"
+# As users have it, who set nothing.
+os.environ.pop("QM_SPEC_ADAPT", None)
 # Several processes of two threads each on two cores wait for each other more than they work.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -65,6 +65,17 @@ def smollm2() -> Path:
         return fetch_target("smollm2-135m-instruct")
     except (ConnectionError, ModuleNotFoundError) as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def most_drafts() -> Iterator[None]:
+    """Have the engines of a file draft the most in every step, for tests of what is drafted.
+
+    By default they draft where it pays, which depends on how busy the machine is.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QM_SPEC_ADAPT", "0")
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,11 @@ TWO = RaySettings(2, num_cpus=0.5)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster():
-    """Connect this process once; the benchmarks find it connected and leave it so."""
+def cluster(most_drafts):
+    """Connect this process once; the benchmarks find it connected and leave it so.
+
+    Actors have the environment of when it was connected.
+    """
     with RayRunner(TWO):
         yield
     assert not ray.is_initialized()

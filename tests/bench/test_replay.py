@@ -350,6 +350,7 @@ def trained_briefly(target, texts, name):
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("most_drafts")
 @pytest.mark.parametrize("name", ["qm_spec", *IN_VLLM])
 def test_vllm_accepts_what_the_replay_says(novels, texts, name, tmp_path):
     """Request by request; vLLM runs EAGLE-3 with its own code, its sliding window included."""

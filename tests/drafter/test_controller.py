@@ -350,7 +350,6 @@ adaptive.Controller = partial(adaptive.Controller, policy=policy)
 def test_the_variable_is_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
     from qm_spec.integrations.vllm_plugin.adaptive import adapts
 
-    monkeypatch.delenv("QM_SPEC_ADAPT")
     assert adapts()
     monkeypatch.setenv("QM_SPEC_ADAPT", "0")
     assert not adapts()
@@ -440,7 +439,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def answers(name: str, program: str, **settings: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("QM_SPEC_ADAPT", "1")
             patch.setenv("QM_SPEC_LOOKUP", "3")
             return run_offline(tmp_path_factory.mktemp(name), {**engine, **settings}, requests, program)
 

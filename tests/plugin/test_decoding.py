@@ -76,17 +76,27 @@ def plain(tmp_path_factory, requests):
 
 
 @pytest.fixture(scope="module")
-def drafted(tmp_path_factory, requests):
+def adaptive(tmp_path_factory, requests):
+    """As users start it: what is drafted depends on the machine."""
+    engine = {**ENGINE, "speculative_config": qm_spec.speculative_config(TARGET), "seed": 2}
+    return run_offline(tmp_path_factory.mktemp("adaptive"), engine, requests[:4])
+
+
+@pytest.fixture(scope="module")
+def drafted(tmp_path_factory, requests, adaptive, most_drafts):
+    """With the most drafts in every step; after `adaptive`, which has not."""
     # Another seed: samples of the same noise would agree more than chance allows.
     engine = {**ENGINE, "speculative_config": qm_spec.speculative_config(TARGET), "seed": 1}
     program = WATCHED + OFFLINE + WITH_NOTES
     return run_offline(tmp_path_factory.mktemp("drafted"), engine, [*requests, requests[0]], program)
 
 
-def test_twenty_greedy_outputs_are_token_identical(plain, drafted):
-    different = [n for n, (a, b) in enumerate(zip(plain["answers"][0], drafted["answers"][0], strict=True)) if a != b]
+@pytest.mark.parametrize("engine", ["adaptive", "drafted"])
+def test_twenty_greedy_outputs_are_token_identical(plain, engine, request):
+    answers = request.getfixturevalue(engine)["answers"][0]
+    different = [n for n, (a, b) in enumerate(zip(plain["answers"][0], answers, strict=True)) if a != b]
     assert not different, f"prompts {different} differ"
-    assert all(len(ids) == NUM_TOKENS for ids in drafted["answers"][0])
+    assert all(len(ids) == NUM_TOKENS for ids in answers)
 
 
 def test_metrics_count_the_drafts(drafted, plain):
@@ -99,13 +109,14 @@ def test_metrics_count_the_drafts(drafted, plain):
     assert not any(plain["counters"][0].values())
 
 
+@pytest.mark.parametrize("engine", ["adaptive", "drafted"])
 @pytest.mark.parametrize("position", [1, 2])
-def test_sampling_has_the_targets_distribution(plain, drafted, position):
+def test_sampling_has_the_targets_distribution(plain, engine, position, request):
     """Two-sample chi-squared test of the second token, the first that may be a draft, and of the one behind it.
 
     Each fails on a right implementation for one seed in 1000.
     """
-    samples = [[ids[position] for ids in answer["answers"][1]] for answer in (plain, drafted)]
+    samples = [[ids[position] for ids in answer["answers"][1]] for answer in (plain, request.getfixturevalue(engine))]
     pooled = Counter(samples[0] + samples[1])
     # Tokens too rare for the approximation share one cell.
     common = [token for token, count in pooled.most_common() if count >= 20]
@@ -143,10 +154,10 @@ def test_sampled_drafts_are_kept_as_often_as_replay_expects(requests, drafted):
     assert accepted / steps > 0.5
 
 
-def test_a_prompt_longer_than_the_model_is_refused_and_the_engine_goes_on(plain, drafted):
-    for answer in (plain, drafted):
+def test_a_prompt_longer_than_the_model_is_refused_and_the_engine_goes_on(plain, adaptive):
+    for answer in (plain, adaptive):
         assert "1024" in answer["errors"][2] and "2000" in answer["errors"][2], answer["errors"]
-    assert drafted["errors"][3] is None and drafted["answers"][3] == plain["answers"][3]
+    assert adaptive["errors"][3] is None and adaptive["answers"][3] == plain["answers"][3]
 
 
 def test_vllms_own_loop_drafts_the_same(tmp_path, requests, drafted):

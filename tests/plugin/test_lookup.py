@@ -31,7 +31,7 @@ from qm_spec.integrations.vllm_plugin.patches import request_states
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("most_drafts")]
 
 MIN_LENGTH, NUM_DRAFTS = 3, 4
 

@@ -16,7 +16,7 @@ from support.v2_engine import V2
 
 import qm_spec
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("most_drafts")]
 
 TARGET = Path(qm_spec.__file__).parent / "zoo" / "novels" / "target"
 ENGINE = {

@@ -272,6 +272,7 @@ def write_half_drafter(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("most_drafts")
 def test_a_target_with_sliding_windows_decodes_the_same_with_as_many_groups(tmp_path: Path) -> None:
     """In the target's pages as in its own the drafter proposes the same, and nothing changes what is written."""
     target, drafter = write_sliding_target(tmp_path / "target"), write_half_drafter(tmp_path / "drafter")

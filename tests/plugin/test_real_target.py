@@ -22,7 +22,7 @@ QUESTIONS = [
 ]
 NUM_TOKENS = 96
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("most_drafts")]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from qm_spec.bench.acceptance.replay import write_continuations
 from qm_spec.cli import app
 from qm_spec.discovery import target_fingerprint
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("most_drafts")]
 
 PROMPTS = ["Once upon a time there was a", "Lily and Tom went to the park.", "The big dog said", "One day"]
 

@@ -32,7 +32,7 @@ from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.speculator import QuickMergeSpeculator
 from qm_spec.integrations.vllm_plugin.step import DraftStep
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("most_drafts")]
 
 NUM_DRAFTS = 4
 # Of the states of three requests.

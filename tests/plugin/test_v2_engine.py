@@ -28,7 +28,7 @@ from qm_spec.bench.acceptance.replay import accepted_everywhere, chances_everywh
 from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.head import draft_head
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("most_drafts")]
 
 ZOO = Path(qm_spec.__file__).parent / "zoo" / "novels"
 NUM_DRAFTS, NUM_TOKENS = 4, 12

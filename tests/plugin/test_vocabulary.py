@@ -16,7 +16,7 @@ from qm_spec.bench.acceptance.replay import read_text, replay, write_continuatio
 from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.drafter.checkpoint import load_drafter
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("most_drafts")]
 
 ZOO = Path(qm_spec.__file__).parent / "zoo" / "novels"
 NUM_DRAFTS, NUM_TOKENS, NUM_SAMPLES = 4, 48, 1000
