@@ -2,10 +2,11 @@
 VENV ?= .venv
 GPU ?= 0
 ARGS ?=
-# A file's tests stay together: they share their engines.
 WORKERS ?= 2
 BIN := $(VENV)/bin
-KERNEL_TESTS := tests/test_ops.py $(filter-out %_cuda.py,$(wildcard tests/test_kernels*.py))
+# A file's tests stay together: they share their engines. tests/conftest.py puts the files in order.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+KERNEL_TESTS := tests/ops/test_references.py $(filter-out %_cuda.py,$(wildcard tests/ops/test_kernels*.py))
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
 .DEFAULT_GOAL := help
@@ -19,7 +20,7 @@ install: ## create the virtual environment and install vLLM and qm_spec; nothing
 	@./install.sh --venv "$(VENV)" $(if $(filter 1,$(GPU)),--gpu)
 
 test: install ## run every test, those that start vLLM too
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 bench: install ## measure speculative decoding on the shipped pair
 	$(BIN)/python benchmarks/spec.py $(ARGS)
@@ -54,7 +55,7 @@ sanitize: install ## run the kernels' tests under AddressSanitizer and Undefined
 		$(BIN)/pytest $(KERNEL_TESTS) $(ARGS)
 
 check: lint ## lint, then the tests that do not start vLLM
-	$(BIN)/python -m pytest -m "not vllm" $(ARGS)
+	$(PYTEST) -m "not vllm" $(ARGS)
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check
@@ -74,7 +75,7 @@ wheel: install ## the wheel with the CPU and the CUDA kernels, in dist/, then it
 	QM_SPEC_BUILD=required QM_SPEC_CUDA=1 $(BIN)/python -m build --no-isolation --outdir build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --strip --exclude 'libtorch*.so' --wheel-dir build/wheel/manylinux \
 		build/wheel/*.whl
-	QM_SPEC_WHEEL=$$(echo build/wheel/manylinux/*.whl) $(BIN)/python -m pytest tests/test_wheel.py $(ARGS)
+	QM_SPEC_WHEEL=$$(echo build/wheel/manylinux/*.whl) $(BIN)/python -m pytest tests/packaging/test_wheel.py $(ARGS)
 	mkdir -p dist && mv build/wheel/manylinux/*.whl dist/
 
 clean: ## remove what builds and tools left; results and the virtual environment stay

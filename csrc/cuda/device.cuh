@@ -1,7 +1,7 @@
 // What the kernels of the merged cache share on the device: conversions, warps, shared memory.
 //
 // Kernels stand in .cuh files that include neither torch nor the CUDA runtime, and are launched through an object
-// that is handed in. So tests/cuda_emulation can compile the same source for the CPU and run it there.
+// that is handed in. So tests/support/cuda_emulation can compile the same source for the CPU and run it there.
 #pragma once
 
 #include <cuda_bf16.h>
