@@ -138,14 +138,9 @@ def kernels() -> list[Extension]:
     ]
 
 
-# `integrations/` stands beside `qm_spec/` in the tree and is installed below it.
 setup(
-    packages=[
-        *find_packages(include=["qm_spec", "qm_spec.*"]),
-        "qm_spec.integrations",
-        *(f"qm_spec.integrations.{name}" for name in find_packages("integrations")),
-    ],
-    package_dir={"qm_spec.integrations": "integrations"},
+    # `qm_spec/integrations` links to `integrations/`, which is installed under that name.
+    packages=find_packages(include=["qm_spec", "qm_spec.*"]),
     ext_modules=kernels(),
     cmdclass={"build_ext": BuildKernels},
     # The modules do not use Python's ABI, so one wheel fits every version.
