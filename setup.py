@@ -82,7 +82,7 @@ def cuda_architectures() -> list[str]:
 def run(command: list[str]) -> None:
     """Run a compiler."""
     print(shlex.join(command), flush=True)
-    ran = subprocess.run(command, cwd=ROOT)
+    ran = subprocess.run(command, cwd=ROOT, check=False)
     if ran.returncode:
         raise CompileError(f"{Path(command[0]).name} failed with status {ran.returncode}, see above")
 
@@ -110,7 +110,7 @@ class BuildKernels(build_ext):
             run([*compile_one, *include, "-c", source, "-o", str(target.resolve())])
             return str(target.resolve())
 
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "0")) or os.cpu_count()) as pool:
             objects = list(pool.map(compiled, ext.sources))
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,8 @@ from qm_spec.bench.engine.ray_runner import RayRunner
 from qm_spec.bench.engine.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt, split_shard
 from qm_spec.bench.engine.transformers_worker import TRANSFORMERS_COMMAND
 from qm_spec.bench.environment import default_device
-from qm_spec.bench.settings import DTYPES, REFERENCE_METHOD, RaySettings
+from qm_spec.bench.methods import REFERENCE_METHOD
+from qm_spec.bench.settings import DTYPES, RaySettings
 from qm_spec.bench.workloads.prompts import sha256_of
 from qm_spec.data.chat import chat_token_ids, write_chat
 from qm_spec.data.json_lines import Row, find_row_files, read_rows, write_rows
