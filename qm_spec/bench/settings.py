@@ -1,4 +1,4 @@
-"""What a benchmark and a generation are asked to do, validated before anything starts; help makes a field an option."""
+"""What commands that run engines are asked to do, validated before anything starts; help makes a field an option."""
 
 from __future__ import annotations
 
@@ -285,3 +285,56 @@ class GenerationSettings:
             raise FileNotFoundError(f"target: {self.target} is not a folder with a config.json")
         if not self.input.is_file():
             raise FileNotFoundError(f"input: {self.input} does not exist; pass a JSON-lines file of prompts")
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """What to answer, and how.
+
+    Args:
+        prompts: files of rows, in the shapes that `prompt_from_row` reads, and folders of them.
+        ray: None for one engine on this machine.
+
+    Raises:
+        ValueError: a value is out of range.
+        FileNotFoundError: the target is not there.
+    """
+
+    target: Annotated[Path, Option(metavar="DIR", help="Folder of the target model.")]
+    prompts: tuple[Path, ...]
+    out: Annotated[Path, Option(metavar="DIR", help="Folder of the data set.")]
+    max_tokens: Annotated[int, Option(help="Most tokens of an answer; an end-of-text token ends sooner.")] = 256
+    temperature: Annotated[float, Option(help="Of the sampled answers.")] = 1.0
+    greedy_share: Annotated[
+        float, Option(help="Of the prompts, chosen by a hash: answered greedily, the others sampled.")
+    ] = 0.5
+    concurrency: Annotated[int, Option(help="Requests kept in flight by each engine.")] = 64
+    seed: Annotated[int, Option(help="Of sampling; sampled answer i takes seed + i.")] = 0
+    dtype: Annotated[str, Option(help="auto (the model's own), bfloat16, float16 or float32.")] = "auto"
+    plain_text: Annotated[
+        bool, Option("--plain-text", help="Go on with the prompts' text, without the chat template.")
+    ] = False
+    skip_bad_lines: Annotated[
+        bool, Option("--skip-bad-lines", help="Leave lines out that hold no prompt, and name them.")
+    ] = False
+    resume: Annotated[bool, Option("--resume", help="Go on with what an interrupted run has answered.")] = False
+    ray: RaySettings | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "concurrency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.greedy_share <= 1:
+            raise ValueError(f"greedy_share: must be in 0..1, got {self.greedy_share}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"temperature: must be above 0, got {self.temperature}; answer all greedily with greedy_share 1"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed: must be 0 or above, got {self.seed}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: must be one of {', '.join(sorted(DTYPES))}, got {self.dtype}")
+        if not (self.target / "config.json").is_file():
+            raise FileNotFoundError(f"target: {self.target} is not a folder with a config.json")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out: {self.out} is a file; pass a folder for the data set")
