@@ -82,7 +82,7 @@ def cuda_architectures() -> list[str]:
 def run(command: list[str]) -> None:
     """Run a compiler."""
     print(shlex.join(command), flush=True)
-    ran = subprocess.run(command, cwd=ROOT)
+    ran = subprocess.run(command, cwd=ROOT, check=False)
     if ran.returncode:
         raise CompileError(f"{Path(command[0]).name} failed with status {ran.returncode}, see above")
 
@@ -110,7 +110,7 @@ class BuildKernels(build_ext):
             run([*compile_one, *include, "-c", source, "-o", str(target.resolve())])
             return str(target.resolve())
 
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "0")) or os.cpu_count()) as pool:
             objects = list(pool.map(compiled, ext.sources))
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
@@ -138,14 +138,9 @@ def kernels() -> list[Extension]:
     ]
 
 
-# `integrations/` stands beside `qm_spec/` in the tree and is installed below it.
 setup(
-    packages=[
-        *find_packages(include=["qm_spec", "qm_spec.*"]),
-        "qm_spec.integrations",
-        *(f"qm_spec.integrations.{name}" for name in find_packages("integrations")),
-    ],
-    package_dir={"qm_spec.integrations": "integrations"},
+    # `qm_spec/integrations` links to `integrations/`, which is installed under that name.
+    packages=find_packages(include=["qm_spec", "qm_spec.*"]),
     ext_modules=kernels(),
     cmdclass={"build_ext": BuildKernels},
     # The modules do not use Python's ABI, so one wheel fits every version.

@@ -177,12 +177,11 @@ def measure(
 
 def format_table(results: dict[str, Any]) -> str:
     """Return the conditions and a row per method, in Markdown."""
-    from qm_spec.bench.results.table import align_table
+    from qm_spec.bench.results.table import align_table, difference_cell
 
     settings, whole, none = results["settings"], results["whole_context"], results["no_context"]
     body = []
     for row in results["rows"]:
-        low, high = row["nats_more_interval"]
         body.append(
             [
                 row["method"] if row["merges"] else f"{row['method']} (prunes)",
@@ -191,7 +190,7 @@ def format_table(results: dict[str, Any]) -> str:
                 f"{row['rebuild_error']:.3f}",
                 f"{row['nearest_error']:.3f}",
                 f"{row['perplexity']:.2f}",
-                f"{row['nats_more']:+.3f} ± {(high - low) / 2:.3f}",
+                difference_cell(row["nats_more"], row["nats_more_interval"]),
             ]
         )
     header = ["method", "ms", "M tokens/s", "error", "nearest", "perplexity", "nats more"]

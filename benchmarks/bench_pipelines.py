@@ -209,7 +209,7 @@ def measure_llm(settings: Llm, ratios: Sequence[float], progress: Progress) -> d
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
     from qm_spec.bench.reduction.language_model import cut_windows
-    from qm_spec.bench.reduction.language_report import bootstrap_interval
+    from qm_spec.bench.results.bootstrap import estimate_mean
     from qm_spec.compression.sizes import nbytes
     from qm_spec.training.data import find_files, read_documents, sha256_of
 
@@ -260,13 +260,14 @@ def measure_llm(settings: Llm, ratios: Sequence[float], progress: Progress) -> d
     for (ratio, name), measured in ((run, scores[run]) for run in runs):
         nats = [one for one, _, _ in measured]
         more = [one - other for one, other in zip(nats, plain, strict=True)]
+        found = estimate_mean(more)
         rows.append(
             {
                 "ratio": ratio,
                 "method": name,
                 "perplexity": math.exp(statistics.fmean(nats)),
-                "nats_more": statistics.fmean(more),
-                "nats_more_interval": bootstrap_interval(more),
+                "nats_more": found.value,
+                "nats_more_interval": (found.low, found.high),
                 "kl_nats": statistics.fmean(kl for _, kl, _ in measured),
                 "bytes": measured[0][2],
                 "bytes_ratio": full_bytes / measured[0][2],
@@ -466,7 +467,7 @@ def measure_diffusion(ratios: Sequence[float], images: int, seed: int, progress:
 
 def format_tables(results: dict[str, Any]) -> str:
     """Return the tables of all parts in Markdown, each with its conditions."""
-    from qm_spec.bench.results.table import align_table
+    from qm_spec.bench.results.table import align_table, difference_cell
 
     parts = []
     if "llm" in results:
@@ -474,7 +475,6 @@ def format_tables(results: dict[str, Any]) -> str:
         header = ["method", "asked", "MiB", "measured", "perplexity", "nats more", "KL nats"]
         body = []
         for row in llm["rows"]:
-            low, high = row["nats_more_interval"]
             body.append(
                 [
                     row["method"],
@@ -482,7 +482,7 @@ def format_tables(results: dict[str, Any]) -> str:
                     f"{row['bytes'] / 2**20:.2f}",
                     f"{row['bytes_ratio']:.2f}x",
                     f"{row['perplexity']:.2f}",
-                    f"{row['nats_more']:+.4f} ± {(high - low) / 2:.4f}",
+                    difference_cell(row["nats_more"], row["nats_more_interval"], digits=4),
                     f"{row['kl_nats']:.4f}",
                 ]
             )

@@ -70,7 +70,9 @@ class DraftCase:
             **{name: getattr(self, name) for name in self.__dataclass_fields__},
         )
 
-    def arguments(self, num_drafts: int, temperature: Tensor | None = None, uniform: Tensor | None = None) -> tuple:
+    def arguments(
+        self, num_drafts: int, temperature: Tensor | None = None, uniform: Tensor | None = None
+    ) -> tuple[Any, ...]:
         """Return the operator's arguments as it is registered."""
         config = self.config
         merging = (config.window, config.group_size, list(config.schedule), config.doublings)

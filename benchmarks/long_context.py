@@ -13,7 +13,7 @@ from script import NOVELS, run_main, split_list, with_plain_errors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qm_spec.bench.acceptance.by_length import LongContextRow
+    from qm_spec.bench.acceptance.by_length import AcceptanceSettings, LongContextRow
     from qm_spec.bench.results.bootstrap import Estimate
     from qm_spec.drafter.rows import Drafter
 
@@ -96,37 +96,28 @@ def main(
     --speed it measures as qm-spec eval does, and writes what that writes: plain decoding, n-gram lookup of 4 and of 16
     tokens and the drafters, each with its own number of tokens, on prompts of these domains.
     """
+    from qm_spec.bench.acceptance.by_length import AcceptanceSettings
     from qm_spec.discovery import find_drafter
 
     named = drafter or [f"qm_spec={find_drafter(str(target))}"]
     text = text or [NOVELS / "prompts.jsonl"]
-    sizes = [int(length) for length in split_list(lengths)]
-    if speed is not None:
-        others = {"--merge": merge, "--num-looked-up": num_looked_up, "--temperature": temperature, "--draw": draw}
-        if given := [option for option, value in others.items() if value]:
-            raise ValueError(f"--speed decodes greedily with the drafters as they are, without {', '.join(given)}")
-        some = split_list(speed)
-        code = time_methods(
-            target, _folders(named), text, some, sizes, num_prompts, num_tokens, ngram, repeats, seed, out
-        )
-        raise typer.Exit(code)
-    measure(
-        target,
-        named,
-        text,
-        merge or [],
-        split_list(domains),
-        sizes,
+    settings = AcceptanceSettings(
+        [int(length) for length in split_list(lengths)],
         num_prompts,
         num_tokens,
         num_speculative_tokens,
         num_looked_up or num_speculative_tokens,
+        split_list(domains if speed is None else speed),
         temperature,
         seed,
-        threads,
-        None if draw is None else split_list(draw),
-        out,
     )
+    if speed is not None:
+        others = {"--merge": merge, "--num-looked-up": num_looked_up, "--temperature": temperature, "--draw": draw}
+        if given := [option for option, value in others.items() if value]:
+            raise ValueError(f"--speed decodes greedily with the drafters as they are, without {', '.join(given)}")
+        raise typer.Exit(time_methods(target, _folders(named), text, settings, ngram, repeats, out))
+    drawn = None if draw is None else split_list(draw)
+    measure(target, named, text, merge or [], settings, threads, drawn, out)
 
 
 def measure(
@@ -134,14 +125,7 @@ def measure(
     named: Sequence[str],
     text: Sequence[Path],
     merges: Sequence[str],
-    domains: Sequence[str],
-    lengths: Sequence[int],
-    num_prompts: int,
-    num_tokens: int,
-    num_drafts: int,
-    num_looked_up: int,
-    temperature: float,
-    seed: int,
+    settings: AcceptanceSettings,
     threads: int,
     drawn: Sequence[str] | None,
     out: Path,
@@ -159,37 +143,27 @@ def measure(
     record: dict[str, Any] = {
         **provenance.conditions(),
         "text_sha256": sha256_of(find_files(text)),
-        "seed": seed,
-        "num_speculative_tokens": num_drafts,
-        "num_looked_up": num_looked_up,
-        "temperature": temperature,
-        "tokens_per_prompt": num_tokens,
+        "seed": settings.seed,
+        "num_speculative_tokens": settings.num_drafts,
+        "num_looked_up": settings.num_looked_up,
+        "temperature": settings.temperature,
+        "tokens_per_prompt": settings.num_tokens,
         "rows": [],
     }
     drafters = load_drafters(named, merges, target_dir)
     drawn = chosen_to_draw(list(dict.fromkeys(without_seed(name) for name in drafters)), drawn)
-    record["entries_attended"] = {name: _entries(drafter, lengths) for name, drafter in drafters.items()}
+    record["entries_attended"] = {name: _entries(drafter, settings.lengths) for name, drafter in drafters.items()}
     tokenizer = AutoTokenizer.from_pretrained(target_dir)
     target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32).eval()
     out.mkdir(parents=True, exist_ok=True)
     rows: list[LongContextRow] = []
     with Progress() as progress:
-        task = progress.add_task("replay", total=len(domains) * len(lengths) * num_prompts)
-        for some in measure_acceptance(
-            target,
-            tokenizer,
-            drafters,
-            text,
-            domains=domains,
-            lengths=lengths,
-            num_prompts=num_prompts,
-            num_tokens=num_tokens,
-            num_drafts=num_drafts,
-            num_looked_up=num_looked_up,
-            temperature=temperature,
-            seed=seed,
-            on_progress=lambda domain, length, _: progress.update(task, advance=1, description=f"{domain} {length}"),
-        ):
+        task = progress.add_task("replay", total=len(settings.domains) * len(settings.lengths) * settings.num_prompts)
+
+        def on_progress(domain: str, length: int) -> None:
+            progress.update(task, advance=1, description=f"{domain} {length}")
+
+        for some in measure_acceptance(target, tokenizer, drafters, text, settings, on_progress):
             rows.extend(some)
             record["rows"] = [dataclasses.asdict(row) for row in rows]
             provenance.write_record(out / "long_context.json", record)
@@ -202,13 +176,9 @@ def time_methods(
     target: Path,
     drafters: dict[str, Path],
     text: Sequence[Path],
-    domains: Sequence[str],
-    lengths: Sequence[int],
-    num_prompts: int,
-    num_tokens: int,
+    asked: AcceptanceSettings,
     ngram: bool,
     repeats: int,
-    seed: int,
     out: Path,
 ) -> int:
     """Measure speed in vLLM as `qm-spec eval` does, on prompts of all domains; return its exit code."""
@@ -231,20 +201,20 @@ def time_methods(
         draft=str(next(iter(own.values()), "")),
         methods=(REFERENCE_METHOD, *(("ngram", "ngram-16") if ngram else ()), *own),
         baselines={name: folder for name, folder in drafters.items() if name not in own},
-        prompts=",".join(domains),
-        max_tokens=num_tokens,
-        context_lengths=tuple(lengths),
-        seed=seed,
+        prompts=",".join(asked.domains),
+        max_tokens=asked.num_tokens,
+        context_lengths=tuple(asked.lengths),
+        seed=asked.seed,
         repeats=repeats,
     )
-    writer = PromptWriter(AutoTokenizer.from_pretrained(target), text, max(lengths))
+    writer = PromptWriter(AutoTokenizer.from_pretrained(target), text, max(asked.lengths))
     prompts = [
         tuple(
-            TokenPrompt(f"{domain}-{number}", tuple(writer.write(domain, length, seed + number)), domain)
-            for number in range(num_prompts)
-            for domain in domains
+            TokenPrompt(f"{domain}-{number}", tuple(writer.write(domain, length, asked.seed + number)), domain)
+            for number in range(asked.num_prompts)
+            for domain in asked.domains
         )
-        for length in lengths
+        for length in asked.lengths
     ]
     return run_with_progress(Benchmark(settings, prompts))
 

@@ -107,10 +107,10 @@ def merge_case() -> Case:
         raw = context.cache.clone()
         return context.cache, context.table, context.length, sizes.head_dim, *SCHEDULE, *REST
 
-    def restore(cache: Tensor, *rest: object) -> None:
+    def restore(cache: Tensor, *_: object) -> None:
         cache.copy_(raw)
 
-    def index_add(cache: Tensor, table: Tensor, length: Tensor, head_dim: int, *rest: object) -> Tensor:
+    def index_add(cache: Tensor, _table: Tensor, _length: Tensor, head_dim: int, *_: object) -> Tensor:
         # The first level's sums alone: the pages are whole and in order, and clusters and masses are given.
         rows = cache[1:, ..., : 2 * head_dim].reshape(-1, 2 * head_dim).float()
         cluster = torch.arange(len(rows), device=rows.device) // 2
@@ -177,11 +177,11 @@ def attention_case(alternative: str) -> Case:
             CONFIG.doublings,
         )
 
-    def paged(query: Tensor, cache: Tensor, *rest: Any) -> Tensor:
+    def paged(query: Tensor, _cache: Tensor, *rest: Any) -> Tensor:
         context.cache = context.cache.to(query.device)
         return torch.ops.qm_spec.merged_attention(query, context.cache, *rest)[0]
 
-    def sdpa(query: Tensor, *rest: Any) -> Tensor:
+    def sdpa(query: Tensor, *_: Any) -> Tensor:
         context.key, context.value = context.key.to(query.device), context.value.to(query.device)
         # Keys and values side by side, no bias, no mask: less than a drafter needs.
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, context.key, context.value))

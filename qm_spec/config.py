@@ -13,6 +13,9 @@ from typing import Any
 ARCHITECTURE = "Eagle3QuickMergeForCausalLM"
 # By name, the sign of a token's attention entropy in its saliency.
 SALIENCIES = {"entropy": 1.0, "inverse_entropy": -1.0}
+# Tokens that a new drafter keeps raw: most turns of a chat. Acceptance hardly differs from 64 to 512
+# (docs/results/long-context.md). A checkpoint that names no window was trained with `MergeConfig`'s 128.
+TRAINED_WINDOW = 512
 # A checkpoint may come from anywhere, and these decide how much memory is asked for and how far distances are shifted.
 MOST_WINDOW = 2**20
 MOST_GROUP_SIZE = 256

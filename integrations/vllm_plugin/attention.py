@@ -97,7 +97,7 @@ class QuickMergeMetadataBuilder(AttentionMetadataBuilder[QuickMergeMetadata]):
 class QuickMergeImpl(AttentionImpl[QuickMergeMetadata]):
     """Appends, merges and attends, all inside `forward`, where the metadata of the step are valid."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - vLLM's
         self,
         num_heads: int,
         head_size: int,

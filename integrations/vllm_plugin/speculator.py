@@ -119,7 +119,7 @@ class QuickMergeSpeculator(EagleSpeculator):
             self.init_cudagraph_manager(CUDAGraphMode.NONE)
 
     @torch.inference_mode()
-    def propose(
+    def propose(  # noqa: PLR0913 - vLLM's
         self,
         input_batch: Any,
         attn_metadata: dict[str, Any] | None,

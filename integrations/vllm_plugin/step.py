@@ -156,7 +156,7 @@ class DraftStep:
             num_rejected=rejected,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
-            draws=proposer._enable_probabilistic_draft_probs and not sampling.all_greedy,
+            draws=proposer._enable_probabilistic_draft_probs and not sampling.all_greedy,  # noqa: SLF001 - vLLM's
             temperature=None if sampling.all_greedy else sampling.temperature,
             generators=sampling.generators,
             requests=requests,

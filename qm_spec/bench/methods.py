@@ -94,7 +94,7 @@ class Method:
         return f"{self.name} needs {self.requires[1]}; pip install {self.requires[1]}, or leave {self.name} out"
 
 
-def _ngram(num_speculative_tokens: int | None, drafter: Path | None) -> dict[str, Any]:
+def _ngram(num_speculative_tokens: int | None, _drafter: Path | None) -> dict[str, Any]:
     return {
         "method": "ngram",
         "num_speculative_tokens": num_speculative_tokens,
@@ -102,7 +102,7 @@ def _ngram(num_speculative_tokens: int | None, drafter: Path | None) -> dict[str
     }
 
 
-def _suffix(num_speculative_tokens: int | None, drafter: Path | None) -> dict[str, Any]:
+def _suffix(num_speculative_tokens: int | None, _drafter: Path | None) -> dict[str, Any]:
     depth = {} if num_speculative_tokens is None else {"num_speculative_tokens": num_speculative_tokens}
     return {"method": "suffix", **depth}
 

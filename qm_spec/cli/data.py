@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qm_spec.cli.options import EXIT_ENGINE_FAILED, EXIT_INTERRUPTED, NumCpus, NumGpus, RayAddress, ray_settings
+from qm_spec.bench.settings import AnswerSettings
+from qm_spec.cli.options import (
+    EXIT_ENGINE_FAILED,
+    EXIT_INTERRUPTED,
+    NumCpus,
+    NumGpus,
+    RayAddress,
+    options_of,
+    ray_settings,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,12 +39,8 @@ _NAMED = 5
 _SECONDS_PER_LINE = 20.0
 
 
+@options_of(AnswerSettings)
 def answer(
-    more: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Further files of --prompts.", show_default=False)
-    ] = None,
-    *,
-    target: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the target model.")],
     prompts: Annotated[
         list[Path],
         typer.Option(
@@ -44,26 +49,14 @@ def answer(
             "with gz or xz or not; or a folder of them. May be repeated.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the data set.")],
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer; an end-of-text token ends sooner.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Of the sampled answers.")] = 1.0,
-    greedy_share: Annotated[
-        float, typer.Option(help="Of the prompts, chosen by a hash: answered greedily, the others sampled.")
-    ] = 0.5,
-    concurrency: Annotated[int, typer.Option(help="Requests kept in flight by each engine.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of sampling; sampled answer i takes seed + i.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto (the model's own), bfloat16, float16 or float32.")] = "auto",
-    plain_text: Annotated[
-        bool, typer.Option("--plain-text", help="Go on with the prompts' text, without the chat template.")
-    ] = False,
-    skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Leave lines out that hold no prompt, and name them.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has answered.")] = False,
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Further files of --prompts.", show_default=False)
+    ] = None,
     ray: Annotated[int, typer.Option(metavar="N", help="Share the prompts among N Ray actors, an engine each.")] = 0,
     ray_address: RayAddress = None,
     num_cpus: NumCpus = 1.0,
     num_gpus: NumGpus = None,
+    **options: Any,
 ) -> None:
     """Let a target answer prompts, as data to train its drafter on: token ids in shards, greedy and sampled.
 
@@ -71,38 +64,24 @@ def answer(
     """
     from rich.console import Console
 
-    from qm_spec.bench.runs.answering import Answering, AnswerSettings
+    from qm_spec.bench.runs.answering import Answering
 
     # Ended by the system or by Ctrl-C, the engines are ended too, and --resume goes on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True)
-    answering = Answering(
-        AnswerSettings(
-            target=target,
-            prompts=(*prompts, *(more or ())),
-            out=out,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            greedy_share=greedy_share,
-            concurrency=concurrency,
-            seed=seed,
-            dtype=dtype,
-            plain_text=plain_text,
-            skip_bad_lines=skip_bad_lines,
-            ray=ray_settings(ray, ray_address, num_cpus, num_gpus),
-            resume=resume,
-        )
-    )
+    actors = ray_settings(ray, ray_address, num_cpus, num_gpus)
+    settings = AnswerSettings(prompts=(*prompts, *(more or ())), ray=actors, **options)
+    answering = Answering(settings)
     _say_what_is_left_out(answering)
     try:
         record = _run(answering, console)
     except KeyboardInterrupt as interruption:
-        typer.echo(f"interrupted; what is answered stays in {out}, and --resume goes on from there", err=True)
+        typer.echo(f"interrupted; what is answered stays in {settings.out}, and --resume goes on from there", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from interruption
     _name("empty answers", record["empty_answers"])
     typer.echo(
-        f"saved {out}: {record['num_answers']} answers, {record['num_answer_tokens']} tokens, "
-        f"{record['num_cut_at_max_tokens']} answers cut at {max_tokens} tokens"
+        f"saved {settings.out}: {record['num_answers']} answers, {record['num_answer_tokens']} tokens, "
+        f"{record['num_cut_at_max_tokens']} answers cut at {settings.max_tokens} tokens"
     )
     if answering.failures:
         for failure in answering.failures:

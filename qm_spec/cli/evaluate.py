@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qm_spec.bench.methods import METHODS
-from qm_spec.bench.settings import WAITING
+from qm_spec.bench.settings import DEFAULT_METHODS, WAITING, BenchmarkSettings
 from qm_spec.cli.options import (
     EXIT_BAD_INPUT,
     EXIT_ENGINE_FAILED,
@@ -18,9 +18,9 @@ from qm_spec.cli.options import (
     NumCpus,
     NumGpus,
     RayAddress,
+    options_of,
     ray_settings,
 )
-from qm_spec.pairs import NOVELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,70 +43,27 @@ Example: `qm-spec eval --target my-model --sweep num_speculative_tokens=1..8 con
 _LOGGED_SHARE = 0.1
 
 
+@options_of(BenchmarkSettings)
 def evaluate(
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME=VALUES]...", help="Further settings of --sweep.")
     ] = None,
-    target: Annotated[
-        Path,
-        typer.Option(metavar="DIR", help="Folder of the target model.", show_default="the shipped pair's"),
-    ] = NOVELS / "target",
-    draft: Annotated[
-        str, typer.Option(metavar="DIR|qm_spec", help="Drafter folder, or qm_spec to find the target's own.")
-    ] = "qm_spec",
     methods: Annotated[
         str,
         typer.Option(
             metavar="M,...",
             help="; ".join(f"{one.name}: {one.about}" for one in METHODS.values()) + ".",
         ),
-    ] = "none,none-again,ngram,qm_spec",
-    baseline: Annotated[
+    ] = ",".join(DEFAULT_METHODS),
+    baselines: Annotated[
         list[str] | None,
         typer.Option(
+            "--baseline",
             metavar="NAME=DIR",
             help="Run a trained drafter as eagle3, eagle3-window or under a name of your own: a folder of EAGLE-3 in "
             "vLLM's format, or of one of ours. May be repeated.",
         ),
     ] = None,
-    num_speculative_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K", help="Drafted tokens per step of every method.", show_default="each method's own number"
-        ),
-    ] = None,
-    prompts: Annotated[
-        str,
-        typer.Option(
-            "--benchmark",
-            "--prompts",
-            metavar="NAME|FILE",
-            help="builtin, spec_bench, mt_bench, gsm8k, humaneval, sharegpt, documents (generated), books, or a file "
-            "of rows with 'text', 'prompt' or OpenAI 'messages'.",
-        ),
-    ] = "builtin",
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder of the benchmarks' files.", show_default="$QM_SPEC_DATA"),
-    ] = None,
-    num_prompts: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="So many of them.", show_default="8 built-in ones, or the whole file"),
-    ] = None,
-    per_category: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="The first N of each category instead; then there is a table by category."),
-    ] = None,
-    skip_long: Annotated[
-        bool, typer.Option("--skip-long", help="Leave prompts out that the target has no room for, and name them.")
-    ] = False,
-    max_tokens: Annotated[int, typer.Option(metavar="M", help="Output tokens per prompt.")] = 128,
-    stop_at_eos: Annotated[
-        bool,
-        typer.Option("--stop-at-eos", help="End an answer at an end-of-text token, as a server does; else all have M."),
-    ] = False,
-    temperature: Annotated[float, typer.Option(metavar="T", help="0 decodes greedily.")] = 0.0,
-    concurrency: Annotated[int, typer.Option(metavar="C", help="Requests kept in flight by each engine.")] = 1,
     context_lengths: Annotated[
         str | None,
         typer.Option(
@@ -123,24 +80,6 @@ def evaluate(
             "context_lengths, as 1..8 or 1,8,32.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="S", help="Of sampling.")] = 0,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("results/spec"),
-    dtype: Annotated[
-        str, typer.Option(help="auto (float32 on CPU, the model's on GPU), bfloat16, float16 or float32.")
-    ] = "auto",
-    repeats: Annotated[int, typer.Option(help="Measured passes, each with new engines; medians are reported.")] = 3,
-    engines_at_once: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Engines that are alive together, plain decoding's included; more methods run in groups, each with "
-            "plain decoding of its own.",
-            show_default="as many as fit the free memory",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what an interrupted run of the same command has measured.")
-    ] = False,
     ray: Annotated[
         int,
         typer.Option(
@@ -151,6 +90,7 @@ def evaluate(
     ray_address: RayAddress = None,
     num_cpus: NumCpus = 1.0,
     num_gpus: NumGpus = None,
+    **options: Any,
 ) -> None:
     """Compare speculation methods on one target: speed, acceptance, and whether the output stays the same.
 
@@ -162,35 +102,17 @@ def evaluate(
     # An end asked for by the system is handled like Ctrl-C: the engine is ended, the results stay.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        from qm_spec.bench.settings import BenchmarkSettings
         from qm_spec.bench.sweep import parse_sweep, parse_values
 
         if more and not sweep:
             raise ValueError(f"sweep: {' '.join(more)} must stand behind --sweep")
         settings = BenchmarkSettings(
-            target=target,
-            out=out,
-            draft=draft,
             methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
-            baselines=parse_baselines(baseline or ()),
-            num_speculative_tokens=num_speculative_tokens,
-            prompts=prompts,
-            data=data,
-            num_prompts=num_prompts,
-            per_category=per_category,
-            max_tokens=max_tokens,
-            stop_at_eos=stop_at_eos,
-            temperature=temperature,
-            concurrency=concurrency,
+            baselines=parse_baselines(baselines or ()),
             context_lengths=None if context_lengths is None else parse_values(context_lengths, int, "context_lengths"),
-            seed=seed,
-            dtype=dtype,
-            repeats=repeats,
             sweep=parse_sweep([*(sweep or ()), *(more or ())]),
             ray=ray_settings(ray, ray_address, num_cpus, num_gpus),
-            engines_at_once=engines_at_once,
-            resume=resume,
-            skip_long=skip_long,
+            **options,
         )
         # Behind the settings: it imports torch, which wrong ones need not wait for.
         from qm_spec.bench.runs.benchmark import Benchmark

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+import dataclasses
+import functools
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
@@ -14,16 +17,50 @@ EXIT_ENGINE_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-# What every command of training takes.
-Data = Annotated[list[Path], typer.Option(help="Text file or folder; may be repeated.")]
-Target = Annotated[Path, typer.Option(help="Folder of a transformers causal LM; it is not changed.")]
-MaxSteps = Annotated[int, typer.Option(min=1)]
-BatchSize = Annotated[int, typer.Option(min=1, help="Windows per step.")]
-Lr = Annotated[float, typer.Option(help="Muon step of the matrices.")]
-AdamLr = Annotated[float, typer.Option(help="AdamW step of everything else.")]
-DecayShare = Annotated[float, typer.Option(min=0, max=1, help="Last part of the steps, where lr falls to 0.")]
-SaveSteps = Annotated[int, typer.Option(min=1)]
-Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")]
+Command = Callable[..., None]
+
+
+def options_of(settings: type) -> Callable[[Command], Command]:
+    """Give a command an option for each field of a dataclass that is annotated with one.
+
+    Their values arrive as its `**options`. A parameter of the command's own that is named like a field takes its place,
+    for what is typed in another form than the field holds. Options that must be given come first.
+    """
+    hints = get_type_hints(settings, include_extras=True)
+    fields = {
+        field.name: Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(settings)
+    }
+
+    def with_options(command: Command) -> Command:
+        hints = get_type_hints(command, include_extras=True)
+        own = {
+            name: parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name])
+            for name, parameter in signature(command).parameters.items()
+            if parameter.kind is not Parameter.VAR_KEYWORD
+        }
+        parameters = [
+            own.get(name) or fields[name]
+            for name in dict.fromkeys([*settings.__annotations__, *fields, *own])
+            if name in own or get_origin(fields[name].annotation) is Annotated
+        ]
+        parameters.sort(key=lambda parameter: parameter.default is not Parameter.empty)
+
+        @functools.wraps(command)
+        def given(**values: Any) -> None:
+            command(**values)
+
+        given.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        given.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return given
+
+    return with_options
+
 
 # What every command takes that can share its work among Ray actors.
 RayAddress = Annotated[

@@ -195,7 +195,7 @@ def check_model(model: PreTrainedModel) -> None:
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     # Not by subclass: layers that hold a recurrent state besides are subclasses too.
     fixed = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
-    if fixed or model._is_stateful:
+    if fixed or model._is_stateful:  # noqa: SLF001 - of transformers, which has no public name for it
         raise ValueError(
             f"create_speculative_decoder: {name} keeps a state from which rejected tokens cannot be dropped "
             f"({', '.join(fixed) or 'recurrent'}); decode it with its own generate()"

@@ -194,7 +194,7 @@ class Eagle3Drafter(DraftVocabulary, PreTrainedModel):
             aux_states = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], -1)
         return self.fc(aux_states)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save a drafter folder; its config names vLLM's class, not this one."""
         architectures = self.config.architectures
         super().save_pretrained(save_directory, **kwargs)

@@ -17,7 +17,7 @@ def distillation_loss(draft_logits: Tensor, target_log_probs: Tensor) -> Tensor:
         draft_logits: `[n, V]`, any float dtype.
         target_log_probs: `[n, V]` float32, normalised; no gradient is sent there.
     """
-    return _Distillation.apply(draft_logits, target_log_probs)
+    return _Distillation.apply(draft_logits, target_log_probs)  # type: ignore[no-untyped-call]
 
 
 class _Distillation(torch.autograd.Function):

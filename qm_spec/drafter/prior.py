@@ -31,7 +31,7 @@ class LinearFactory(Protocol):
         ...
 
 
-def plain_linear(inputs: int, outputs: int, split: str, name: str) -> nn.Module:
+def plain_linear(inputs: int, outputs: int, split: str, name: str) -> nn.Module:  # noqa: ARG001 - a LinearFactory
     """Make an uncut `nn.Linear`."""
     return nn.Linear(inputs, outputs, bias=False)
 
@@ -184,7 +184,7 @@ class QuickMergePrior(DraftVocabulary, PreTrainedModel):
         """Read whole sequences: the target's states `[B, N, 3 D]` and the tokens' embeddings `[B, N, D]`."""
         return PriorSequences(self.layer, self.config.merge, aux_states, embeddings)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save a drafter folder; its config names vLLM's class, not this one."""
         super().save_pretrained(save_directory, **kwargs)
         self.config.architectures = [ARCHITECTURE]

@@ -40,7 +40,7 @@ def attention_entropy(tokens: Tensor) -> Tensor:
 
     Source: QuickMerge++, arXiv 2508.13204, saliency estimation.
     """
-    return RowEntropy.apply(tokens.float(), None, False)
+    return RowEntropy.apply(tokens.float(), None, False)  # type: ignore[no-untyped-call]
 
 
 class RowEntropy(torch.autograd.Function):

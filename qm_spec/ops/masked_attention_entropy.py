@@ -27,4 +27,4 @@ def masked_attention_entropy(tokens: Tensor, allowed: Tensor | None = None, caus
     num_tokens = tokens.shape[-2]
     if allowed is not None:
         allowed = allowed.expand(*allowed.shape[:-2], num_tokens, num_tokens)
-    return RowEntropy.apply(tokens.float(), allowed, causal)
+    return RowEntropy.apply(tokens.float(), allowed, causal)  # type: ignore[no-untyped-call]

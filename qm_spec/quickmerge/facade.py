@@ -64,7 +64,7 @@ class QuickMergePP(nn.Module):
     Source: QuickMerge++, arXiv 2508.13204.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the paper's settings, as keywords
         self,
         embedding_dim: int | None = None,
         *,

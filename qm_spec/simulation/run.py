@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from qm_spec.config import MergeConfig
 from qm_spec.simulation.acceptance_rates import parse_acceptance
 from qm_spec.simulation.hardware import Hardware, load_hardware
 from qm_spec.simulation.prediction import Scenario, predict_steps, predict_traffic
+from qm_spec.simulation.settings import Simulation
 from qm_spec.simulation.shapes import EAGLE3, QUICKMERGE, DrafterShape, TargetShape, load_config
 from qm_spec.simulation.tables import LABEL, format_tokens, steps_table, traffic_table, validation_table
 from qm_spec.simulation.traffic import TrafficSettings
@@ -23,51 +23,6 @@ _REQUESTS_PER_REPLICA = 200
 _LEAST_REQUESTS = 2000
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 _NO_DRAFTER = "ngram"
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """One call of `qm-spec simulate`; see its options.
-
-    Args:
-        target_config: `config.json` of the target, or its folder.
-        hardware: a shipped name or a hardware file.
-        acceptance: a `results.json` or shares per position.
-        method: whose runs of the results file; `ngram` drafts for nothing, `eagle3...` attends to all tokens.
-        drafter: config of the drafter; by default one of the target's own sizes.
-        batches: as typed, "1,8,32".
-        contexts: as typed, "4k,128k".
-        depths: as typed, "1..4" or "2,4"; None for all that the acceptance is known for.
-        dtype: of weights and arithmetic.
-        tensor_parallel: devices of one replica.
-        max_num_seqs: most requests in a step of a replica.
-        arrival_rate: requests per second over all replicas; None leaves traffic out.
-        replicas: engines.
-        num_requests: that arrive in all; None for 200 per replica, and 2000 at least.
-        output_tokens: mean length of an output.
-        ttft_limit_ms: for goodput; None for no limit.
-        tpot_limit_ms: for goodput; None for no limit.
-        seed: of the traffic.
-    """
-
-    target_config: Path
-    hardware: str
-    acceptance: str
-    method: str = "qm_spec"
-    drafter: Path | None = None
-    batches: str = "1,8,32,128"
-    contexts: str = "1k,8k,128k"
-    depths: str | None = None
-    dtype: str = "bfloat16"
-    tensor_parallel: int = 1
-    max_num_seqs: int = 256
-    arrival_rate: float | None = None
-    replicas: int = 1
-    num_requests: int | None = None
-    output_tokens: int = 256
-    ttft_limit_ms: float | None = None
-    tpot_limit_ms: float | None = None
-    seed: int = 0
 
 
 def parse_counts(text: str, name: str) -> list[int]:
@@ -123,14 +78,14 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         hardware=load_hardware(simulation.hardware),
         target=target,
         drafter=_drafter(simulation, target),
-        acceptance=parse_acceptance(simulation.acceptance, simulation.method),
+        acceptance=parse_acceptance(simulation.acceptance or "", simulation.method),
         dtype=simulation.dtype,
         tensor_parallel=simulation.tensor_parallel,
         max_num_seqs=simulation.max_num_seqs,
     )
     limit = scenario.acceptance.max_speculative_tokens
-    depths = parse_counts(simulation.depths or f"1..{limit}", "num_speculative_tokens")
-    contexts = parse_counts(simulation.contexts, "context")
+    depths = parse_counts(simulation.num_speculative_tokens or f"1..{limit}", "num_speculative_tokens")
+    contexts = parse_counts(simulation.context, "context")
     answer: dict[str, Any] = {
         "kind": "prediction",
         "note": f"{LABEL}: a roofline model; its errors where it was checked stand in docs/results/simulation.md",
@@ -149,7 +104,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
                 for one in scenario.acceptance.measured
             ],
         },
-        "steps": predict_steps(scenario, parse_counts(simulation.batches, "batch"), contexts, depths),
+        "steps": predict_steps(scenario, parse_counts(simulation.batch, "batch"), contexts, depths),
     }
     group = f"{simulation.tensor_parallel} x " if simulation.tensor_parallel > 1 else ""
     machine = f"{group}{scenario.hardware.name}, {simulation.dtype}"

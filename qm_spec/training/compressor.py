@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from transformers.trainer_utils import EvalPrediction
 from qm_spec import provenance
 from qm_spec.quickmerge import QuickMergePP, TemperatureSchedule
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
-from qm_spec.training.fit import LoopSettings, fit
+from qm_spec.training.fit import fit
+from qm_spec.training.settings import CompressorSettings
 
 LOSSES = ("alignment", "fidelity", "total")
 VALID_TOKENS = 8192
@@ -55,6 +55,11 @@ class CompressorTraining(nn.Module):
         target.requires_grad_(False).eval()
         # In a tuple it is no submodule: checkpoints hold what is trained and nothing else.
         self._target = (target,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target runs."""
+        return self._target[0].device
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return `loss`, and each loss of the compressor by name, `[B]` float32, the same in each row.
@@ -102,81 +107,61 @@ def _load_target(folder: Path, layer: int) -> PreTrainedModel:
     return target.cuda() if torch.cuda.is_available() else target
 
 
-def train_compressor(
-    target_dir: Path,
-    data: Sequence[Path],
-    out: Path,
-    *,
-    loop: LoopSettings,
-    layer: int = 5,
-    keep: int = 32,
-    sequence_length: int = 256,
-    alpha: float = 0.1,
-    schedule: TemperatureSchedule | None = None,
-    resume: bool = False,
-    **settings: Any,
-) -> dict:
+def train_compressor(settings: CompressorSettings) -> dict[str, Any]:
     """Train a compressor of the target's states, save it under `out`, return this stage's provenance.
 
-    Args:
-        target_dir: folder of a transformers causal LM; frozen.
-        data: text files or folders; the last 2 % of the tokens, but at most 8192, are kept for validation.
-        out: folder of the compressor (`QuickMergePP.from_pretrained`); checkpoints are kept in `out/checkpoints`.
-        loop: see `LoopSettings`.
-        layer: whose states are compressed; 0 = the embeddings.
-        keep: K per window, or per chunk where the settings have a `chunk_size`.
-        sequence_length: tokens per window.
-        alpha: weight of the alignment loss.
-        schedule: of the selection's temperature; None falls from 1 to 0.1 over three quarters of the steps.
-        resume: go on from the last checkpoint under `out`.
-        settings: of `QuickMergePP`, e.g. `grouping`; saliency is learned unless they say otherwise.
+    `QuickMergePP.from_pretrained` loads it; checkpoints are kept in `out/checkpoints`. The last 2 % of the tokens, but
+    at most 8192, are kept for validation.
 
     Raises:
         FileNotFoundError: target or data missing.
         ValueError: a layer the target does not have, or too little text.
     """
     started, commit = time.time(), provenance.git_commit()
-    set_seed(loop.seed)
-    files = find_files(data)
-    target = _load_target(target_dir, layer)
-    token_ids = tokenize(AutoTokenizer.from_pretrained(target_dir), read_documents(files))
-    num_valid = max(sequence_length, min(VALID_TOKENS, len(token_ids) // 50))
-    valid_set = TokenWindows(token_ids[-num_valid:], sequence_length)
-    train_set = TokenWindows(token_ids[:-num_valid], sequence_length)
+    set_seed(settings.seed)
+    files = find_files(settings.data)
+    target = _load_target(settings.target, settings.layer)
+    token_ids = tokenize(AutoTokenizer.from_pretrained(settings.target), read_documents(files))
+    num_valid = max(settings.sequence_length, min(VALID_TOKENS, len(token_ids) // 50))
+    valid_set = TokenWindows(token_ids[-num_valid:], settings.sequence_length)
+    train_set = TokenWindows(token_ids[:-num_valid], settings.sequence_length)
     compressor = QuickMergePP(
-        **{
-            "dim": target.config.hidden_size,
-            "k_max": keep,
-            "saliency": "learned",
-            "input_scale": _scale_of_states(target, train_set, layer),
-            **settings,
-        }
+        dim=target.config.hidden_size,
+        k_max=settings.keep,
+        input_scale=_scale_of_states(target, train_set, settings.layer),
+        chunk_size=settings.chunk_size,
+        grouping=settings.grouping,
+        saliency=settings.saliency,
+        causal=settings.causal,
+        prior_layers=settings.prior_layers,
+        gamma=settings.gamma,
     )
-    schedule = schedule or TemperatureSchedule(num_steps=max(1, 3 * loop.max_steps // 4))
-    model = CompressorTraining(compressor, target, layer, alpha, schedule)
-    before = _validate(model, valid_set, loop.batch_size)
-    work = out / "checkpoints"
-    metrics = fit(model, train_set, valid_set, loop, work, "compressor", resume, _mean_losses)
-    compressor.save_pretrained(out)
+    num_steps = max(1, 3 * settings.max_steps // 4)
+    schedule = TemperatureSchedule(settings.start_temperature, settings.temperature, num_steps)
+    model = CompressorTraining(compressor, target, settings.layer, settings.alpha, schedule)
+    before = _validate(model, valid_set, settings.batch_size)
+    work = settings.out / "checkpoints"
+    metrics = fit(model, train_set, valid_set, settings, work, "compressor", _mean_losses)
+    compressor.save_pretrained(settings.out)
     stage = {
         "command": provenance.command(),
         "commit": commit,
-        "target_sha256": sha256_of([target_dir / "config.json", *sorted(target_dir.glob("*.safetensors"))]),
-        "layer": layer,
+        "target_sha256": sha256_of([settings.target / "config.json", *sorted(settings.target.glob("*.safetensors"))]),
+        "layer": settings.layer,
         "data_sha256": sha256_of(files),
-        "seed": loop.seed,
-        "steps": loop.max_steps,
-        "windows": loop.max_steps * loop.batch_size,
-        "sequence_length": sequence_length,
-        "kept_per_window": keep,
-        "alpha": alpha,
+        "seed": settings.seed,
+        "steps": settings.max_steps,
+        "windows": settings.max_steps * settings.batch_size,
+        "sequence_length": settings.sequence_length,
+        "kept_per_window": settings.keep,
+        "alpha": settings.alpha,
         "valid_before": before,
         "valid_after": {name: metrics[f"eval_{name}"] for name in LOSSES},
         # Of one run from its beginning to its end; a resumed one has no single time.
-        "wall_hours": None if resume else round((time.time() - started) / 3600, 2),
+        "wall_hours": None if settings.resume else round((time.time() - started) / 3600, 2),
         "versions": provenance.versions(),
     }
-    provenance.write_stage(out, stage)
+    provenance.write_stage(settings.out, stage)
     shutil.rmtree(work)
     return stage
 
@@ -193,11 +178,10 @@ def _validate(model: CompressorTraining, windows: TokenWindows, batch_size: int)
     """Return the mean of each loss over the windows, in eval mode."""
     model.eval()
     sums = dict.fromkeys(LOSSES, 0.0)
-    device = model._target[0].device
-    model.to(device)
+    model.to(model.device)
     for start in range(0, len(windows), batch_size):
         ids = torch.stack([windows[i]["input_ids"] for i in range(start, min(start + batch_size, len(windows)))])
-        for name, values in model(ids.to(device)).items():
+        for name, values in model(ids.to(model.device)).items():
             if name in sums:
                 sums[name] += values.sum().item()
     model.train()

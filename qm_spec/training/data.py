@@ -74,7 +74,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> np
     return np.concatenate(parts)
 
 
-class TokenWindows(Dataset):
+class TokenWindows(Dataset[dict[str, Tensor]]):
     """Consecutive windows of `length` tokens that do not overlap; the tail is dropped.
 
     Each item is `{"input_ids": [length] int64, "labels": [length] int64}`.

@@ -56,7 +56,7 @@ def windows(token_ids: np.ndarray, length: int) -> list[Document]:
     return [Document(window, np.ones(length, dtype=bool)) for window in cut]
 
 
-class DocumentBatches(Dataset):
+class DocumentBatches(Dataset[dict[str, Tensor]]):
     """Batches of documents of nearly the same number of rows, padded on the right.
 
     Each item is a whole batch: `input_ids` `[B, N]` int64, `lengths` `[B]`, `rows` `[B, T]` positions to draft from, -1

@@ -43,8 +43,9 @@ from qm_spec.drafter.vocabulary import choose_tokens, coverage
 from qm_spec.training.data import find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.documents import Document, DocumentBatches, windows
 from qm_spec.training.estimate import expected_acceptance_length
-from qm_spec.training.fit import LoopSettings, fit
+from qm_spec.training.fit import fit
 from qm_spec.training.regenerate import regenerate
+from qm_spec.training.settings import DrafterSettings
 from qm_spec.training.states import Reading, TargetStates
 
 _logger = logging.getLogger(__name__)
@@ -444,53 +445,11 @@ def _ends(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> set[in
     return {token_id for token_id in ends if token_id is not None}
 
 
-def train_drafter(
-    target_dir: Path,
-    data: Sequence[Path],
-    out: Path,
-    *,
-    loop: LoopSettings,
-    merge: MergeConfig,
-    kind: str = "quickmerge",
-    num_speculative_tokens: int = 4,
-    intermediate_size: int | None = None,
-    aux_layers: Sequence[int] | None = None,
-    lookup_length: int = 0,
-    draft_vocab_size: int | None = None,
-    sequence_length: int = 1024,
-    rows_per_document: int | None = None,
-    regenerated_tokens: int = 0,
-    init_from: Path | None = None,
-    states_dir: Path | None = None,
-    data_seed: int | None = None,
-    device_map: str | None = None,
-    resume: bool = False,
-) -> dict:
-    """Train a drafter for the target in `target_dir`, save it under `out`, return this stage's provenance.
+def train_drafter(settings: DrafterSettings) -> dict[str, Any]:
+    """Train a drafter, save it under `out`, return this stage's provenance.
 
-    Args:
-        target_dir: folder of a transformers causal LM, used in its own dtype; frozen.
-        data: answers of the target as `qm-spec data` writes them, conversations, text files or folders. A fiftieth is
-            kept for validation.
-        out: folder of the drafter; checkpoints, the log and regenerated text are kept in `out/work`.
-        loop: see `LoopSettings`; a batch is so many rows, positions that the loss is taken at.
-        merge: the merging schedule.
-        kind: one of `DRAFTERS`; for EAGLE-3 the other settings describe the prior it is compared with.
-        num_speculative_tokens: draft steps unrolled, and the default K of the drafter.
-        intermediate_size: of the prior's MLP; the target's when None.
-        aux_layers: see `drafter_config`.
-        lookup_length: of the saved drafter, see `QuickMergeConfig`; training does not depend on it.
-        draft_vocab_size: tokens that the drafter can propose, the most frequent of the data; all when None.
-        sequence_length: tokens per document that text is cut into; conversations are whole.
-        rows_per_document: positions per document that the loss is taken at; all tokens of answers when None.
-        regenerated_tokens: tokens that the target itself writes, added to the data. Acceptance is
-            measured on what the target writes, not on what people wrote.
-        init_from: a trained drafter of this target to go on from; its sizes and settings are kept. Its draft
-            vocabulary is, too, unless `draft_vocab_size` is given: then so many tokens are chosen from this data.
-        states_dir: folder where the target's states and text are kept for other drafters of the same documents.
-        data_seed: of the choice of documents and of what the target writes; the loop's seed when None.
-        device_map: of the target, as transformers takes it, for targets that need several GPUs.
-        resume: go on from the last checkpoint under `out`.
+    The target is used in its own dtype. A fiftieth of the data is kept for validation. Checkpoints, the log and
+    regenerated text are kept in `out/work`. A drafter to go on from keeps its sizes and settings.
 
     Raises:
         FileNotFoundError: target or data missing.
@@ -498,76 +457,77 @@ def train_drafter(
             another target.
     """
     started, commit = time.time(), provenance.git_commit()
-    set_seed(loop.seed)
-    data_seed = loop.seed if data_seed is None else data_seed
-    fingerprint = target_fingerprint(target_dir)
-    tokenizer = AutoTokenizer.from_pretrained(target_dir)
-    target = AutoModelForCausalLM.from_pretrained(target_dir, dtype="auto", device_map=device_map)
-    if device_map is None:
+    set_seed(settings.seed)
+    data_seed = settings.seed if settings.data_seed is None else settings.data_seed
+    fingerprint = target_fingerprint(settings.target)
+    tokenizer = AutoTokenizer.from_pretrained(settings.target)
+    target = AutoModelForCausalLM.from_pretrained(settings.target, dtype="auto", device_map=settings.device_map)
+    if settings.device_map is None:
         # With several processes, this one's GPU.
         target.to(PartialState().device)
     config = drafter_config(
         target,
         fingerprint,
-        merge,
-        num_speculative_tokens,
-        intermediate_size,
-        aux_layers,
-        lookup_length,
-        draft_vocab_size,
+        settings.merge,
+        settings.num_speculative_tokens,
+        settings.intermediate_size,
+        settings.aux_layers,
+        settings.lookup_length,
+        settings.draft_vocab_size,
     )
-    drafter = new_drafter(kind, target, config, sequence_length)
-    if init_from is not None:
-        drafter = _known_drafter(init_from, drafter, fingerprint, target_dir)
-        if draft_vocab_size not in (None, drafter.config.draft_vocab_size):
+    drafter = new_drafter(settings.drafter, target, config, settings.sequence_length)
+    if settings.init_from is not None:
+        drafter = _known_drafter(settings.init_from, drafter, fingerprint, settings.target)
+        if settings.draft_vocab_size not in (None, drafter.config.draft_vocab_size):
             raise ValueError(
-                f"train: {init_from} has a draft vocabulary of {drafter.config.draft_vocab_size or 'all'} tokens, not "
-                f"{draft_vocab_size}; leave --draft-vocab-size out to keep them, or pass their number to choose anew"
+                f"train: {settings.init_from} has a draft vocabulary of {drafter.config.draft_vocab_size or 'all'} "
+                f"tokens, not {settings.draft_vocab_size}; leave --draft-vocab-size out to keep them, or pass their "
+                "number to choose anew"
             )
     vocab_size = target.get_output_embeddings().weight.shape[0]
     limit = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    answered, text, files = _read(data, tokenizer, vocab_size, fingerprint, limit)
-    work = out / "work"
+    answered, text, files = _read(settings.data, tokenizer, vocab_size, fingerprint, limit)
+    work = settings.out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    weights = sha256_of(sorted(target_dir.glob("*.safetensors")))
-    shared = None if states_dir is None else states_dir / weights[:16]
+    weights = sha256_of(sorted(settings.target.glob("*.safetensors")))
+    shared = None if settings.states is None else settings.states / weights[:16]
     states = TargetStates(target, shared)
-    train_text, valid_text, written = _split_text(text, sequence_length)
-    if regenerated_tokens:
-        passage = min(PASSAGE_LENGTH, sequence_length)
+    train_text, valid_text, written = _split_text(text, settings.sequence_length)
+    if settings.regenerated_tokens:
+        passage = min(PASSAGE_LENGTH, settings.sequence_length)
         prompts = np.concatenate([document.token_ids for document in train_text])
-        passages = regenerate(target, prompts, passage, regenerated_tokens, shared or work, data_seed)
+        passages = regenerate(target, prompts, passage, settings.regenerated_tokens, shared or work, data_seed)
         # Passages are packed: the time to write one grows with the square of its length.
-        written = windows(passages.reshape(-1), sequence_length)
+        written = windows(passages.reshape(-1), settings.sequence_length)
     # Validation is on what drafters meet in service where there is any: the target's own text.
     own = [*answered, *written]
     order = np.random.default_rng(data_seed).permutation(len(own))
     num_valid = min(VALID_DOCUMENTS, len(own) // 10)
     valid = [own[number] for number in order[:num_valid]] or valid_text[:VALID_DOCUMENTS]
     documents = _mixed(train_text, [own[number] for number in order[num_valid:]], data_seed)
-    if init_from is None or draft_vocab_size is not None:
+    if settings.init_from is None or settings.draft_vocab_size is not None:
         counts = token_counts(documents, vocab_size)
         share = give_draft_vocabulary(drafter, target, counts, _ends(tokenizer, target))
         if drafter.draft_token_ids is not None:
             _logger.info(
                 "draft vocabulary: %d tokens, %.1f %% of those written", drafter.config.draft_vocab_size, 100 * share
             )
-    train_set = DocumentBatches(documents, loop.batch_size, rows_per_document, data_seed)
-    valid_set = DocumentBatches(valid, loop.batch_size)
-    loop = loop.fitted(len(train_set))
+    train_set = DocumentBatches(documents, settings.batch_size, settings.rows_per_document, data_seed)
+    valid_set = DocumentBatches(valid, settings.batch_size)
+    settings = settings.fitted(len(train_set))
     model = DraftTraining(drafter, target, states)
     _logger.info(
         "%d documents of %d tokens, %d of them to learn; %d steps of %d rows",
         len(documents),
         sum(len(document.token_ids) for document in documents),
         train_set.num_rows,
-        loop.max_steps,
-        loop.batch_size,
+        settings.max_steps,
+        settings.batch_size,
     )
-    if init_from is None:
+    if settings.init_from is None:
         _logger.info(
             "expect about %.1f tokens per step: SmolLM2-135M-Instruct's drafter reached that with as many rows",
-            expected_acceptance_length(round(loop.max_steps * train_set.num_rows / len(train_set))),
+            expected_acceptance_length(round(settings.max_steps * train_set.num_rows / len(train_set))),
         )
     if shared is not None:
         layers = drafter.config.eagle_aux_hidden_state_layer_ids
@@ -577,19 +537,18 @@ def train_drafter(
         model,
         train_set,
         valid_set,
-        loop,
+        settings,
         work / "checkpoints",
         "drafter",
-        resume,
         _acceptance,
         whole_batches=True,
         tokens_per_step=rows_per_step,
     )
-    drafter.to(torch.bfloat16).save_pretrained(out)
+    drafter.to(torch.bfloat16).save_pretrained(settings.out)
     stage = {
         "command": provenance.command(),
         "commit": commit,
-        "drafter": kind,
+        "drafter": settings.drafter,
         "parameters": sum(parameter.numel() for parameter in drafter.parameters() if parameter.requires_grad),
         "target_fingerprint": fingerprint,
         "data_sha256": sha256_of(files),
@@ -597,19 +556,19 @@ def train_drafter(
         "learned_tokens": train_set.num_rows,
         "regenerated_tokens": sum(len(document.token_ids) for document in written),
         "draft_vocab_size": drafter.config.draft_vocab_size,
-        "seed": loop.seed,
+        "seed": settings.seed,
         "data_seed": data_seed,
-        "steps": loop.max_steps,
-        "rows_per_step": loop.batch_size,
-        "rows": round(loop.max_steps * rows_per_step),
+        "steps": settings.max_steps,
+        "rows_per_step": settings.batch_size,
+        "rows": round(settings.max_steps * rows_per_step),
         "valid_documents": len(valid_set.documents),
         "valid_loss": metrics["eval_loss"],
         "valid_acceptance_length": metrics["eval_acceptance_length"],
         # Of one run from its beginning to its end; a resumed one has no single time.
-        "wall_hours": None if resume else round((time.time() - started) / 3600, 2),
+        "wall_hours": None if settings.resume else round((time.time() - started) / 3600, 2),
         "versions": provenance.versions(),
     }
-    provenance.write_stage(out, stage, init_from)
+    provenance.write_stage(settings.out, stage, settings.init_from)
     shutil.rmtree(work / "checkpoints")
     return stage
 

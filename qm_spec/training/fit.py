@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,40 +19,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from qm_spec.training.optimizer import Muon
+from qm_spec.training.settings import LoopSettings
 
 # Steps whose time is taken for that of the others: the first ones start slowly.
 _ESTIMATE_AFTER = 5
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """How long and how fast to train.
-
-    Attributes:
-        max_steps: optimizer steps; 0 for as many as `epochs` need.
-        batch_size: sequences per step; of a data set of whole batches what its batches are measured in.
-        epochs: times that a data set of whole batches is seen where `max_steps` is 0.
-        lr: Muon step of the matrices; everything else uses `adam_lr`.
-        warmup_steps: linear warm-up; then constant, then linear decay over the last `decay_share`.
-        save_steps: steps between checkpoints (and validations).
-        seed: of initialisation and data order.
-    """
-
-    max_steps: int = 0
-    batch_size: int = 8
-    lr: float = 0.02
-    adam_lr: float = 3e-3
-    warmup_steps: int = 20
-    decay_share: float = 0.5
-    save_steps: int = 100
-    seed: int = 0
-    epochs: float = 1.0
-
-    def fitted(self, batches: int) -> LoopSettings:
-        """Return settings with the steps that see a data set of so many batches as often as asked."""
-        if self.max_steps:
-            return self
-        return replace(self, max_steps=max(1, round(self.epochs * batches)))
 
 
 # Beside the folder of the checkpoints.
@@ -148,12 +117,11 @@ def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def fit(
     model: nn.Module,
-    train: Dataset,
-    valid: Dataset,
+    train: Dataset[dict[str, Tensor]],
+    valid: Dataset[dict[str, Tensor]],
     settings: LoopSettings,
     work_dir: Path,
     label: str,
-    resume: bool,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     whole_batches: bool = False,
     tokens_per_step: float | None = None,
@@ -164,10 +132,9 @@ def fit(
         model: returns an object with a `loss` when called with a batch of the data set.
         train: items are dicts of tensors.
         valid: likewise, evaluated at each checkpoint and at the end.
-        settings: see `LoopSettings`.
+        settings: see `LoopSettings`; to resume goes on from the last checkpoint of `work_dir`, if there is one.
         work_dir: holds the checkpoints (`checkpoint-<step>/`); beside it `train.log` has a line of every ten steps.
         label: what the progress bar says.
-        resume: go on from the last checkpoint of `work_dir`, if there is one.
         compute_metrics: of the model's other outputs at validation.
         whole_batches: an item of the data sets is a batch already.
         tokens_per_step: that a step learns from, for the progress; None leaves the speed out.
@@ -216,7 +183,7 @@ def fit(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = get_last_checkpoint(str(work_dir)) if resume and work_dir.is_dir() else None
+    checkpoint = get_last_checkpoint(str(work_dir)) if settings.resume and work_dir.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.interrupted:
         Console(stderr=True).print(f"stopped; the same command with --resume goes on from {work_dir}")

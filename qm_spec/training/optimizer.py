@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - no public name
 
 
 class Muon(torch.optim.Optimizer):
@@ -88,7 +89,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_adam(group)
         return loss
 
-    def _step_matrices(self, group: dict) -> None:
+    def _step_matrices(self, group: dict[str, Any]) -> None:
         # Equal shapes are stacked: one batched product costs less than twenty small ones.
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for parameter in group["params"]:
@@ -108,7 +109,7 @@ class Muon(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * scale)
 
-    def _step_adam(self, group: dict) -> None:
+    def _step_adam(self, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         for parameter in group["params"]:
             if parameter.grad is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,7 +21,8 @@ from transformers import (
 
 from qm_spec import provenance
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
-from qm_spec.training.fit import LoopSettings, fit
+from qm_spec.training.fit import fit
+from qm_spec.training.settings import TargetSettings
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -70,76 +72,54 @@ def target_config(
     )
 
 
-def train_target(
-    data: Sequence[Path],
-    valid: Sequence[Path],
-    out: Path,
-    *,
-    loop: LoopSettings,
-    vocab_size: int = 4096,
-    hidden_size: int = 192,
-    num_layers: int = 20,
-    intermediate_size: int = 512,
-    context: int = 4096,
-    sequence_length: int = 256,
-    init_from: Path | None = None,
-    resume: bool = False,
-) -> dict:
-    """Train a causal LM on `data` and save it in bf16 under `out`; return this stage's provenance.
+def train_target(settings: TargetSettings) -> dict[str, Any]:
+    """Train a causal LM and save it in bf16 under `out`; return this stage's provenance.
 
-    Args:
-        data: text files or folders to train on.
-        valid: text files or folders never trained on; the first 64 windows are the validation set.
-        out: folder of the model; checkpoints are kept in `out/checkpoints`.
-        loop: see `LoopSettings`.
-        vocab_size: entries of the tokenizer; ignored with `init_from`, as are the sizes below.
-        hidden_size: a multiple of 64.
-        num_layers: decoder layers.
-        intermediate_size: width of the gated MLP.
-        context: tokens, the model's declared limit.
-        sequence_length: tokens per training window.
-        init_from: folder of a trained target to go on from, e.g. at a longer `sequence_length`.
-        resume: go on from the last checkpoint under `out`.
+    Checkpoints are kept in `out/checkpoints`. 64 windows of the validation text are measured.
 
     Raises:
         FileNotFoundError: data or `init_from` is missing.
         ValueError: sizes that do not fit together.
     """
-    if init_from is not None and not (init_from / "config.json").is_file():
-        raise FileNotFoundError(f"train-target: {init_from} holds no config.json")
+    if settings.init_from is not None and not (settings.init_from / "config.json").is_file():
+        raise FileNotFoundError(f"train-target: {settings.init_from} holds no config.json")
     started, commit = time.time(), provenance.git_commit()
-    set_seed(loop.seed)
-    files, valid_files = find_files(data), find_files(valid)
+    set_seed(settings.seed)
+    files, valid_files = find_files(settings.data), find_files(settings.valid)
     model: PreTrainedModel
-    if init_from is not None:
-        tokenizer = AutoTokenizer.from_pretrained(init_from)
-        model = AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
+    if settings.init_from is not None:
+        tokenizer = AutoTokenizer.from_pretrained(settings.init_from)
+        model = AutoModelForCausalLM.from_pretrained(settings.init_from, dtype=torch.float32)
     else:
-        tokenizer = train_tokenizer(files, vocab_size)
-        model = LlamaForCausalLM(target_config(len(tokenizer), hidden_size, num_layers, intermediate_size, context))
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(out)
-    train_set = TokenWindows(tokenize(tokenizer, read_documents(files)), sequence_length)
+        tokenizer = train_tokenizer(files, settings.vocab_size)
+        model = LlamaForCausalLM(
+            target_config(
+                len(tokenizer), settings.hidden_size, settings.num_layers, settings.intermediate_size, settings.context
+            )
+        )
+    settings.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(settings.out)
+    train_set = TokenWindows(tokenize(tokenizer, read_documents(files)), settings.sequence_length)
     valid_ids = tokenize(tokenizer, read_documents(valid_files))
     # Every novel of the validation set is heard: the windows are taken at equal distances.
-    valid_set = TokenWindows(valid_ids, sequence_length)
-    num_valid = max(1, 16384 // sequence_length)
+    valid_set = TokenWindows(valid_ids, settings.sequence_length)
+    num_valid = max(1, 16384 // settings.sequence_length)
     valid_set.token_ids = valid_set.token_ids[:: max(1, len(valid_set) // num_valid)][:num_valid]
-    metrics = fit(model, train_set, valid_set, loop, out / "checkpoints", "target", resume)
-    model.to(torch.bfloat16).save_pretrained(out)
+    metrics = fit(model, train_set, valid_set, settings, settings.out / "checkpoints", "target")
+    model.to(torch.bfloat16).save_pretrained(settings.out)
     stage = {
         "command": provenance.command(),
         "commit": commit,
         "data_sha256": sha256_of(files),
         "valid_sha256": sha256_of(valid_files),
-        "seed": loop.seed,
-        "steps": loop.max_steps,
-        "tokens": loop.max_steps * loop.batch_size * sequence_length,
-        "sequence_length": sequence_length,
+        "seed": settings.seed,
+        "steps": settings.max_steps,
+        "tokens": settings.max_steps * settings.batch_size * settings.sequence_length,
+        "sequence_length": settings.sequence_length,
         "valid_loss_nats_per_token": metrics["eval_loss"],
         # Of one run from its beginning to its end; a resumed one has no single time.
-        "wall_hours": None if resume else round((time.time() - started) / 3600, 2),
+        "wall_hours": None if settings.resume else round((time.time() - started) / 3600, 2),
         "versions": provenance.versions(),
     }
-    provenance.write_stage(out, stage, init_from)
+    provenance.write_stage(settings.out, stage, settings.init_from)
     return stage

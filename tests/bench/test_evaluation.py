@@ -107,7 +107,7 @@ def test_counters_are_read_by_their_vllm_names():
         ]
     )
     assert read_counts(llm) == COUNTS
-    assert read_counts(SimpleNamespace(get_metrics=lambda: [])) == DraftCounts()
+    assert read_counts(SimpleNamespace(get_metrics=list)) == DraftCounts()
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from qm_spec.bench.engine.ray_runner import RayRunner
-from qm_spec.bench.runs.generate import Generation, GenerationSettings
-from qm_spec.bench.settings import RaySettings
+from qm_spec.bench.runs.generate import Generation
+from qm_spec.bench.settings import GenerationSettings, RaySettings
 from qm_spec.cli import app
 
 WORDS = "abcde"
@@ -30,7 +30,7 @@ def settings(benchmark_settings, tmp_path):
 
     def make(**changes) -> GenerationSettings:
         fields = {"method": "ngram", "max_tokens": 2, "concurrency": 1}
-        return GenerationSettings(target, file, tmp_path / "out.jsonl", **{**fields, **changes})
+        return GenerationSettings(target=target, input=file, output=tmp_path / "out.jsonl", **{**fields, **changes})
 
     return make
 

@@ -10,7 +10,13 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qm_spec.bench.acceptance.by_length import LOOKUP, LongContextRow, PromptWriter, measure_acceptance
+from qm_spec.bench.acceptance.by_length import (
+    LOOKUP,
+    AcceptanceSettings,
+    LongContextRow,
+    PromptWriter,
+    measure_acceptance,
+)
 from qm_spec.bench.acceptance.replay import expected_replay, read_text, replay, write_continuations
 from qm_spec.bench.acceptance.suffix_drafts import lookup_drafts
 from qm_spec.bench.results.bootstrap import Estimate
@@ -77,9 +83,8 @@ def test_too_little_text_is_named(pair) -> None:
 def test_rows_are_sums_of_replays(pair) -> None:
     target, tokenizer, drafter = pair
     (rows,) = measure_acceptance(
-        target, tokenizer, {"ours": drafter}, PROSE, domains=["novels"], lengths=[64], num_prompts=2, num_tokens=16,
-        num_drafts=3,
-    )  # fmt: skip
+        target, tokenizer, {"ours": drafter}, PROSE, AcceptanceSettings([64], 2, 16, num_drafts=3, domains=["novels"])
+    )
     by_name = {row.drafter: row for row in rows}
     assert set(by_name) == {"ours", LOOKUP, f"ours+{LOOKUP}"}
     writer = PromptWriter(tokenizer, PROSE, 64)
@@ -98,9 +103,12 @@ def test_rows_are_sums_of_replays(pair) -> None:
 def test_rows_of_sampled_texts_expect_drafts_that_are_drawn(pair) -> None:
     target, tokenizer, drafter = pair
     (rows,) = measure_acceptance(
-        target, tokenizer, {"ours": drafter}, PROSE, domains=["novels"], lengths=[64], num_prompts=2, num_tokens=24,
-        num_drafts=3, temperature=0.8,
-    )  # fmt: skip
+        target,
+        tokenizer,
+        {"ours": drafter},
+        PROSE,
+        AcceptanceSettings([64], 2, 24, num_drafts=3, domains=["novels"], temperature=0.8),
+    )
     by_name = {row.drafter: row for row in rows}
     writer, steps, accepted = PromptWriter(tokenizer, PROSE, 64), 0.0, 0.0
     for seed in range(2):

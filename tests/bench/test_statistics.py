@@ -15,10 +15,10 @@ from qm_spec.bench.results.bootstrap import (
     Resamples,
     compare_requests,
     estimate,
+    estimate_mean,
     metric_value,
     noise_floor,
     pair_requests,
-    student_quantile,
     verdict,
 )
 from qm_spec.bench.results.compare import compare_results, format_comparisons, noise_floors
@@ -96,13 +96,13 @@ def test_an_undefined_ratio_is_no_number():
         Resamples({"up": np.ones(2), "down": np.ones(3)})
 
 
-@pytest.mark.parametrize(
-    ("degrees", "quantiles"),
-    [(4, (1.5332, 2.7764, 4.6041)), (7, (1.4149, 2.3646, 3.4995)), (30, (1.3104, 2.0423, 2.7500))],
-)
-def test_student_quantiles_are_those_of_the_tables(degrees, quantiles):
-    found = [student_quantile(probability, degrees) for probability in (0.9, 0.975, 0.995)]
-    assert found == pytest.approx(quantiles, rel=5e-3)
+def test_the_interval_of_a_mean_is_students():
+    values = np.random.default_rng(0).normal(1.0, 2.0, 400)
+    found, error = estimate_mean(list(values)), values.std() / 20
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - 1.966 * error, abs=0.2 * error)
+    assert found.high == pytest.approx(values.mean() + 1.966 * error, abs=0.2 * error)
+    assert not estimate_mean([1.0, 2.0]).has_interval
 
 
 # Pairs of measurements

@@ -384,7 +384,7 @@ def test_the_draft_models_cache_computes_what_its_forward_does(with_memory):
             ids[:, 0] = next_ids
         run.remember(ids, torch.empty(3, chunk, 0), counts)
         for text, row, count in zip(texts, ids.tolist(), counts.tolist(), strict=True):
-            text += row[:count]
+            text.extend(row[:count])
         next_ids = torch.randint(VOCAB, (3,), generator=generator)
         drafted = run.draft(next_ids, 3, lambda logits: logits.argmax(-1))
         for row, text in enumerate(texts):

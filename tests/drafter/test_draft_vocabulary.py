@@ -14,7 +14,7 @@ from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.vocabulary import choose_tokens, coverage, to_offsets, to_token_ids
 from qm_spec.training.drafter import give_draft_vocabulary
 
-SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 IDS = torch.tensor([0, 2, 3, 7, 19, 63])
 
 

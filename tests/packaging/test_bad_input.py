@@ -180,7 +180,7 @@ def test_a_name_cannot_break_the_line_of_a_message(tmp_path: Path, target: Path)
     folder = tmp_path / "drafter\n2026 INFO all is well\x1b[1A"
     for prepare in (
         lambda: None,
-        lambda: folder.mkdir(),
+        folder.mkdir,
         lambda: (folder / "config.json").write_text("{"),
         lambda: (folder / "config.json").write_text(f'{{"architectures": ["{ARCHITECTURE}"]}}'),
         lambda: edit_json(folder / "config.json", target_fingerprint="1\n2"),

@@ -22,19 +22,9 @@ ZOO_SAMPLES = [
     "prompts.jsonl",
     "merges.txt",
 ]
-# Everything that is installed beside torch by an extra.
-EXTRAS = [
-    "accelerate",
-    "gguf",
-    "matplotlib",
-    "ray",
-    "rich",
-    "safetensors",
-    "tokenizers",
-    "transformers",
-    "typer",
-    "vllm",
-]
+# What takes time to import, or is not there without an extra.
+HEAVY = {"accelerate", "gguf", "jinja2", "matplotlib", "numpy", "ray", "rich", "safetensors", "scipy", "tokenizers"}
+HEAVY |= {"torch", "transformers", "typer", "vllm"}
 
 
 def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -50,7 +40,7 @@ def tree(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SOURCES:
         source = root / name
         if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            shutil.copytree(source, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         elif source.exists():
             shutil.copy(source, tree / name)
     samples = tree / "qm_spec/zoo/sample/target"
@@ -83,7 +73,8 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_module_and_every_file_of_the_zoo(root: Path, wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
+    listed = zipfile.ZipFile(wheel).namelist()
+    names = set(listed)
     modules = [path for folder in ("qm_spec", "integrations") for path in (root / folder).rglob("*.py")]
     zoo = [path for path in (root / "qm_spec/zoo").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     expected = {path.relative_to(root).as_posix() for path in modules + zoo}
@@ -91,16 +82,22 @@ def test_the_wheel_holds_every_module_and_every_file_of_the_zoo(root: Path, whee
     expected |= {f"qm_spec/zoo/sample/target/{name}" for name in ZOO_SAMPLES}
     assert expected - names == set()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qm_spec"}
+    # `qm_spec/integrations` is a link, which must not bring a second copy.
+    assert len(listed) == len(names)
+    assert {name for name in names if name.endswith(".py")} == {name for name in expected if name.endswith(".py")}
 
 
-def test_the_source_distribution_holds_the_kernels(root: Path, tree: Path, tmp_path: Path) -> None:
+def test_the_source_distribution_holds_the_kernels_and_the_plugin(root: Path, tree: Path, tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
     subprocess.run(command, cwd=tree, check=True, capture_output=True)
     [path] = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
+        assert not any(member.issym() for member in archive)
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     sources = {path.relative_to(root).as_posix() for path in (root / "csrc").rglob("*") if path.is_file()}
     assert {"csrc/README.md", "csrc/cpu/saliency_merge.cpp", "csrc/cuda/saliency_merge.cu"} <= sources <= names
+    plugin = {path.relative_to(root).as_posix() for path in (root / "integrations").rglob("*.py")}
+    assert {f"qm_spec/{name}" for name in plugin} <= names
 
 
 def test_the_wheel_names_the_plugin_and_the_program(wheel: Path) -> None:
@@ -139,31 +136,26 @@ def test_the_wheel_with_kernels_fits_every_python_and_runs_them(tree: Path, tmp_
     assert ran.stdout.startswith(f"compiled {site}"), ran.stderr
 
 
-def test_the_editable_install_finds_integrations_outside_the_package(root: Path, tmp_path: Path) -> None:
+def test_the_editable_install_finds_the_plugin(root: Path, tmp_path: Path) -> None:
     ran = run_python("import qm_spec.integrations.vllm_plugin as m; print(m.__file__)", tmp_path)
-    assert ran.stdout.strip() == str(root / "integrations/vllm_plugin/__init__.py"), ran.stderr
+    assert ran.stdout and Path(ran.stdout.strip()).samefile(root / "integrations/vllm_plugin/__init__.py"), ran.stderr
 
 
-def test_import_needs_torch_only(tmp_path: Path) -> None:
-    code = f"""
-import sys
-
-asked = []
-
-class Absent:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] in {EXTRAS}:
-            asked.append(name)
-            raise ModuleNotFoundError(name=name)
-
-sys.meta_path.insert(0, Absent)
-import qm_spec
-print(qm_spec.__name__, asked)
-"""
-    ran = run_python(code, tmp_path)
+@pytest.mark.parametrize(
+    ("module", "needed"),
+    [
+        ("qm_spec", set()),
+        ("qm_spec.discovery", set()),
+        # vLLM imports it in every process.
+        ("qm_spec.integrations.vllm_plugin.register", set()),
+        # Every command, so that help comes at once.
+        ("qm_spec.cli", {"typer"}),
+    ],
+)
+def test_an_import_brings_no_more_than_it_needs(module: str, needed: set[str], tmp_path: Path) -> None:
+    ran = run_python(f"import sys, {module}; print(*sys.modules)", tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == "qm_spec []\n"
+    assert HEAVY.intersection(ran.stdout.split()) == needed
 
 
 def test_the_program_without_typer_says_what_to_install(tmp_path: Path) -> None:

@@ -1032,7 +1032,7 @@ S = torch.rand(2, 6)
         (lambda: small(dim=8)(X), ValueError, "K is missing"),
         (lambda: small(dim=8).compress(X), ValueError, "K is missing"),
         (lambda: QuickMergePP(8, dim=8), TypeError, "embedding_dim or its alias dim"),
-        (lambda: QuickMergePP(), TypeError, "embedding_dim or its alias dim"),
+        (QuickMergePP, TypeError, "embedding_dim or its alias dim"),
         (lambda: QuickMergePP(8, 54), TypeError, "positional"),
         (lambda: quickmerge_inference(X, torch.sin, 1.5), ValueError, "at most 1, got 1.5"),
         (lambda: TemperatureSchedule(0.0), ValueError, "above 0"),

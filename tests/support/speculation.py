@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from scipy.stats import chisquare
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -80,7 +81,7 @@ class OracleRun:
 
     def remember(self, token_ids, states, counts):
         for row, ids, count in zip(self.rows, token_ids.tolist(), counts.tolist(), strict=True):
-            row += ids[:count]
+            row.extend(ids[:count])
 
     def draft(self, next_ids, num_drafts, sample):
         rows = [[*row, token] for row, token in zip(self.rows, next_ids.tolist(), strict=True)]
@@ -122,6 +123,4 @@ def chi_squared_p_value(observed, expected):
     observed = torch.cat([observed[~small], observed[small].sum().view(1)])
     expected = torch.cat([expected[~small], expected[small].sum().view(1)])
     keep = expected > 0
-    statistic = ((observed - expected)[keep].square() / expected[keep]).sum()
-    freedom = torch.tensor(float(keep.sum()) - 1, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom / 2, statistic / 2))
+    return float(chisquare(observed[keep], expected[keep], sum_check=False).pvalue)

@@ -12,7 +12,13 @@ from qm_spec.training.documents import Document, DocumentBatches, windows
 from qm_spec.training.drafter import DraftTraining, give_draft_vocabulary, token_counts
 
 VOCAB = 50
-SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def answered(num_prompt, num_output, seed=0):

@@ -19,7 +19,7 @@ def with_draft_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor | l
     """Return vLLM's `propose` with our loop in its place where it applies."""
 
     @wraps(original)
-    def replaced(
+    def replaced(  # noqa: PLR0913 - vLLM's
         self: Any,
         num_speculative_tokens: int,
         target_token_ids: Tensor,

@@ -18,7 +18,7 @@ def with_flag(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = original(parser)
-        if FLAG not in parser._option_string_actions:
+        if FLAG not in parser._option_string_actions:  # noqa: SLF001 - argparse has no other way to ask
             group = parser.add_argument_group("qm_spec", "Speculative decoding with a QuickMerge drafter.")
             # The default stays that of --spec-model, which has the same destination.
             action = group.add_argument(
@@ -36,13 +36,13 @@ def with_flag(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _keep_abbreviations(parser: argparse.ArgumentParser, ours: argparse.Action) -> None:
     """Leave abbreviations that meant another flag before ours what they were: `--speculative` is one of vLLM's."""
-    find = parser._get_option_tuples
+    find = parser._get_option_tuples  # noqa: SLF001 - argparse has no other way to say it
 
     def find_others_first(option_string: str) -> list[Any]:
         found = find(option_string)
         return [match for match in found if match[0] is not ours] or found
 
-    parser._get_option_tuples = find_others_first  # type: ignore[method-assign]
+    parser._get_option_tuples = find_others_first  # type: ignore[method-assign]  # noqa: SLF001
 
 
 SPECULATIVE_MODEL_FLAG = Patch(

@@ -148,21 +148,38 @@ class LongContextRow:
         return estimate
 
 
+@dataclass(frozen=True)
+class AcceptanceSettings:
+    """What is replayed.
+
+    Args:
+        lengths: tokens of the prompts.
+        num_prompts: of each domain and length.
+        num_tokens: that the target writes behind each.
+        num_drafts: K.
+        num_looked_up: the most tokens that lookup drafts; K when None.
+        domains: of `DOMAINS`.
+        temperature: of the target's writing and of the drafts, which are drawn unless it is 0; then both are greedy.
+        seed: of prompts and sampling.
+    """
+
+    lengths: Sequence[int]
+    num_prompts: int
+    num_tokens: int
+    num_drafts: int
+    num_looked_up: int | None = None
+    domains: Sequence[str] = DOMAINS
+    temperature: float = 0.0
+    seed: int = 0
+
+
 def measure_acceptance(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     drafters: Mapping[str, Drafter],
     text: Sequence[Path],
-    *,
-    domains: Sequence[str] = DOMAINS,
-    lengths: Sequence[int],
-    num_prompts: int,
-    num_tokens: int,
-    num_drafts: int,
-    num_looked_up: int | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    on_progress: Callable[[str, int, int], None] = lambda domain, length, number: None,
+    settings: AcceptanceSettings,
+    on_progress: Callable[[str, int], None] | None = None,
 ) -> Iterator[list[LongContextRow]]:
     """Yield the rows of each domain and length: every drafter, suffix lookup, and the hybrids of the two.
 
@@ -174,26 +191,20 @@ def measure_acceptance(
         tokenizer: its own.
         drafters: by name.
         text: prose that nothing was trained on.
-        domains: of `DOMAINS`.
-        lengths: tokens of the prompts.
-        num_prompts: of each domain and length.
-        num_tokens: that the target writes behind each.
-        num_drafts: K.
-        num_looked_up: the most tokens that lookup drafts; K when None.
-        temperature: of the target's writing and of the drafts, which are drawn unless it is 0; then both are greedy.
-        seed: of prompts and sampling.
-        on_progress: called with domain, length and number of each finished prompt.
+        settings: the prompts and the drafts.
+        on_progress: called with domain and length after each prompt.
     """
-    writer = PromptWriter(tokenizer, text, max(lengths))
+    num_drafts, temperature, seed = settings.num_drafts, settings.temperature, settings.seed
+    writer = PromptWriter(tokenizer, text, max(settings.lengths))
     layers = {name: tuple(drafter.config.eagle_aux_hidden_state_layer_ids) for name, drafter in drafters.items()}
-    for domain in domains:
-        for length in lengths:
+    for domain in settings.domains:
+        for length in settings.lengths:
             replays: dict[str, list[ExpectedReplay]] = {}
             copied = []
-            for number in range(num_prompts):
+            for number in range(settings.num_prompts):
                 prompt = writer.write(domain, length, seed + number)
                 (continuation,) = write_continuations(
-                    target, [prompt], num_tokens, temperature=temperature, seed=seed + number
+                    target, [prompt], settings.num_tokens, temperature=temperature, seed=seed + number
                 )
                 if domain == "quotations":
                     copied.append(_share_copied(prompt, continuation))
@@ -203,10 +214,11 @@ def measure_acceptance(
                     for name, drafter in drafters.items()
                 }
                 for name, some in with_lookup(
-                    chances, [*prompt, *continuation], len(prompt), num_looked_up or num_drafts
+                    chances, [*prompt, *continuation], len(prompt), settings.num_looked_up or num_drafts
                 ).items():
                     replays.setdefault(name, []).append(expected_walk(some))
-                on_progress(domain, length, number)
+                if on_progress is not None:
+                    on_progress(domain, length)
             share = float(np.mean(copied)) if copied else None
             yield [_row(domain, length, name, found, share, seed) for name, found in replays.items()]
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qm_spec.bench.reduction import METHODS
 from qm_spec.bench.reduction.language_model import NONE, WHOLE, Score, run_name
-from qm_spec.bench.results.table import align_table
+from qm_spec.bench.results.bootstrap import estimate_mean
+from qm_spec.bench.results.table import align_table, difference_cell
 
 Row = dict[str, Any]
 REFERENCE = "quickmerge"
@@ -36,19 +37,6 @@ _STYLES: dict[str, tuple[str, str, str]] = {
     "topk-norm": ("#999999", "+", "--"),
     "window": ("#000000", "d", "--"),
 }
-
-
-def bootstrap_interval(values: Sequence[float], seed: int = 0, num_draws: int = 10000) -> tuple[float, float]:
-    """Return the 95 % interval of the mean by bootstrap over the values, percentile method.
-
-    Give it differences within windows: then what windows have in common cancels.
-    """
-    sample = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(sample), (num_draws, len(sample)), generator=generator)
-    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = sample[draws].mean(-1).quantile(bounds).tolist()
-    return low, high
 
 
 def summarise(windows: Sequence[Mapping[str, Score]], methods: Sequence[str], ratios: Sequence[float]) -> list[Row]:
@@ -80,9 +68,9 @@ def summarise(windows: Sequence[Mapping[str, Score]], methods: Sequence[str], ra
                 "perplexity": math.exp(mean[name]),
                 "accuracy": sum(accuracy[name]) / len(windows),
                 "nats_more": mean[name] - mean[WHOLE],
-                "nats_more_interval": bootstrap_interval(more),
+                "nats_more_interval": _interval(more),
                 "accuracy_more": sum(accuracy_more) / len(windows),
-                "accuracy_more_interval": bootstrap_interval(accuracy_more),
+                "accuracy_more_interval": _interval(accuracy_more),
                 "cost_share": (mean[name] - mean[WHOLE]) / worth,
             }
         )
@@ -105,7 +93,7 @@ def compare(windows: Sequence[Mapping[str, Score]], methods: Sequence[str], rati
                     "method": method,
                     "ratio": ratio,
                     "nats_difference": sum(difference) / len(difference),
-                    "interval": bootstrap_interval(difference),
+                    "interval": _interval(difference),
                 }
             )
     return rows
@@ -118,6 +106,11 @@ def per_token(
     nats = {name: [window[name].nats / window[name].num_tokens for window in windows] for name in names}
     accuracy = {name: [window[name].correct / window[name].num_tokens for window in windows] for name in names}
     return nats, accuracy
+
+
+def _interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
+    found = estimate_mean(differences)
+    return found.low, found.high
 
 
 def _minus(values: Sequence[float], others: Sequence[float]) -> list[float]:
@@ -141,8 +134,9 @@ def quality_table(rows: Sequence[Row], accuracy: bool = False) -> str:
 
 def _quality_cell(row: Row, accuracy: bool) -> str:
     if accuracy:
-        return f"{row['accuracy']:.2%} ({_signed(row['accuracy_more'], row['accuracy_more_interval'], 100, 1)})"
-    return f"{row['perplexity']:.2f} ({_signed(row['nats_more'], row['nats_more_interval'])}; {row['cost_share']:.0%})"
+        return f"{row['accuracy']:.2%} ({difference_cell(row['accuracy_more'], row['accuracy_more_interval'], 100, 1)})"
+    nats = difference_cell(row["nats_more"], row["nats_more_interval"])
+    return f"{row['perplexity']:.2f} ({nats}; {row['cost_share']:.0%})"
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
@@ -150,9 +144,9 @@ def comparison_table(rows: Sequence[Row]) -> str:
     ratios = sorted({row["ratio"] for row in rows})
     cells = {}
     for row in rows:
-        text = _signed(row["nats_difference"], row["interval"])
+        text = difference_cell(row["nats_difference"], row["interval"])
         low, high = row["interval"]
-        cells[row["method"], row["ratio"]] = f"**{text}**" if low > 0 or high < 0 else text
+        cells[row["method"], row["ratio"]] = f"**{text}**" if low is not None and (low > 0 or high < 0) else text
     methods = list(dict.fromkeys(row["method"] for row in rows))
     body = [[_label(method), *(cells[method, ratio] for ratio in ratios)] for method in methods]
     return align_table(["quickmerge minus", *(f"{ratio:g}x" for ratio in ratios)], body)
@@ -179,11 +173,6 @@ def cost_table(rows: Sequence[Row]) -> str:
 
 def _label(method: str) -> str:
     return method if METHODS[method].merges else f"{method} (prunes)"
-
-
-def _signed(value: float, interval: Sequence[float], scale: float = 1, digits: int = 3) -> str:
-    half = (interval[1] - interval[0]) / 2
-    return f"{scale * value:+.{digits}f} ± {scale * half:.{digits}f}"
 
 
 def draw(results: Row, file: Path) -> None:
@@ -224,10 +213,8 @@ def _quality_panel(axes: Axes, rows: Sequence[Row], depth: int) -> None:
         # Side by side, so that intervals do not hide each other.
         shift = 0.02 * (i - (len(methods) - 1) / 2)
         more = [row["nats_more"] for row in mine]
-        errors = [
-            [row["nats_more"] - row["nats_more_interval"][0] for row in mine],
-            [row["nats_more_interval"][1] - row["nats_more"] for row in mine],
-        ]
+        # No bounds are NaN, and drawn as none.
+        errors = np.abs(np.array([row["nats_more_interval"] for row in mine], dtype=np.float64).T - more)
         colour, marker, line = _STYLES[method]
         axes.errorbar(
             [row["ratio"] + shift for row in mine],

@@ -138,7 +138,7 @@ def _facts(measurements: Measurements) -> Iterator[Fact]:
         yield Fact(
             f"speed of {fastest.setting.method}{f' ({place})' if place else ''}",
             f"{fastest.speedup.value:.2f}x",
-            f"{_interval(fastest.speedup)}, plain decoding = 1",
+            f"{fastest.speedup.interval(missing='no interval')}, plain decoding = 1",
         )
         if fastest.acceptance is not None:
             drafted = fastest.setting.num_speculative_tokens
@@ -150,12 +150,6 @@ def _facts(measurements: Measurements) -> Iterator[Fact]:
         if fastest.run["lossless"] is not None:
             told = "as plain decoding" if fastest.run["lossless"] else lossless_cell(fastest.run).removeprefix("no: ")
             yield Fact("same output", "yes" if fastest.run["lossless"] else "no", told)
-
-
-def _interval(one: Estimate, digits: int = 2) -> str:
-    if one.low is None or one.high is None:
-        return "no interval"
-    return f"{one.low:.{digits}f} to {one.high:.{digits}f}"
 
 
 def _failures(results: dict[str, Any]) -> list[str]:
@@ -241,9 +235,9 @@ def _summary(measurements: Measurements) -> Table:
                 *_label(measurements, one),
                 _number(one.run["output_tokens_per_s"], ".1f"),
                 _number(speedup.value if speedup else None, ".2f"),
-                _MISSING if plain or not speedup or not speedup.has_interval else _interval(speedup),
+                _MISSING if plain or not speedup else speedup.interval(),
                 _number(acceptance.value if acceptance else None, ".2f"),
-                _interval(acceptance) if acceptance and acceptance.has_interval else _MISSING,
+                acceptance.interval() if acceptance else _MISSING,
                 _number(one.run["acceptance_rate"], ".2f"),
                 _number(one.run["tokens_per_step"], ".2f"),
                 lossless_cell(one.run),
@@ -258,7 +252,7 @@ def _recommended_sections(measurements: Measurements) -> Iterator[Section]:
     if not found:
         return
     speedup = Estimate(found["speedup"], found["speedup_low"], found["speedup_high"])
-    interval = f" ({found['confidence']:.0%} interval {_interval(speedup)})" if speedup.has_interval else ""
+    interval = f" ({found['confidence']:.0%} interval {speedup.interval()})" if speedup.has_interval else ""
     text = (
         f"{found['method']} with K={found['num_speculative_tokens']}: speed-up {speedup.value:.2f}{interval}, the "
         f"geometric mean over {found['num_conditions']} conditions, the best of {found['num_candidates']} settings."

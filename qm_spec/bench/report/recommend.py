@@ -52,19 +52,13 @@ def format_front(results: dict[str, Any]) -> str:
             f"{one.setting.temperature:g}",
             str(one.setting.concurrency),
             f"{one.speedup.value:.2f}" if one.speedup else "-",
-            _interval(one.speedup),
+            one.speedup.interval() if one.speedup else "-",
             f"{one.run['output_tokens_per_s']:.1f}",
         ]
         for one in pareto_front(measured)
     ]
     header = ("method", "K", "context", "temperature", "concurrency", "speedup", f"{CONFIDENCE:.0%} interval")
     return align_table((*header, "tokens/s"), rows)
-
-
-def _interval(one: Estimate | None) -> str:
-    if one is None or one.low is None or one.high is None:
-        return "-"
-    return f"{one.low:.2f} to {one.high:.2f}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +97,7 @@ class Recommendation:
     def __str__(self) -> str:
         if self.method == REFERENCE_METHOD:
             return f"recommended: no speculation; nothing that was measured is faster on average\n{self.command}"
-        shown = "" if self.speedup.low is None else f", {CONFIDENCE:.0%} interval {_interval(self.speedup)}"
+        shown = "" if self.speedup.low is None else f", {CONFIDENCE:.0%} interval {self.speedup.interval()}"
         unsure = (
             "" if self.speedup.low is not None and self.speedup.low > 1 else "; that it is faster at all is not shown"
         )

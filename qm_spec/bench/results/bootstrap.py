@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from qm_spec.bench.results.file import RequestRow
 
@@ -43,6 +44,12 @@ class Estimate:
     def has_interval(self) -> bool:
         """Whether both bounds are known."""
         return self.low is not None and self.high is not None
+
+    def interval(self, form: Callable[[float], str] = "{:.2f}".format, missing: str = "-") -> str:
+        """Return the bounds as text, such as "0.97 to 1.03"."""
+        if self.low is None or self.high is None:
+            return missing
+        return f"{form(self.low)} to {form(self.high)}"
 
     def scaled(self, factor: float) -> Estimate:
         """Return the estimate in another unit."""
@@ -148,24 +155,19 @@ def _weights(n: int, size: int, seed: int) -> Floats:
 
 
 def _expanded_tail(n: int, confidence: float) -> float:
-    outer = math.sqrt(n / (n - 1)) * student_quantile(0.5 + confidence / 2, n - 1)
+    outer = math.sqrt(n / (n - 1)) * float(stdtrit(n - 1, 0.5 + confidence / 2))
     return statistics.NormalDist().cdf(-outer)
 
 
-def student_quantile(probability: float, degrees: int) -> float:
-    """Return a quantile of Student's t to 0.5 % from 4 degrees of freedom on, for probabilities of 0.9 to 0.995.
+def estimate_mean(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Estimate the mean of one number of either sign per prompt or window.
 
-    Source: Abramowitz and Stegun, 26.7.5.
+    Give it differences within windows: then what windows have in common cancels.
     """
-    z = statistics.NormalDist().inv_cdf(probability)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / degrees**power for power, term in enumerate(terms))
+    columns = {"sum": np.array(values, dtype=np.float64), "count": np.ones(len(values))}
+    found = Resamples(columns, seed).share("sum", "count")
+    assert found is not None
+    return found
 
 
 @dataclass(frozen=True)

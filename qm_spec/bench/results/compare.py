@@ -241,17 +241,12 @@ def format_comparisons(report: CompareReport) -> str:
 
 def _cells(row: Comparison) -> list[str]:
     form = f".{row.metric.digits}f"
-    interval = (
-        "-"
-        if row.ratio.low is None or row.ratio.high is None
-        else f"{_change(row.ratio.low)} to {_change(row.ratio.high)}"
-    )
     return [
         row.metric.name,
         format(row.before, form),
         format(row.after, form),
         _change(row.ratio.value),
-        interval,
+        row.ratio.interval(_change),
         row.verdict,
     ]
 

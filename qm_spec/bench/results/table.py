@@ -6,30 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Run = dict[str, Any]
-
-_COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
-    ("method", lambda run: run["method"]),
-    ("context", lambda run: f"{'' if run['context_cut'] else '~'}{run['context_tokens']}"),
-    ("tokens/s", lambda run: _number(run["output_tokens_per_s"], ".1f")),
-    ("speedup", lambda run: _number(run["speedup"], ".2f")),
-    ("95% interval", lambda run: interval_cell(run)),
-    ("decode only", lambda run: _number(run["decode_speedup"], ".2f")),
-    ("accept length", lambda run: _number(run["acceptance_length"], ".2f")),
-    ("tokens/step", lambda run: _number(run["tokens_per_step"], ".2f")),
-    ("TTFT ms", lambda run: _number(run["ttft_ms_p50"], ".1f")),
-    ("TPOT ms", lambda run: _number(run["tpot_ms_p50"], ".1f")),
-    ("lossless", lambda run: lossless_cell(run)),
-)
-_SWEPT: tuple[tuple[str, Callable[[Run], str]], ...] = (
-    ("K", lambda run: str(run["num_speculative_tokens"] or _MISSING)),
-    ("temperature", lambda run: f"{run['temperature']:g}"),
-    ("concurrency", lambda run: str(run["concurrency"])),
-)
 _MISSING = "-"
-
-
-def _number(value: float | None, form: str) -> str:
-    return _MISSING if value is None else format(value, form)
 
 
 def interval_cell(found: Run) -> str:
@@ -37,6 +14,13 @@ def interval_cell(found: Run) -> str:
     if found["speedup_low"] is None or found["speedup_high"] is None:
         return _MISSING
     return f"{found['speedup_low']:.2f} to {found['speedup_high']:.2f}"
+
+
+def difference_cell(value: float, interval: Sequence[float | None], scale: float = 1, digits: int = 3) -> str:
+    """Return a signed value and half the width of its interval, where it has one."""
+    low, high = interval
+    half = "" if low is None or high is None else f" ± {scale * (high - low) / 2:.{digits}f}"
+    return f"{scale * value:+.{digits}f}{half}"
 
 
 def lossless_cell(run: Run) -> str:
@@ -48,6 +32,30 @@ def lossless_cell(run: Run) -> str:
     return (
         f"no: {run['num_prompts_different']} of {run['num_prompts']} prompts, first at token {run['first_difference']}"
     )
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
+    ("method", lambda run: run["method"]),
+    ("context", lambda run: f"{'' if run['context_cut'] else '~'}{run['context_tokens']}"),
+    ("tokens/s", lambda run: _number(run["output_tokens_per_s"], ".1f")),
+    ("speedup", lambda run: _number(run["speedup"], ".2f")),
+    ("95% interval", interval_cell),
+    ("decode only", lambda run: _number(run["decode_speedup"], ".2f")),
+    ("accept length", lambda run: _number(run["acceptance_length"], ".2f")),
+    ("tokens/step", lambda run: _number(run["tokens_per_step"], ".2f")),
+    ("TTFT ms", lambda run: _number(run["ttft_ms_p50"], ".1f")),
+    ("TPOT ms", lambda run: _number(run["tpot_ms_p50"], ".1f")),
+    ("lossless", lossless_cell),
+)
+_SWEPT: tuple[tuple[str, Callable[[Run], str]], ...] = (
+    ("K", lambda run: str(run["num_speculative_tokens"] or _MISSING)),
+    ("temperature", lambda run: f"{run['temperature']:g}"),
+    ("concurrency", lambda run: str(run["concurrency"])),
+)
+
+
+def _number(value: float | None, form: str) -> str:
+    return _MISSING if value is None else format(value, form)
 
 
 def format_table(runs: Sequence[Run]) -> str:

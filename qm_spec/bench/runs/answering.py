@@ -22,7 +22,8 @@ from qm_spec.bench.engine.ray_runner import RayRunner
 from qm_spec.bench.engine.shards import EngineSpec, ShardResult, ShardSpec, TokenPrompt, split_shard
 from qm_spec.bench.engine.transformers_worker import TRANSFORMERS_COMMAND
 from qm_spec.bench.environment import default_device
-from qm_spec.bench.settings import DTYPES, REFERENCE_METHOD, RaySettings
+from qm_spec.bench.methods import REFERENCE_METHOD
+from qm_spec.bench.settings import AnswerSettings
 from qm_spec.bench.workloads.prompts import sha256_of
 from qm_spec.data.chat import chat_token_ids, write_chat
 from qm_spec.data.json_lines import Row, find_row_files, read_rows, write_rows
@@ -37,64 +38,6 @@ if TYPE_CHECKING:
 # Prompts that reach the disk together, a few rounds of those in flight. It is no setting, so that every number of
 # requests in flight and of actors can go on with what another one began.
 SHARD_SIZE = 256
-
-
-@dataclass(frozen=True)
-class AnswerSettings:
-    """What to answer, and how.
-
-    Args:
-        target: folder of the target model.
-        prompts: files of rows, in the shapes that `prompt_from_row` reads, and folders of them.
-        out: folder of the data set.
-        max_tokens: most output tokens of an answer; an end-of-text token ends it earlier.
-        temperature: of the sampled answers.
-        greedy_share: share of the prompts, chosen by a hash of their tokens, that are answered greedily.
-        concurrency: requests that each engine keeps in flight.
-        seed: sampled answer i takes `seed + i`, and its row says which.
-        dtype: "auto" is the model's own.
-        plain_text: let the target go on with a prompt's text, instead of asking through the chat template.
-        skip_bad_lines: leave lines out that hold no prompt, instead of refusing the file.
-        ray: None for one engine on this machine.
-        resume: go on with the data set that an interrupted run left in `out`.
-
-    Raises:
-        ValueError: a value is out of range.
-        FileNotFoundError: the target is not there.
-    """
-
-    target: Path
-    prompts: tuple[Path, ...]
-    out: Path
-    max_tokens: int = 256
-    temperature: float = 1.0
-    greedy_share: float = 0.5
-    concurrency: int = 64
-    seed: int = 0
-    dtype: str = "auto"
-    plain_text: bool = False
-    skip_bad_lines: bool = False
-    ray: RaySettings | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "concurrency"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.greedy_share <= 1:
-            raise ValueError(f"greedy_share: must be in 0..1, got {self.greedy_share}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(
-                f"temperature: must be above 0, got {self.temperature}; answer all greedily with greedy_share 1"
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed: must be 0 or above, got {self.seed}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: must be one of {', '.join(sorted(DTYPES))}, got {self.dtype}")
-        if not (self.target / "config.json").is_file():
-            raise FileNotFoundError(f"target: {self.target} is not a folder with a config.json")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"out: {self.out} is a file; pass a folder for the data set")
 
 
 @dataclass(frozen=True)

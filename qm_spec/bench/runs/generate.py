@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,8 @@ from qm_spec.bench.engine.shards import (
 )
 from qm_spec.bench.engine.store import ShardStore
 from qm_spec.bench.environment import default_device
-from qm_spec.bench.methods import BASELINE, METHODS, OURS, find_method
-from qm_spec.bench.settings import DTYPES, FIND_DRAFT, RaySettings
+from qm_spec.bench.methods import OURS, find_method
+from qm_spec.bench.settings import FIND_DRAFT, GenerationSettings
 from qm_spec.bench.workloads.prompts import tokenize_prompts
 from qm_spec.data.json_lines import read_rows
 from qm_spec.data.prompt_rows import prompt_from_row
@@ -38,65 +37,6 @@ if TYPE_CHECKING:
 # Prompts that reach the disk together: several rounds of those in flight, so that few engines run dry.
 _ROUNDS_PER_SHARD = 8
 _MIN_SHARD = 16
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """What to generate.
-
-    Args:
-        target: folder of the target model.
-        input: file of prompts, in the shapes that `prompt_from_row` reads.
-        output: file of JSON lines, one for each row of the input and in its order.
-        method: "qm_spec", "none" for plain decoding, or another one of `METHODS` that a server would be run with.
-        draft: "qm_spec" for the drafter that belongs to the target, or a drafter's folder.
-        num_speculative_tokens: K; None leaves it to the plug-in: the drafter's own, and up to 16 where a CPU looks up.
-        max_tokens: most output tokens of a prompt; an end-of-text token ends it earlier.
-        temperature: 0 for greedy decoding.
-        concurrency: requests that each engine keeps in flight.
-        seed: row i, from 0, samples with `seed + i`.
-        dtype: "auto" is the model's own.
-        ray: None for one engine on this machine.
-        resume: keep what an interrupted run has generated.
-
-    Raises:
-        ValueError: a value is out of range.
-        FileNotFoundError: the target or the input is not there.
-    """
-
-    target: Path
-    input: Path
-    output: Path
-    method: str = "qm_spec"
-    draft: str = FIND_DRAFT
-    num_speculative_tokens: int | None = None
-    max_tokens: int = 256
-    temperature: float = 0.0
-    concurrency: int = 8
-    seed: int = 0
-    dtype: str = "auto"
-    ray: RaySettings | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        served = [one.name for one in METHODS.values() if one.served and one.drafter != BASELINE]
-        for name, choices in (("method", served), ("dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: must be one of {', '.join(sorted(choices))}, got {getattr(self, name)}")
-        if missing := METHODS[self.method].missing:
-            raise ValueError(f"method: {missing}")
-        for name in ("num_speculative_tokens", "max_tokens", "concurrency"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature: must be 0 (greedy) or above, got {self.temperature}")
-        if self.seed < 0:
-            raise ValueError(f"seed: must be 0 or above, got {self.seed}")
-        if not (self.target / "config.json").is_file():
-            raise FileNotFoundError(f"target: {self.target} is not a folder with a config.json")
-        if not self.input.is_file():
-            raise FileNotFoundError(f"input: {self.input} does not exist; pass a JSON-lines file of prompts")
 
 
 class Generation:
