@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from speculation import chi_squared_p_value
+from support.speculation import chi_squared_p_value
 
 pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
