@@ -301,24 +301,20 @@ def _entries(drafter: Drafter, lengths: Sequence[int]) -> list[int]:
 
 def table(rows: Sequence[LongContextRow]) -> str:
     """Return one Markdown table per domain: drafters down, their seeds pooled, lengths across."""
+    from qm_spec.bench.results.table import align_table
+
     rows, parts = pool_seeds(rows), []
     for domain in dict.fromkeys(row.domain for row in rows):
         mine = [row for row in rows if row.domain == domain]
         lengths = sorted({row.context for row in mine})
         copied = {row.context: row.copied for row in mine}
-        parts.append(f"### {domain}\n\n| drafter | " + " | ".join(map(str, lengths)) + " |")
-        parts.append("| --- |" + " ---: |" * len(lengths))
-        for name in dict.fromkeys(row.drafter for row in mine):
-            cells = []
-            for length in lengths:
-                row = next(row for row in mine if (row.drafter, row.context) == (name, length))
-                cells.append(_cell(row.acceptance_length))
-            parts.append(f"| {name} | " + " | ".join(cells) + " |")
+        found = {(row.drafter, row.context): row.acceptance_length for row in mine}
+        names = dict.fromkeys(row.drafter for row in mine)
+        body = [[name, *(_cell(found[name, length]) for length in lengths)] for name in names]
         if domain == "quotations":
-            shares = " | ".join(f"{copied[length]:.0%}" for length in lengths)
-            parts.append(f"| *the target goes on quoting* | {shares} |")
-        parts.append("")
-        parts.append(_ratios(mine, lengths))
+            body.append(["*the target goes on quoting*", *(f"{copied[length]:.0%}" for length in lengths)])
+        parts.append(f"### {domain}\n\n{align_table(['drafter', *map(str, lengths)], body)}\n")
+        parts.append(align_table(["times as long", *map(str, lengths)], _ratios(mine, lengths)) + "\n")
     return "\n".join(parts) + "\n"
 
 
@@ -352,26 +348,22 @@ def pool_seeds(rows: Sequence[LongContextRow]) -> list[LongContextRow]:
     return list(pooled.values())
 
 
-def _ratios(rows: Sequence[LongContextRow], lengths: Sequence[int]) -> str:
-    """Return a table of the first drafter, and of its hybrid, over the others and over itself at `BASE_LENGTH`."""
+def _ratios(rows: Sequence[LongContextRow], lengths: Sequence[int]) -> list[list[str]]:
+    """Return the lines of the first drafter, and of its hybrid, over the others and over itself at `BASE_LENGTH`."""
     found = {(row.drafter, row.context): row for row in rows}
     names = list(dict.fromkeys(row.drafter for row in rows))
     first = names[0]
     hybrid = next(name for name in names if name.startswith(f"{first}+"))
-    lines = ["| times as long | " + " | ".join(map(str, lengths)) + " |", "| --- |" + " ---: |" * len(lengths)]
-
-    def line(label: str, ratios: list[Estimate]) -> str:
-        return f"| {label} | " + " | ".join(map(_cell, ratios)) + " |"
-
+    lines = []
     base = BASE_LENGTH if BASE_LENGTH in lengths else lengths[0]
     for name in (first, hybrid):
         for other in names:
             if other != name and (name == hybrid or "+" not in other):
                 ratios = [found[name, length].over(found[other, length]) for length in lengths]
-                lines.append(line(f"{name} / {other}", ratios))
+                lines.append([f"{name} / {other}", *map(_cell, ratios)])
     for name in (first, hybrid):
-        lines.append(line(f"{name} / at {base}", [found[name, n].over(found[name, base]) for n in lengths]))
-    return "\n".join(lines) + "\n"
+        lines.append([f"{name} / at {base}", *(_cell(found[name, n].over(found[name, base])) for n in lengths)])
+    return lines
 
 
 def plot(rows: Sequence[LongContextRow], file: Path) -> None:
