@@ -74,10 +74,8 @@ class DraftCase:
         self, num_drafts: int, temperature: Tensor | None = None, uniform: Tensor | None = None
     ) -> tuple[Any, ...]:
         """Return the operator's arguments as it is registered."""
-        config = self.config
-        merging = (config.window, config.group_size, list(config.schedule), config.doublings)
         inputs = (self.cache, self.block_table, self.num_tokens, self.state, self.next_ids, list(self.weights))
-        return *inputs, num_drafts, self.eps, *merging, temperature, uniform
+        return *inputs, num_drafts, self.eps, self.config.pack(), temperature, uniform
 
     def replay(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the logits `[B, K, Vd]` of draft steps fed with `ids` `[B, K]`, by the reference in `dtype`."""
@@ -207,19 +205,7 @@ def make_case(
         rows = torch.randn(2, length, groups, head_dim).to(dtype)
         append_kv_reference(cache, rows[0], rows[1], slots)
     num_tokens = torch.tensor(lengths, dtype=torch.int32)
-    merge_groups_reference(
-        cache,
-        table,
-        num_tokens,
-        head_dim,
-        config.window,
-        config.group_size,
-        list(config.schedule),
-        config.saliency,
-        config.temperature,
-        config.epsilon,
-        config.doublings,
-    )
+    merge_groups_reference(cache, table, num_tokens, head_dim, config.pack())
     state = torch.randn(batch, sizes.hidden).to(dtype)
     next_ids = torch.randint(0, sizes.vocabulary, (batch,))
     return DraftCase(cache, table, num_tokens, state, next_ids, random_weights(sizes, dtype), config=config)

@@ -18,8 +18,6 @@ from qm_spec.ops.merged_attention import merged_attention_reference
 from qm_spec.ops.page import STATE_BYTES, slot_elements
 
 CONFIG = MergeConfig()
-SCHEDULE = (CONFIG.window, CONFIG.group_size, list(CONFIG.schedule))
-REST = (CONFIG.saliency, CONFIG.temperature, CONFIG.epsilon, CONFIG.doublings)
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def merge_case() -> Case:
         nonlocal raw
         context = Context(sizes, dtype)
         raw = context.cache.clone()
-        return context.cache, context.table, context.length, sizes.head_dim, *SCHEDULE, *REST
+        return context.cache, context.table, context.length, sizes.head_dim, CONFIG.pack()
 
     def restore(cache: Tensor, *_: object) -> None:
         cache.copy_(raw)
@@ -145,7 +143,7 @@ def merge_again_case() -> Case:
     def arguments(sizes: PagedSizes, dtype: torch.dtype) -> tuple[Any, ...]:
         context = Context(sizes, dtype)
         context.merge()
-        return context.cache, context.table, context.length, sizes.head_dim, *SCHEDULE, *REST
+        return context.cache, context.table, context.length, sizes.head_dim, CONFIG.pack()
 
     return Case("merge_groups_", arguments, merge_groups_reference, moved_bytes=lambda sizes, dtype: 0)
 
@@ -165,17 +163,7 @@ def attention_case(alternative: str) -> Case:
         query = torch.randn(sizes.num_rows, sizes.num_heads, sizes.head_dim).to(dtype)
         starts = torch.tensor([0, sizes.num_rows], dtype=torch.int32)
         slopes, far_bias = torch.rand(2, sizes.num_heads)
-        return (
-            query,
-            merged,
-            *tensors[1:],
-            starts,
-            slopes,
-            far_bias,
-            sizes.num_rows,
-            *SCHEDULE,
-            CONFIG.doublings,
-        )
+        return query, merged, *tensors[1:], starts, slopes, far_bias, sizes.num_rows, CONFIG.pack()
 
     def paged(query: Tensor, _cache: Tensor, *rest: Any) -> Tensor:
         context.cache = context.cache.to(query.device)

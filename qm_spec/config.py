@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 # The name that vLLM knows the draft model by; it must begin with Eagle3.
 ARCHITECTURE = "Eagle3QuickMergeForCausalLM"
-# By name, the sign of a token's attention entropy in its saliency.
+# By name, the sign of a token's attention entropy in its saliency. A kernel knows a saliency by its place here.
 SALIENCIES = {"entropy": 1.0, "inverse_entropy": -1.0}
 # Tokens that a new drafter keeps raw: most turns of a chat. Acceptance hardly differs from 64 to 512
 # (docs/results/long-context.md). A checkpoint that names no window was trained with `MergeConfig`'s 128.
@@ -109,6 +110,33 @@ class MergeConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {**dataclasses.asdict(self), "schedule": list(self.schedule)}
+
+    def pack(self) -> list[int]:
+        """Return the settings as operators take them; floats are the bits of a float64.
+
+        The kernels read them in `csrc/merge_config.h`.
+        """
+        saliency = list(SALIENCIES).index(self.saliency)
+        bits = struct.unpack("2q", struct.pack("2d", self.temperature, self.epsilon))
+        settings = (self.window, self.group_size, self.doublings, saliency, *bits)
+        return [len(self.schedule), *self.schedule, *settings]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[int]) -> MergeConfig:
+        """Build from what `pack` returned.
+
+        Raises:
+            ValueError: another number of values, or one is out of range.
+        """
+        levels = packed[0] if packed else 0
+        if len(packed) != levels + 7:
+            raise ValueError(f"MergeConfig: packed must hold a schedule and 6 settings, got {list(packed)}")
+        window, group_size, doublings, saliency, *bits = packed[levels + 1 :]
+        if not 0 <= saliency < len(SALIENCIES):
+            raise ValueError(f"MergeConfig: saliency must be in 0..{len(SALIENCIES) - 1}, got {saliency}")
+        temperature, epsilon = struct.unpack("2d", struct.pack("2q", *bits))
+        schedule = tuple(packed[1 : levels + 1])
+        return cls(window, group_size, schedule, list(SALIENCIES)[saliency], temperature, epsilon, doublings)
 
     @property
     def max_speculative_tokens(self) -> int:

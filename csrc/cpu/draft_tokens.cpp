@@ -153,8 +153,8 @@ struct Weights {
 
 std::tuple<Tensor, Tensor> draft_tokens(
     Tensor cache, Tensor block_table, Tensor num_tokens, Tensor state, Tensor next_ids, std::vector<Tensor> weights,
-    int64_t num_drafts, double epsilon, int64_t window, int64_t group_size, std::vector<int64_t> schedule,
-    int64_t doublings, std::optional<Tensor> temperature, std::optional<Tensor> uniform) {
+    int64_t num_drafts, double epsilon, std::vector<int64_t> packed, std::optional<Tensor> temperature,
+    std::optional<Tensor> uniform) {
   state = torch::stable::contiguous(state);
   const Weights w(weights);
   const float eps = static_cast<float>(epsilon);
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> draft_tokens(
   const int64_t kv_size = w.k_proj.rows, dim = kv_size / num_groups, query_size = num_heads * dim;
   const int64_t middle = w.gate_proj.rows;
   const PagedCache pages(cache, dim, kOp);
-  const MergeConfig config(window, group_size, schedule, doublings);
+  const MergeConfig config(packed);
   const Integers lengths = integers(num_tokens, kOp), first_ids = integers(next_ids, kOp);
 
   Tensor ids = torch::stable::new_empty(state, {batch, num_drafts}, ScalarType::Long);

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "csrc/cpu/merge_config.h"
 #include "csrc/cpu/page.h"
+#include "csrc/merge_config.h"
 
 namespace qm_spec {
 

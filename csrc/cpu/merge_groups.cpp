@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <string>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
@@ -22,12 +21,6 @@ namespace {
 
 // Groups of one head that one thread should have to merge before another is woken.
 constexpr int64_t kGrainGroups = 16;
-
-struct Rule {
-  const MergeConfig& config;
-  bool inverse;
-  float temperature, epsilon;
-};
 
 // One group taken from a level to another, or, where `tail` is a place, the entry of a span joined by that of the next,
 // whose last group is marked.
@@ -210,7 +203,7 @@ QM_INLINE void centre_products(Entries& e, int64_t num, int64_t keep) {
 
 // Saliency of each token, in the place of its mass, from the entropy of its attention among the group's keys.
 template <class Vec>
-QM_INLINE void entropies(Entries& e, int64_t num, int64_t head_dim, bool inverse) {
+QM_INLINE void entropies(Entries& e, int64_t num, int64_t head_dim, float sign) {
   const int64_t lanes = to_lanes(num);
   constexpr float kLog2 = 0.693147181f;
   // To the base 2.
@@ -226,13 +219,13 @@ QM_INLINE void entropies(Entries& e, int64_t num, int64_t head_dim, bool inverse
       weighted += z * p;
     }
     const Vec entropy = log(total) - weighted / total * kLog2;
-    store(inverse ? -entropy : entropy, e.mass + i);
+    store(sign * entropy, e.mass + i);
   }
 }
 
 // Mass of each token from its entropy, as in `saliency_mass`.
 template <class Vec>
-QM_INLINE void saliency_mass(Entries& e, int64_t num, const Rule& rule) {
+QM_INLINE void saliency_mass(Entries& e, int64_t num, const MergeConfig& config) {
   const int64_t lanes = to_lanes(num);
   Vec lows = all<Vec>(INFINITY), highs = all<Vec>(-INFINITY);
   for (int64_t i = 0; i < lanes; i += kLanes) {
@@ -243,7 +236,7 @@ QM_INLINE void saliency_mass(Entries& e, int64_t num, const Rule& rule) {
   }
   const float low = smallest(lows), spread = largest(highs) - low;
   const bool alike = !(spread > 1e-6f);
-  const float slope = 1.0f / spread, steepness = 1.0f / rule.temperature;
+  const float slope = 1.0f / spread, steepness = 1.0f / config.temperature;
   Vec total{};
   for (int64_t i = 0; i < lanes; i += kLanes) {
     const Vec s = alike ? all<Vec>(0.5f) : (load<Vec>(e.mass + i) - low) * slope;
@@ -255,7 +248,7 @@ QM_INLINE void saliency_mass(Entries& e, int64_t num, const Rule& rule) {
   const float share = 1.0f / sum(total);
   for (int64_t i = 0; i < lanes; i += kLanes) {
     const Vec pi = load<Vec>(e.weight + i) * share;
-    const Vec mass = pi * load<Vec>(e.mass + i) + (1.0f - pi) * rule.epsilon;
+    const Vec mass = pi * load<Vec>(e.mass + i) + (1.0f - pi) * config.epsilon;
     // Keys too large for their products leave no number either, which times 0 is not 0.
     store(select(load<Vec>(e.live + i) + mass * 0.0f > 0.0f, mass, Vec{}), e.mass + i);
   }
@@ -468,9 +461,9 @@ struct Batch {
 
 // T: of the cache; S: of the rows between levels, and of the factors of products.
 template <class Vec, class T, class S>
-QM_INLINE void merge_batch_of(Batch& batch, int64_t head_dim, const Rule& rule) {
-  const int64_t left = rule.config.held(batch.to);
-  int64_t num = rule.config.held(batch.from);
+QM_INLINE void merge_batch_of(Batch& batch, int64_t head_dim, const MergeConfig& config) {
+  const int64_t left = config.held(batch.to);
+  int64_t num = config.held(batch.from);
   Entries* e = batch.entries.data();
   // A few slots before each piece of work, of which a level has four at least: many at once would wait for each other.
   const int64_t slots = num, pieces = 4 * (batch.to - batch.from), at_once = (slots + pieces - 1) / pieces;
@@ -483,12 +476,12 @@ QM_INLINE void merge_batch_of(Batch& batch, int64_t head_dim, const Rule& rule) 
   for (int64_t b = 0; left > 0 && b < batch.size; ++b)
     read_entries<Vec, T, S>(batch.slots[b], num, head_dim, batch.from, e[b]);
   for (int64_t level = batch.from + 1; left > 0 && level <= batch.to; ++level) {
-    const int64_t keep = rule.config.held(level);
+    const int64_t keep = config.held(level);
     if (level == 1) {
       // Scores for the entropy, and similarities for the assignment.
       for (int64_t b = 0; b < batch.size; ++b) fetch(b), gram_matrix<Vec, S>(e[b], num);
-      for (int64_t b = 0; b < batch.size; ++b) fetch(b), entropies<Vec>(e[b], num, head_dim, rule.inverse);
-      for (int64_t b = 0; b < batch.size; ++b) fetch(b), saliency_mass<Vec>(e[b], num, rule);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), entropies<Vec>(e[b], num, head_dim, config.entropy_sign);
+      for (int64_t b = 0; b < batch.size; ++b) fetch(b), saliency_mass<Vec>(e[b], num, config);
     }
     if (keep > 1) {
       for (int64_t b = 0; b < batch.size; ++b) fetch(b), choose<Vec>(e[b], num, keep);
@@ -509,7 +502,7 @@ QM_INLINE void merge_batch_of(Batch& batch, int64_t head_dim, const Rule& rule) 
     num = keep;
   }
   for (int64_t b = 0; b < batch.size; ++b)
-    write_entries<Vec, T, S>(e[b], left, head_dim, rule.config.group_size, batch.to, batch.slots[b]);
+    write_entries<Vec, T, S>(e[b], left, head_dim, config.group_size, batch.to, batch.slots[b]);
 }
 
 // One entry joins another: the mean weighted by mass.
@@ -540,17 +533,17 @@ QM_INLINE void merge_pair_of(
 }
 
 template <class Vec>
-QM_INLINE void merge_batch(Batch& batch, ScalarType type, int64_t head_dim, const Rule& rule) {
-  if (type == ScalarType::Float) merge_batch_of<Vec, float, float>(batch, head_dim, rule);
-  if (type == ScalarType::BFloat16) merge_batch_of<Vec, BFloat16, float>(batch, head_dim, rule);
-  if (type == ScalarType::Half) merge_batch_of<Vec, Float16, float>(batch, head_dim, rule);
+QM_INLINE void merge_batch(Batch& batch, ScalarType type, int64_t head_dim, const MergeConfig& config) {
+  if (type == ScalarType::Float) merge_batch_of<Vec, float, float>(batch, head_dim, config);
+  if (type == ScalarType::BFloat16) merge_batch_of<Vec, BFloat16, float>(batch, head_dim, config);
+  if (type == ScalarType::Half) merge_batch_of<Vec, Float16, float>(batch, head_dim, config);
 }
 
 #if QM_HAS_SETS
 // Products of bfloat16 as they stand, two to a lane; every processor that has them has the rest of the set.
 __attribute__((target("arch=x86-64-v4,avx512bf16"))) void merge_batch_of_pairs(
-    Batch& batch, int64_t head_dim, const Rule& rule) {
-  merge_batch_of<SixteenVec, BFloat16, BFloat16>(batch, head_dim, rule);
+    Batch& batch, int64_t head_dim, const MergeConfig& config) {
+  merge_batch_of<SixteenVec, BFloat16, BFloat16>(batch, head_dim, config);
 }
 
 bool has_products_of_pairs() {
@@ -571,7 +564,7 @@ QM_INLINE void merge_pair(
 }
 
 // Do the work of requests that share no group.
-void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan*>& plans) {
+void run(const PagedCache& cache, const MergeConfig& config, const std::vector<const Plan*>& plans) {
   struct Task {
     const Step *begin, *end;
   };
@@ -598,16 +591,16 @@ void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan
   // All parts of a head one after the other: the heads of a slot may lie side by side in memory.
   parallel(num_tasks * cache.num_heads, grain, [&](int64_t first, int64_t last) {
     // Whole vectors, of pairs or of floats.
-    Batch batch(rule.config.group_size, in_pairs ? 2 * to_lanes((cache.head_dim + 1) / 2) : to_lanes(cache.head_dim));
+    Batch batch(config.group_size, in_pairs ? 2 * to_lanes((cache.head_dim + 1) / 2) : to_lanes(cache.head_dim));
     std::vector<const Step*> pairs;
     for (int64_t task = first; task < last; ++task) {
       const int64_t head = task % cache.num_heads;
       const auto slots = [&](const Place& at) { return slots_of(at, head); };
       const auto flush = [&] {
         if (batch.size > 0 && in_pairs) {
-          merge_batch_of_pairs(batch, cache.head_dim, rule);
+          merge_batch_of_pairs(batch, cache.head_dim, config);
         } else if (batch.size > 0) {
-          QM_DISPATCH(merge_batch, batch, cache.type, cache.head_dim, rule);
+          QM_DISPATCH(merge_batch, batch, cache.type, cache.head_dim, config);
         }
         batch.size = batch.num_later = 0;
         for (const Step* pair : pairs) join(*pair, head);
@@ -640,19 +633,13 @@ void run(const PagedCache& cache, const Rule& rule, const std::vector<const Plan
 }
 
 void merge_groups(
-    Tensor cache_tensor, Tensor block_table, Tensor frontier_tensor, int64_t head_dim, int64_t window,
-    int64_t group_size, std::vector<int64_t> schedule, std::string saliency, double temperature, double epsilon,
-    int64_t doublings) {
+    Tensor cache_tensor, Tensor block_table, Tensor frontier_tensor, int64_t head_dim, std::vector<int64_t> packed) {
   const char* op = "merge_groups_";
   const PagedCache cache(cache_tensor, head_dim, op);
-  const MergeConfig config(window, group_size, schedule, doublings);
+  const MergeConfig config(packed);
   STD_TORCH_CHECK(
-      cache.page_size % group_size == 0,
-      op, ": group_size ", group_size, " must divide the page size ", cache.page_size);
-  const bool inverse = saliency == "inverse_entropy";
-  STD_TORCH_CHECK(
-      inverse || saliency == "entropy", op, ": saliency must be entropy or inverse_entropy, got ", saliency);
-  const Rule rule{config, inverse, static_cast<float>(temperature), static_cast<float>(epsilon)};
+      cache.page_size % config.group_size == 0,
+      op, ": group_size ", config.group_size, " must divide the page size ", cache.page_size);
   const Integers frontier = integers(frontier_tensor, op);
 
   // Requests may share pages. In each round those work that share no group with one before them; the others list
@@ -683,7 +670,7 @@ void merge_groups(
         now.push_back(plans[i].get());
       }
     }
-    run(cache, rule, now);
+    run(cache, config, now);
     waiting = later;
   }
 }

@@ -341,15 +341,14 @@ std::vector<Request> list_requests(
 
 std::tuple<Tensor, Tensor, Tensor> merged_attention(
     Tensor query, Tensor cache_tensor, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor slopes,
-    Tensor far_bias, int64_t max_rows, int64_t window, int64_t group_size, std::vector<int64_t> schedule,
-    int64_t doublings) {
+    Tensor far_bias, int64_t max_rows, std::vector<int64_t> packed) {
   const char* op = "merged_attention";
   const int64_t num_rows = query.size(0), num_heads = query.size(1), head_dim = query.size(2);
   const PagedCache cache(cache_tensor, head_dim, op);
-  const MergeConfig config(window, group_size, schedule, doublings);
+  const MergeConfig config(packed);
   STD_TORCH_CHECK(
-      cache.page_size % group_size == 0,
-      op, ": group_size ", group_size, " must divide the page size ", cache.page_size);
+      cache.page_size % config.group_size == 0,
+      op, ": group_size ", config.group_size, " must divide the page size ", cache.page_size);
   Tensor result = torch::stable::empty_like(query);
   // Rows are written whole; a result with other strides is copied at the end.
   Tensor out = num_rows == 0 || result.stride(2) == 1 ? result : torch::stable::new_empty(query, query.sizes());

@@ -16,7 +16,7 @@
 
 #include <vector>
 
-#include "csrc/cuda/schedule.cuh"
+#include "csrc/cuda/groups.cuh"
 
 namespace qm_spec {
 
@@ -102,16 +102,6 @@ inline BlockTable block_table_view(const Tensor& table, const Tensor& cache, con
       op, ": block_table must be [B, columns] int32 with B below 65536");
   return {static_cast<const int32_t*>(table.data_ptr()), table.size(0), table.size(1), table.stride(0),
           table.stride(1)};
-}
-
-inline Schedule schedule_of(
-    int64_t window, int64_t group_size, const std::vector<int64_t>& schedule, int64_t doublings, const char* op) {
-  STD_TORCH_CHECK(
-      !schedule.empty() && schedule.size() <= static_cast<size_t>(Schedule::kMostCounts) && doublings >= 0 &&
-          doublings <= 16,
-      op, ": schedule must have 1..", Schedule::kMostCounts, " numbers and doublings be in 0..16, got ",
-      schedule.size(), " and ", doublings);
-  return make_schedule(window, group_size, schedule.data(), static_cast<int>(schedule.size()), doublings);
 }
 
 }  // namespace qm_spec

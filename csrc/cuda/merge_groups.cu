@@ -1,8 +1,6 @@
 // merge_groups_: the operator; formulas, shapes, source and kernels stand in merge_groups.cuh.
 #include "csrc/cuda/merge_groups.cuh"
 
-#include <string>
-
 #include "csrc/cuda/launch.cuh"
 
 namespace qm_spec {
@@ -11,28 +9,22 @@ namespace {
 constexpr char kOp[] = "merge_groups_";
 
 void merge_groups_cuda(
-    Tensor cache, Tensor block_table, Tensor frontier, int64_t head_dim, int64_t window, int64_t group_size,
-    std::vector<int64_t> schedule, std::string saliency, double temperature, double epsilon, int64_t doublings) {
+    Tensor cache, Tensor block_table, Tensor frontier, int64_t head_dim, std::vector<int64_t> packed) {
+  const MergeConfig config(packed);
   const BlockTable table = block_table_view(block_table, cache, kOp);
   const Integers frontiers = integers(frontier, cache, kOp, "frontier");
   STD_TORCH_CHECK(
       frontier.size(0) == table.num_requests,
       kOp, ": frontier must be [", table.num_requests, "], got [", frontier.size(0), "]");
   STD_TORCH_CHECK(
-      group_size >= 2 && cache.size(2) % group_size == 0,
-      kOp, ": group_size ", group_size, " must divide the page size ", cache.size(2));
-  const bool inverse = saliency == "inverse_entropy";
-  STD_TORCH_CHECK(
-      inverse || saliency == "entropy", kOp, ": saliency must be entropy or inverse_entropy, got ", saliency);
+      cache.size(2) % config.group_size == 0,
+      kOp, ": group_size ", config.group_size, " must divide the page size ", cache.size(2));
   if (block_table.numel() == 0 || cache.numel() == 0) return;
-  const Schedule due = schedule_of(window, group_size, schedule, doublings, kOp);
-  const Saliency weighing{
-      inverse ? -1.0f : 1.0f, static_cast<float>(temperature), static_cast<float>(epsilon)};
   const torch::stable::accelerator::DeviceGuard guard(cache.get_device_index());
   const Launcher launch(cache.get_device_index());
   dispatch(cache, kOp, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    merge_groups(launch, Merge<T>{cache_view<T>(cache, head_dim, kOp), table, frontiers, due, weighing});
+    merge_groups(launch, Merge<T>{cache_view<T>(cache, head_dim, kOp), table, frontiers, config});
   });
 }
 

@@ -17,15 +17,9 @@
 // either case.
 #pragma once
 
-#include "csrc/cuda/schedule.cuh"
+#include "csrc/cuda/groups.cuh"
 
 namespace qm_spec {
-
-// How tokens of a group are weighed.
-struct Saliency {
-  float sign;  // 1: high entropy is salient, -1: low entropy is
-  float temperature, epsilon;
-};
 
 // What merge_groups_ works on.
 template <typename T>
@@ -33,8 +27,7 @@ struct Merge {
   Cache<T> cache;
   BlockTable table;
   Integers frontier;
-  Schedule schedule;
-  Saliency saliency;
+  MergeConfig config;
 };
 
 namespace {
@@ -86,7 +79,7 @@ __device__ void read_rows(const Group& group, const T* first, int64_t slot_strid
 }
 
 // Weigh the raw tokens by the entropy of their attention to each other: group.mass from group.rows.
-__device__ inline void weigh(const Group& group, const Saliency& saliency) {
+__device__ inline void weigh(const Group& group, const MergeConfig& config) {
   const int64_t size = group.size;
   const float scale = 1.0f / sqrtf(static_cast<float>(group.dim));
   for (int64_t i = lane_id(); i < size; i += kWarp) {
@@ -104,7 +97,7 @@ __device__ inline void weigh(const Group& group, const Saliency& saliency) {
       total += e;
       weighted += z * e;
     }
-    group.score[i] = saliency.sign * (logf(total) - weighted / total);
+    group.score[i] = config.entropy_sign * (logf(total) - weighted / total);
   }
   __syncwarp();
   float low = INFINITY, high = -INFINITY;
@@ -115,12 +108,12 @@ __device__ inline void weigh(const Group& group, const Saliency& saliency) {
   const float spread = high - low;
   // Where all tokens are alike, every saliency is a half.
   const auto scaled = [&](int64_t i) { return spread > 1e-6f ? (group.score[i] - low) / spread : 0.5f; };
-  const float peak = (spread > 1e-6f ? 1.0f : 0.5f) / saliency.temperature;
+  const float peak = (spread > 1e-6f ? 1.0f : 0.5f) / config.temperature;
   float total = 0.0f;
-  for (int64_t j = 0; j < size; ++j) total += expf(scaled(j) / saliency.temperature - peak);
+  for (int64_t j = 0; j < size; ++j) total += expf(scaled(j) / config.temperature - peak);
   for (int64_t i = lane_id(); i < size; i += kWarp) {
-    const float s = scaled(i), pi = expf(s / saliency.temperature - peak) / total;
-    group.mass[i] = pi * s + (1.0f - pi) * saliency.epsilon;
+    const float s = scaled(i), pi = expf(s / config.temperature - peak) / total;
+    group.mass[i] = pi * s + (1.0f - pi) * config.epsilon;
   }
   __syncwarp();
 }
@@ -211,9 +204,9 @@ template <typename T>
 __device__ void merge_group(
     const Merge<T>& merge, const Group& group, Place at, int64_t head, int old_level, int new_level) {
   const Cache<T>& cache = merge.cache;
-  const Schedule& schedule = merge.schedule;
+  const MergeConfig& config = merge.config;
   T *keys = cache.slot(at.page, head, at.slot), *values = keys + cache.head_dim;
-  for (int i = 0; i < schedule.held[old_level]; ++i) {
+  for (int i = 0; i < config.held(old_level); ++i) {
     const SlotState* state = cache.state(at.page, head, at.slot + i);
     const bool is_finite = keep_finite(keys + i * cache.slot_stride, cache.head_dim, state->mass);
     if (lane_id() != i % kWarp) continue;
@@ -222,11 +215,11 @@ __device__ void merge_group(
     group.is_dropped[i] = !is_finite;
   }
   for (int level = old_level + 1; level <= new_level; ++level) {
-    const int old = schedule.held[level - 1], keep = schedule.held[level];
+    const int old = config.held(level - 1), keep = config.held(level);
     if (keep == 0) break;
     read_rows(group, keys, cache.slot_stride, old);
     if (level == 1) {
-      weigh(group, merge.saliency);
+      weigh(group, config);
       // Keys too large for their products leave no number either.
       for (int i = lane_id(); i < old; i += kWarp)
         if (group.is_dropped[i] || !(group.mass[i] * 0.0f == 0.0f)) group.mass[i] = 0.0f;
@@ -241,8 +234,8 @@ __device__ void merge_group(
       group.count[k] = group.merged_count[k];
     }
   }
-  const int keep = schedule.held[new_level];
-  for (int i = lane_id(); i < schedule.group_size; i += kWarp) {
+  const int keep = config.held(new_level);
+  for (int i = lane_id(); i < config.group_size; i += kWarp) {
     const bool is_entry = i < keep;
     *cache.state(at.page, head, at.slot + i) = SlotState{
         is_entry ? group.mass[i] : 0.0f, is_entry ? group.count[i] : 0.0f,
@@ -255,23 +248,23 @@ __device__ void merge_group(
 template <typename T>
 __global__ void merge_levels_kernel(Merge<T> merge) {
   const Cache<T>& cache = merge.cache;
-  const Schedule& schedule = merge.schedule;
+  const MergeConfig& config = merge.config;
   const int64_t request = blockIdx.y, frontier = merge.frontier[request];
-  const int64_t groups_per_page = cache.page_size / schedule.group_size;
-  const int64_t end = smaller(schedule.groups_due(1, frontier), merge.table.num_columns * groups_per_page);
+  const int64_t groups_per_page = cache.page_size / config.group_size;
+  const int64_t end = smaller(config.groups_due(1, frontier), merge.table.num_columns * groups_per_page);
   const int lane = lane_id(), warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
   const Group memory(
-      shared_memory() + warp * Group::num_floats(schedule.group_size, cache.head_dim), schedule.group_size,
+      shared_memory() + warp * Group::num_floats(config.group_size, cache.head_dim), config.group_size,
       cache.head_dim);
   for (int64_t base = blockIdx.x; base < end; base += int64_t{gridDim.x} * kWarp) {
     const int64_t mine = base + int64_t{gridDim.x} * lane;
     int old_level = 0;
     bool due = false;
     if (mine < end) {
-      const Place at = place_of(cache, merge.table, schedule, request, mine);
+      const Place at = place_of(cache, merge.table, config, request, mine);
       if (cache.holds(at.page)) {
-        old_level = level_at(cache, at, schedule);
-        due = old_level < schedule.level_due(mine, frontier);
+        old_level = level_at(cache, at, config);
+        due = old_level < level_due(config, mine, frontier);
       }
     }
     unsigned waiting = __ballot_sync(kAllLanes, due);
@@ -280,13 +273,13 @@ __global__ void merge_levels_kernel(Merge<T> merge) {
     for (; waiting != 0; waiting &= waiting - 1) {
       const int source = __ffs(waiting) - 1;
       const int64_t group = base + int64_t{gridDim.x} * source, column = group / groups_per_page;
-      const int from = __shfl_sync(kAllLanes, old_level, source), to = schedule.level_due(group, frontier);
-      const Place at = place_of(cache, merge.table, schedule, request, group);
+      const int from = __shfl_sync(kAllLanes, old_level, source), to = level_due(config, group, frontier);
+      const Place at = place_of(cache, merge.table, config, request, group);
       // Of the requests that hold the group the one that is furthest beyond it merges it; ties: the first one.
       bool is_others = false;
       for (int64_t other = lane; other < merge.table.num_requests; other += kWarp) {
         if (merge.table.page(other, column) != at.page) continue;
-        const int level = schedule.level_due(group, merge.frontier[other]);
+        const int level = level_due(config, group, merge.frontier[other]);
         is_others |= level > to || (level == to && other < request);
       }
       if (__any_sync(kAllLanes, is_others)) continue;
@@ -300,7 +293,7 @@ __global__ void merge_levels_kernel(Merge<T> merge) {
 // last group.
 template <typename T>
 __device__ void merge_pair(
-    const Cache<T>& cache, const Schedule& schedule, Place first, Place second, Place last, int64_t head, int level) {
+    const Cache<T>& cache, const MergeConfig& config, Place first, Place second, Place last, int64_t head, int level) {
   const SlotState a = *cache.state(first.page, head, first.slot), b = *cache.state(second.page, head, second.slot);
   T *to = cache.slot(first.page, head, first.slot), *from = cache.slot(second.page, head, second.slot);
   const float mass_a = keep_finite(to, cache.head_dim, a.mass) ? a.mass : 0.0f;
@@ -311,7 +304,7 @@ __device__ void merge_pair(
     store(to + c, weight_a * to_float(to[c]) + weight_b * to_float(from[c]));
   // Every lane has read both states.
   __syncwarp();
-  for (int64_t i = lane_id(); i < schedule.group_size; i += kWarp) {
+  for (int64_t i = lane_id(); i < config.group_size; i += kWarp) {
     const bool is_first = i == 0;
     const float word = is_first ? static_cast<float>(level) : 0.0f;
     *cache.state(first.page, head, first.slot + i) =
@@ -328,13 +321,13 @@ __device__ void merge_pair(
 // they cannot part. Else the span is whole if its last group bears the mark of the merge: whoever did it had that group.
 template <typename T>
 __device__ bool is_whole(const Merge<T>& merge, int64_t request, int64_t group, int log2) {
-  const int64_t groups_per_page = merge.cache.page_size / merge.schedule.group_size;
+  const int64_t groups_per_page = merge.cache.page_size / merge.config.group_size;
   const int64_t last = group + (int64_t{1} << log2) - 1;
   if (group / groups_per_page == last / groups_per_page) return true;
-  const Place at = place_of(merge.cache, merge.table, merge.schedule, request, last);
+  const Place at = place_of(merge.cache, merge.table, merge.config, request, last);
   if (!merge.cache.holds(at.page)) return false;
   const SlotState state = *merge.cache.state(at.page, 0, at.slot);
-  return !(state.count > 0.0f) && bounded_level(state.level, merge.schedule) >= merge.schedule.num_counts + log2;
+  return !(state.count > 0.0f) && bounded_level(state.level, merge.config) >= merge.config.schedule_levels + log2;
 }
 
 // Whether the request's two spans from `group` on, of half a span of `level` each, can become one: both are whole, and
@@ -342,12 +335,12 @@ __device__ bool is_whole(const Merge<T>& merge, int64_t request, int64_t group, 
 // second one and of its last group, which were `level` - 1.
 template <typename T>
 __device__ bool is_pair(const Merge<T>& merge, int64_t request, int64_t group, int level, int most) {
-  const Schedule& schedule = merge.schedule;
-  const int log2 = level - schedule.num_counts - 1;
+  const MergeConfig& config = merge.config;
+  const int log2 = level - config.schedule_levels - 1;
   const int64_t half = int64_t{1} << log2;
-  const Place second = place_of(merge.cache, merge.table, schedule, request, group + half);
+  const Place second = place_of(merge.cache, merge.table, config, request, group + half);
   if (!merge.cache.holds(second.page)) return false;
-  const int second_level = level_at(merge.cache, second, schedule);
+  const int second_level = level_at(merge.cache, second, config);
   return second_level >= level - 1 && second_level <= most && is_whole(merge, request, group, log2) &&
          is_whole(merge, request, group + half, log2);
 }
@@ -356,10 +349,10 @@ __device__ bool is_pair(const Merge<T>& merge, int64_t request, int64_t group, i
 template <typename T>
 __global__ void merge_spans_kernel(Merge<T> merge, int level) {
   const Cache<T>& cache = merge.cache;
-  const Schedule& schedule = merge.schedule;
+  const MergeConfig& config = merge.config;
   const int64_t request = blockIdx.y, frontier = merge.frontier[request];
-  const int64_t groups_per_page = cache.page_size / schedule.group_size, span = schedule.span(level);
-  const int64_t end = smaller(schedule.groups_due(level, frontier), merge.table.num_columns * groups_per_page) / span;
+  const int64_t groups_per_page = cache.page_size / config.group_size, span = config.span(level);
+  const int64_t end = smaller(config.groups_due(level, frontier), merge.table.num_columns * groups_per_page) / span;
   const int lane = lane_id();
   const int64_t num_warps = blockDim.x / kWarp * int64_t{gridDim.x};
   const int64_t first_span = blockIdx.x * int64_t{blockDim.x / kWarp} + threadIdx.x / kWarp;
@@ -367,25 +360,25 @@ __global__ void merge_spans_kernel(Merge<T> merge, int level) {
     const int64_t mine = base + num_warps * lane;
     bool due = false;
     if (mine < end) {
-      const Place first = place_of(cache, merge.table, schedule, request, mine * span);
-      due = cache.holds(first.page) && level_at(cache, first, schedule) == level - 1 &&
+      const Place first = place_of(cache, merge.table, config, request, mine * span);
+      due = cache.holds(first.page) && level_at(cache, first, config) == level - 1 &&
             is_pair(merge, request, mine * span, level, level - 1);
     }
     for (unsigned waiting = __ballot_sync(kAllLanes, due); waiting != 0; waiting &= waiting - 1) {
       const int64_t group = (base + num_warps * (__ffs(waiting) - 1)) * span;
-      const Place first = place_of(cache, merge.table, schedule, request, group);
-      const Place second = place_of(cache, merge.table, schedule, request, group + span / 2);
-      const Place last = place_of(cache, merge.table, schedule, request, group + span - 1);
+      const Place first = place_of(cache, merge.table, config, request, group);
+      const Place second = place_of(cache, merge.table, config, request, group + span / 2);
+      const Place last = place_of(cache, merge.table, config, request, group + span - 1);
       // Requests may share the span's first pages and not the rest: the first of them that can merge it gives the
       // entry its content. It may have done so by now, and then the level of its second half is `level`.
       bool is_others = false;
       for (int64_t other = lane; other < request; other += kWarp)
-        is_others |= group < schedule.groups_due(level, merge.frontier[other]) &&
+        is_others |= group < config.groups_due(level, merge.frontier[other]) &&
                      merge.table.page(other, group / groups_per_page) == first.page &&
                      is_pair(merge, other, group, level, level);
       if (__any_sync(kAllLanes, is_others)) continue;
       for (int64_t head = 0; head < cache.num_heads; ++head)
-        merge_pair(cache, schedule, first, second, last, head, level);
+        merge_pair(cache, config, first, second, last, head, level);
     }
   }
 }
@@ -397,21 +390,21 @@ __global__ void merge_spans_kernel(Merge<T> merge, int level) {
 template <typename T, class Launch>
 void merge_groups(const Launch& launch, const Merge<T>& merge) {
   const Cache<T>& cache = merge.cache;
-  const Schedule& schedule = merge.schedule;
+  const MergeConfig& config = merge.config;
   const int64_t num_requests = merge.table.num_requests, num_tokens = merge.table.num_columns * cache.page_size;
-  if (num_requests == 0 || schedule.groups_due(1, num_tokens) == 0) return;
+  if (num_requests == 0 || config.groups_due(1, num_tokens) == 0) return;
   const int64_t most_blocks = larger<int64_t>(1, kMergeBlocks / num_requests);
   const auto grid = [&](int64_t work) {
     return dim3(static_cast<unsigned>(smaller(most_blocks, work)), static_cast<unsigned>(num_requests));
   };
-  const size_t warp_bytes = Group::num_floats(schedule.group_size, cache.head_dim) * sizeof(float);
+  const size_t warp_bytes = Group::num_floats(config.group_size, cache.head_dim) * sizeof(float);
   const int64_t num_warps = larger<int64_t>(
       1, smaller<int64_t>(smaller<int64_t>(kMostMergeWarps, cache.num_heads), kMergeSharedBytes / warp_bytes));
   launch(
-      merge_levels_kernel<T>, grid(divide_up<int64_t>(num_tokens / schedule.group_size, kWarp)),
+      merge_levels_kernel<T>, grid(divide_up<int64_t>(num_tokens / config.group_size, kWarp)),
       dim3(static_cast<unsigned>(num_warps * kWarp)), num_warps * warp_bytes, merge);
-  for (int level = schedule.num_counts + 1; level <= schedule.num_levels; ++level) {
-    const int64_t num_spans = schedule.groups_due(level, num_tokens) / schedule.span(level);
+  for (int level = config.schedule_levels + 1; level <= config.num_levels; ++level) {
+    const int64_t num_spans = config.groups_due(level, num_tokens) / config.span(level);
     if (num_spans == 0) break;
     constexpr int64_t kWarps = 4;
     launch(

@@ -17,8 +17,8 @@ Tensor per_head(const Tensor& tensor, const Tensor& cache, const char* name) {
 
 std::tuple<Tensor, Tensor, Tensor> merged_attention_cuda(
     Tensor query, Tensor cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor slopes,
-    Tensor far_bias, int64_t max_rows, int64_t window, int64_t group_size, std::vector<int64_t> schedule,
-    int64_t doublings) {
+    Tensor far_bias, int64_t max_rows, std::vector<int64_t> packed) {
+  const MergeConfig config(packed);
   check_device(query, cache, kOp, "query");
   const int64_t num_rows = query.size(0), num_heads = query.size(1), head_dim = query.size(2);
   STD_TORCH_CHECK(
@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor, Tensor> merged_attention_cuda(
       head_dim % 4 == 0 && head_dim > 0 && head_dim <= kMostDim,
       kOp, ": the head size must be a multiple of 4 up to ", kMostDim, ", got ", head_dim);
   STD_TORCH_CHECK(
-      group_size >= 2 && cache.size(2) % group_size == 0,
-      kOp, ": group_size ", group_size, " must divide the page size ", cache.size(2));
+      cache.size(2) % config.group_size == 0,
+      kOp, ": group_size ", config.group_size, " must divide the page size ", cache.size(2));
   const BlockTable table = block_table_view(block_table, cache, kOp);
   const Integers lengths = integers(seq_lens, cache, kOp, "seq_lens");
   const Integers starts = integers(query_start_loc, cache, kOp, "query_start_loc");
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> merged_attention_cuda(
   max_rows = larger<int64_t>(0, smaller(max_rows, num_rows));
   const int64_t tiles = num_query_tiles(max_rows, num_heads / cache.size(1));
   const int splits = choose_splits(
-      table.num_columns * cache.size(2) / group_size, table.num_requests * cache.size(1) * tiles);
+      table.num_columns * cache.size(2) / config.group_size, table.num_requests * cache.size(1) * tiles);
   const int64_t parts = table.num_requests * max_rows * num_heads * splits;
   Tensor partial_values = torch::stable::new_empty(query, {parts, head_dim}, ScalarType::Float);
   Tensor partial_stats = torch::stable::new_empty(query, {parts, 3}, ScalarType::Float);
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> merged_attention_cuda(
     to.table = table;
     to.seq_lens = lengths;
     to.query_start_loc = starts;
-    to.schedule = schedule_of(window, group_size, schedule, doublings, kOp);
+    to.config = config;
     to.query = static_cast<const T*>(query.data_ptr());
     to.output = static_cast<T*>(output.data_ptr());
     to.query_row_stride = query.stride(0);

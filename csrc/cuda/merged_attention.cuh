@@ -11,7 +11,7 @@
 // second kernel brings the splits together by their log-sum-exps. Grids depend on shapes alone.
 #pragma once
 
-#include "csrc/cuda/schedule.cuh"
+#include "csrc/cuda/groups.cuh"
 
 namespace qm_spec {
 
@@ -39,7 +39,7 @@ struct Attention {
   Cache<T> cache;
   BlockTable table;
   Integers seq_lens, query_start_loc;
-  Schedule schedule;
+  MergeConfig config;
   const T* query;
   T* output;
   int64_t query_row_stride, query_head_stride;
@@ -119,21 +119,21 @@ struct Part {
 // a page that was not filled yet holds its previous owner's levels.
 template <typename T>
 __device__ int entries_of(const Attention<T>& to, Place at, int64_t first_token, int64_t num_tokens, int level) {
-  const Schedule& schedule = to.schedule;
+  const MergeConfig& config = to.config;
   // Of a span only the first group holds an entry.
-  if (level > schedule.num_counts && !(to.cache.state(at.page, 0, at.slot)->count > 0.0f)) return 0;
-  return static_cast<int>(smaller<int64_t>(schedule.entries(level), num_tokens - first_token));
+  if (level > config.schedule_levels && !(to.cache.state(at.page, 0, at.slot)->count > 0.0f)) return 0;
+  return static_cast<int>(smaller<int64_t>(config.held(level), num_tokens - first_token));
 }
 
 // List the groups of this thread's turn and count the entries up to each; returns the entries of all.
 template <typename T>
 __device__ int list_groups(const Attention<T>& to, const Shared& shared, const Part& part, int64_t turn) {
-  const int64_t group = turn * to.num_splits + part.split, first_token = group * to.schedule.group_size;
+  const int64_t group = turn * to.num_splits + part.split, first_token = group * to.config.group_size;
   int num_entries = 0;
   if (group < part.num_groups) {
-    const Place at = place_of(to.cache, to.table, to.schedule, part.request, group);
+    const Place at = place_of(to.cache, to.table, to.config, part.request, group);
     if (to.cache.holds(at.page)) {
-      const int level = level_at(to.cache, at, to.schedule);
+      const int level = level_at(to.cache, at, to.config);
       num_entries = entries_of(to, at, first_token, part.num_tokens, level);
       shared.group_base[threadIdx.x] = to.cache.slot(at.page, part.head, at.slot) - to.cache.data;
       shared.group_position[threadIdx.x] = level == 0 ? static_cast<int>(first_token) : -1;
@@ -182,7 +182,7 @@ __device__ void find_entry(const Attention<T>& to, const Shared& shared, int num
       const float count = reinterpret_cast<const SlotState*>(to.cache.data + base + 2 * to.cache.head_dim)->count;
       // A span of groups counts as one group. Stale bytes, not a number, infinite or 0, are no entry.
       if (count > 0.0f && count <= FLT_MAX) {
-        log_count = logf(fminf(count, static_cast<float>(to.schedule.group_size)));
+        log_count = logf(fminf(count, static_cast<float>(to.config.group_size)));
       } else {
         base = -1;
       }
@@ -264,8 +264,8 @@ __global__ void attend_kernel(Attention<T> to) {
   part.num_tokens = to.seq_lens[part.request];
   // No table column past the request's own pages is read.
   part.num_groups = smaller(
-      divide_up(part.num_tokens, to.schedule.group_size),
-      to.table.num_columns * (to.cache.page_size / to.schedule.group_size));
+      divide_up(part.num_tokens, to.config.group_size),
+      to.table.num_columns * (to.cache.page_size / to.config.group_size));
 
   const Shared shared(shared_memory(), dim, blockDim.x);
   for (int i = thread; i < kQueries * dim; i += blockDim.x) {

@@ -19,8 +19,7 @@ LEAST_TEMPERATURE = 1e-5
 torch.library.define(
     "qm_spec::draft_tokens",
     "(Tensor cache, Tensor block_table, Tensor num_tokens, Tensor state, Tensor next_ids, Tensor[] weights, "
-    "int num_drafts, float eps, int window, int group_size, int[] schedule, int doublings, "
-    "Tensor? temperature, Tensor? uniform) -> (Tensor, Tensor)",
+    "int num_drafts, float eps, int[] config, Tensor? temperature, Tensor? uniform) -> (Tensor, Tensor)",
 )
 
 
@@ -232,15 +231,12 @@ def draft_tokens_reference(
     weights: list[Tensor],
     num_drafts: int,
     eps: float,
-    window: int,
-    group_size: int,
-    schedule: list[int],
-    doublings: int,
+    packed: list[int],
     temperature: Tensor | None,
     uniform: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `draft_tokens` in plain PyTorch; the weights are those of `DraftWeights`."""
-    config = MergeConfig(window, group_size, tuple(schedule), doublings=doublings)
+    config = MergeConfig.unpack(packed)
     w = DraftWeights(*(x.to(state.dtype) if x.is_floating_point() else x for x in weights))
     layer = DenseLayer(w, eps)
     probs: list[Tensor] = []
@@ -284,10 +280,7 @@ def _draft_tokens_fake(
     weights: list[Tensor],
     num_drafts: int,
     eps: float,
-    window: int,
-    group_size: int,
-    schedule: list[int],
-    doublings: int,
+    packed: list[int],
     temperature: Tensor | None,
     uniform: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -366,10 +359,7 @@ def draft_tokens(
         list(weights),
         num_drafts,
         eps,
-        config.window,
-        config.group_size,
-        list(config.schedule),
-        config.doublings,
+        config.pack(),
         temperature,
         uniform,
     )

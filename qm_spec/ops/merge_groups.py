@@ -11,8 +11,7 @@ from qm_spec.ops.page import COUNT, LEVEL, MASS, check_page, group_levels, split
 
 torch.library.define(
     "qm_spec::merge_groups_",
-    "(Tensor(a!) cache, Tensor block_table, Tensor frontier, int head_dim, int window, int group_size, "
-    "int[] schedule, str saliency, float temperature, float epsilon, int doublings) -> ()",
+    "(Tensor(a!) cache, Tensor block_table, Tensor frontier, int head_dim, int[] config) -> ()",
 )
 
 
@@ -33,24 +32,14 @@ def due_levels(frontier: Tensor, num_groups: int, config: MergeConfig) -> Tensor
 
 
 def merge_groups_reference(
-    cache: Tensor,
-    block_table: Tensor,
-    frontier: Tensor,
-    head_dim: int,
-    window: int,
-    group_size: int,
-    schedule: list[int],
-    saliency: str,
-    temperature: float,
-    epsilon: float,
-    doublings: int,
+    cache: Tensor, block_table: Tensor, frontier: Tensor, head_dim: int, packed: list[int]
 ) -> None:
     """Compute `merge_groups_` in plain PyTorch."""
-    config = MergeConfig(window, group_size, tuple(schedule), saliency, temperature, epsilon, doublings)
+    config = MergeConfig.unpack(packed)
     keys, values, state = split_page(cache, head_dim)
-    groups_per_page = cache.shape[2] // group_size
+    groups_per_page = cache.shape[2] // config.group_size
     # Table columns beyond a request's pages hold other requests' ids; no due group lies there.
-    due_tokens = int(frontier.max()) - window if frontier.numel() else 0
+    due_tokens = int(frontier.max()) - config.window if frontier.numel() else 0
     num_pages = min(block_table.shape[1], -(-due_tokens // cache.shape[2]))
     if num_pages <= 0:
         return
@@ -60,12 +49,12 @@ def merge_groups_reference(
     wanted = due_levels(frontier, groups.shape[1], config)
     # The null page is nobody's.
     wanted = wanted.masked_fill(groups < groups_per_page, 0)
-    counts = (group_size, *schedule)
-    if not bool((wanted > group_levels(state, pages, group_size, len(config.spans))).any()):
+    counts = (config.group_size, *config.schedule)
+    if not bool((wanted > group_levels(state, pages, config.group_size, len(config.spans))).any()):
         return
     # Level by level, so that the result does not depend on when a group was visited.
     for new_level, span in enumerate(config.spans[: int(wanted.max())], 1):
-        level = group_levels(state, pages, group_size, len(config.spans))
+        level = group_levels(state, pages, config.group_size, len(config.spans))
         due = (wanted >= new_level) & (level == new_level - 1)
         if span == 1:
             # Two requests of a batch may share a page: each group is merged once.
@@ -73,17 +62,17 @@ def merge_groups_reference(
             if now.numel():
                 _merge(keys, values, state, now, counts[new_level - 1], counts[new_level], new_level, config)
             continue
-        empty = ~(state[:, 0, ::group_size, COUNT][pages].flatten(1) > 0)
+        empty = ~(state[:, 0, :: config.group_size, COUNT][pages].flatten(1) > 0)
         # Due and whole: two spans beside each other, [B, n, 2, groups of each].
         due, empty, level, members = (_pairs(words, span) for words in (due, empty, level, groups))
-        pair = (due[..., 0] & _whole(level, empty, members // groups_per_page, len(schedule))).all(-1)
+        pair = (due[..., 0] & _whole(level, empty, members // groups_per_page, len(config.schedule))).all(-1)
         # The first groups of both, and the last one.
         now = torch.cat([members[..., 0][pair], members[..., -1, -1:][pair]], -1)
         if now.numel():
             now = _first_of_each(now)
             _merge(keys, values, state, now[:, :2], 1, 1, new_level, config)
             last = now[:, 2]
-            state[last // groups_per_page, :, last % groups_per_page * group_size, LEVEL] = new_level
+            state[last // groups_per_page, :, last % groups_per_page * config.group_size, LEVEL] = new_level
 
 
 torch.library.impl("qm_spec::merge_groups_", "default", merge_groups_reference)
@@ -200,16 +189,4 @@ def merge_groups_(cache: Tensor, block_table: Tensor, frontier: Tensor, head_dim
             "start vLLM with --block-size 16 or a multiple"
         )
     check_page(cache, head_dim)
-    torch.ops.qm_spec.merge_groups_(
-        cache,
-        block_table,
-        frontier,
-        head_dim,
-        config.window,
-        config.group_size,
-        list(config.schedule),
-        config.saliency,
-        config.temperature,
-        config.epsilon,
-        config.doublings,
-    )
+    torch.ops.qm_spec.merge_groups_(cache, block_table, frontier, head_dim, config.pack())

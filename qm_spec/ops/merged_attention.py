@@ -12,8 +12,7 @@ from qm_spec.ops.page import check_page
 torch.library.define(
     "qm_spec::merged_attention",
     "(Tensor query, Tensor cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor slopes, "
-    "Tensor far_bias, int max_rows, int window, int group_size, int[] schedule, int doublings) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor far_bias, int max_rows, int[] config) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -26,13 +25,10 @@ def merged_attention_reference(
     slopes: Tensor,
     far_bias: Tensor,
     max_rows: int,
-    window: int,
-    group_size: int,
-    schedule: list[int],
-    doublings: int,
+    packed: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `merged_attention` in plain PyTorch."""
-    config = MergeConfig(window, group_size, tuple(schedule), doublings=doublings)
+    config = MergeConfig.unpack(packed)
     num_rows, num_heads, head_dim = query.shape
     out = torch.zeros_like(query)
     lse = query.new_full((num_rows, num_heads), float("-inf"), dtype=torch.float32)
@@ -125,16 +121,5 @@ def merged_attention(
         )
     check_page(cache, query.shape[-1])
     return torch.ops.qm_spec.merged_attention(
-        query,
-        cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        slopes,
-        far_bias,
-        max_rows,
-        config.window,
-        config.group_size,
-        list(config.schedule),
-        config.doublings,
+        query, cache, block_table, seq_lens, query_start_loc, slopes, far_bias, max_rows, config.pack()
     )

@@ -41,7 +41,7 @@ from support.recorded_graph import Recorder
 from torch import Tensor
 
 from qm_spec import ops
-from qm_spec.config import MergeConfig
+from qm_spec.config import SALIENCIES, MergeConfig
 from qm_spec.drafter import paged_loop
 from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop
@@ -212,7 +212,7 @@ def test_merge_equals_the_reference_in_every_layout_and_dtype(kernels, layout, d
         (MergeConfig(), 1, 32, 16),
         (MergeConfig(), 2, 64, 32),
         (MergeConfig(), 1, 80, 128),
-        (MergeConfig(saliency="inverse_entropy"), 1, 96, 16),
+        *((MergeConfig(saliency=saliency), 1, 96, 16) for saliency in SALIENCIES),
         (MergeConfig(temperature=0.1, epsilon=0.2), 1, 128, 64),
         (MergeConfig(doublings=0), 1, 256, 16),
         (CONFIG, 11, 8, 16),
@@ -715,10 +715,9 @@ def test_the_host_code_refuses_with_a_sentence(host: Host, monkeypatch: pytest.M
         with pytest.raises(RuntimeError, match="block_table must be"):
             ops.merge_groups_(case.cache, case.table.long(), lens(20), 8, CONFIG)
         with monkeypatch.context() as patch:
-            patch.setattr("qm_spec.config.SALIENCIES", {"entropy": 1.0, "norm": 1.0})
-            unknown = replace(CONFIG, saliency="norm")
-        with pytest.raises(RuntimeError, match="saliency must be entropy or inverse_entropy, got norm"):
-            ops.merge_groups_(case.cache, case.table, lens(20), 8, unknown)
+            patch.setattr("qm_spec.config.SALIENCIES", {"entropy": 1.0, "inverse_entropy": -1.0, "norm": 1.0})
+            with pytest.raises(RuntimeError, match="the kernels do not know saliency 2"):
+                ops.merge_groups_(case.cache, case.table, lens(20), 8, replace(CONFIG, saliency="norm"))
         # Nothing to do.
         ops.append_kv_(case.cache, case.key[:0], case.value[:0], case.slots[:0])
         out, lse, _ = ops.merged_attention(torch.randn(0, 4, 8), case.cache, case.table, lens(20), lens(0, 0), *rest)

@@ -28,7 +28,7 @@ from support.paged import (
 )
 from torch import Tensor
 
-from qm_spec.config import MergeConfig
+from qm_spec.config import SALIENCIES, MergeConfig
 from qm_spec.ops import append_kv_, backend, merge_groups_, merged_attention
 from qm_spec.ops.append_kv import append_kv_reference
 from qm_spec.ops.entries import gather_entries
@@ -36,6 +36,21 @@ from qm_spec.ops.merged_attention import merged_attention_reference
 from qm_spec.ops.page import COUNT, LEVEL, MASS, split_page
 
 pytestmark = pytest.mark.skipif(backend.backend() != "compiled", reason="the CPU kernels were not built")
+
+# Places in `CONFIG.pack()`, values that no kernel may take, and what is said of them.
+REFUSED = [
+    (0, 0, "build the kernels again"),
+    (0, 3, "build the kernels again"),
+    (1, 4, "schedule must fall"),
+    (2, 0, "schedule must fall"),
+    (3, 5, "window or group_size"),
+    (4, 1, "window or group_size"),
+    (5, 17, "doublings"),
+    (6, 2, "do not know saliency 2"),
+    (6, -1, "do not know saliency -1"),
+    (7, 0, "temperature or epsilon"),
+    (8, 0, "temperature or epsilon"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -411,13 +426,6 @@ class TestMerge:
         merge_reference(expected.cache, case.table, lens(200), 8, CONFIG)
         assert_same_cache(case, expected)
 
-    def test_a_saliency_that_only_python_knows_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A drafter would be trained by one measure and served by another."""
-        case = make_case(64)
-        monkeypatch.setattr("qm_spec.config.SALIENCIES", {"entropy": 1.0, "norm": 1.0})
-        with pytest.raises(RuntimeError, match="saliency must be entropy or inverse_entropy, got norm"):
-            merge_groups_(case.cache, case.table, lens(64), 8, replace(CONFIG, saliency="norm"))
-
     def test_a_page_that_does_not_exist_is_an_error(self) -> None:
         case = make_case(64)
         with pytest.raises(RuntimeError, match=r"block_table: pages must be in 0\.\.4, got 1000000"):
@@ -490,8 +498,7 @@ class TestAttention:
         slopes = torch.zeros(4)
         arguments = (query, case.cache, case.table, lens(400), lens(0, 3), slopes, slopes, 3)
         fast = merged_attention(*arguments, CONFIG)
-        schedule = (CONFIG.window, CONFIG.group_size, list(CONFIG.schedule), CONFIG.doublings)
-        for found, plain in zip(fast, merged_attention_reference(*arguments, *schedule), strict=True):
+        for found, plain in zip(fast, merged_attention_reference(*arguments, CONFIG.pack()), strict=True):
             torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
         assert (fast[2] >= 0).all()
 
@@ -544,9 +551,8 @@ class TestAttention:
             case.state[case.table[0, 1].long(), :, ::4, COUNT] = count
             slopes = torch.zeros(4)
             arguments = (query, case.cache, case.table, lens(60), lens(0, 1), slopes, slopes, 1)
-            schedule = (CONFIG.window, CONFIG.group_size, list(CONFIG.schedule), CONFIG.doublings)
             for found, plain in zip(
-                merged_attention(*arguments, CONFIG), merged_attention_reference(*arguments, *schedule), strict=True
+                merged_attention(*arguments, CONFIG), merged_attention_reference(*arguments, CONFIG.pack()), strict=True
             ):
                 assert torch.isfinite(found).all()
                 torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
@@ -572,6 +578,38 @@ class TestAttention:
             torch.randn(3, 4, 8), case.cache, case.table[:0], lens(), lens(0), bias, bias, 2, CONFIG
         )
         assert (out == 0).all() and (lse == -math.inf).all() and (entropy == 0).all()
+
+
+class TestPackedConfig:
+    """A drafter would be trained by one measure and served by another if a kernel took what it does not know."""
+
+    @pytest.mark.parametrize("saliency", SALIENCIES)
+    def test_every_saliency_means_the_same_to_kernel_and_reference(self, saliency: str) -> None:
+        case = make_case(100)
+        expected = case.copy()
+        merge_both(case, expected, case.table, lens(100), replace(CONFIG, saliency=saliency))
+        assert_same_cache(case, expected)
+
+    def test_a_saliency_that_only_python_knows_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = make_case(64)
+        monkeypatch.setattr("qm_spec.config.SALIENCIES", {"entropy": 1.0, "inverse_entropy": -1.0, "norm": 1.0})
+        with pytest.raises(RuntimeError, match="the kernels do not know saliency 2"):
+            merge_groups_(case.cache, case.table, lens(64), 8, replace(CONFIG, saliency="norm"))
+
+    @pytest.mark.parametrize(("number", "value", "problem"), REFUSED)
+    def test_a_setting_out_of_range_is_an_error(self, number: int, value: int, problem: str) -> None:
+        case, packed = make_case(64), CONFIG.pack()
+        packed[number] = value
+        with pytest.raises(RuntimeError, match=problem):
+            torch.ops.qm_spec.merge_groups_(case.cache, case.table, lens(64), 8, packed)
+
+    def test_a_field_that_only_python_knows_is_an_error(self) -> None:
+        case, packed = make_case(64), [*CONFIG.pack(), 1]
+        query, bias = torch.randn(1, 4, 8), torch.zeros(4)
+        with pytest.raises(RuntimeError, match="build the kernels again"):
+            torch.ops.qm_spec.merged_attention(
+                query, case.cache, case.table, lens(64), lens(0, 1), bias, bias, 1, packed
+            )
 
 
 def run_all(case: Case, query: Tensor, config: MergeConfig) -> list[Tensor]:

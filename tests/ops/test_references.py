@@ -365,14 +365,21 @@ def test_a_span_cut_by_page_sharing_loses_nothing_of_the_second_request():
     assert 280 <= entries.count.sum(-1).round().min() <= 312
 
 
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, MergeConfig(schedule=(0,), saliency="inverse_entropy"), MergeConfig(temperature=1 / 3, epsilon=1e-9)],
+)
+def test_packing_loses_nothing(config):
+    assert MergeConfig.unpack(config.pack()) == config
+
+
 @pytest.mark.parametrize("op", ["append_kv_", "merge_groups_", "merged_attention"])
 def test_operators_pass_opcheck(op):
     cache, table, key, value = make_cache(40, 16)
     cache = cache.nan_to_num(0.0)
-    merge = (CONFIG.window, CONFIG.group_size, list(CONFIG.schedule))
     args = {
         "append_kv_": (cache, key, value, torch.arange(16, 56)),
-        "merge_groups_": (cache, table[:, :3], lens(40), HEAD_DIM, *merge, "entropy", 0.5, 0.01, CONFIG.doublings),
+        "merge_groups_": (cache, table[:, :3], lens(40), HEAD_DIM, CONFIG.pack()),
         "merged_attention": (
             torch.randn(2, HEADS, HEAD_DIM),
             cache,
@@ -382,8 +389,7 @@ def test_operators_pass_opcheck(op):
             torch.rand(HEADS),
             torch.rand(HEADS),
             5,
-            *merge,
-            CONFIG.doublings,
+            CONFIG.pack(),
         ),
     }[op]
     torch.library.opcheck(getattr(torch.ops.qm_spec, op).default, args)
@@ -427,6 +433,13 @@ class TestBadInput:
     def test_merge_config_refuses_values_out_of_range(self, settings_):
         with pytest.raises(ValueError, match="MergeConfig"):
             MergeConfig(**settings_)
+
+    @pytest.mark.parametrize(
+        "packed", [[], [3, 2, 1], [*CONFIG.pack(), 0], [*CONFIG.pack()[:6], 2, *CONFIG.pack()[7:]]]
+    )
+    def test_what_pack_does_not_return_is_refused(self, packed):
+        with pytest.raises(ValueError, match="MergeConfig"):
+            MergeConfig.unpack(packed)
 
     def test_merge_config_refuses_unknown_keys(self):
         with pytest.raises(ValueError, match=r"unknown settings \['windw'\]"):

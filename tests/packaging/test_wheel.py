@@ -66,7 +66,7 @@ def test_the_cuda_kernels_link_beside_a_torch_without_cuda(root: Path, tmp_path:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(root / name, tmp_path / name)
     others = [path.name for path in (root / "csrc/cuda").glob("*.cu") if path.name != "append_kv.cu"]
-    shutil.copytree(root / "csrc/cuda", tmp_path / "csrc/cuda", ignore=shutil.ignore_patterns(*others))
+    shutil.copytree(root / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns(*others))
     switches = {"QM_SPEC_BUILD": "none", "QM_SPEC_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"}
     ran = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],

@@ -109,15 +109,12 @@ def make_case(
 
 
 def merge_reference(cache: Tensor, table: Tensor, frontier: Tensor, head_dim: int, config: MergeConfig) -> None:
-    schedule = (config.window, config.group_size, list(config.schedule))
-    rest = (config.saliency, config.temperature, config.epsilon, config.doublings)
-    merge_groups_reference(cache, table, frontier, head_dim, *schedule, *rest)
+    merge_groups_reference(cache, table, frontier, head_dim, config.pack())
 
 
 def attend_reference(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, config = arguments
-    settings = (config.window, config.group_size, list(config.schedule), config.doublings)
-    return merged_attention_reference(*tensors, *settings)
+    return merged_attention_reference(*tensors, config.pack())
 
 
 def exact_attention(query: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qm_spec.config import SALIENCIES, MergeConfig
+from qm_spec.config import MergeConfig
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[2]
@@ -23,18 +23,9 @@ class Array(ctypes.Structure):
 
 
 class Config(ctypes.Structure):
-    """A `MergeConfig`, as `kernels.cpp` takes it."""
+    """A packed `MergeConfig`, as `kernels.cpp` takes it."""
 
-    _fields_ = (
-        ("window", ctypes.c_int64),
-        ("group_size", ctypes.c_int64),
-        ("num_counts", ctypes.c_int64),
-        ("schedule", ctypes.c_int64 * 16),
-        ("doublings", ctypes.c_int64),
-        ("sign", ctypes.c_double),
-        ("temperature", ctypes.c_double),
-        ("epsilon", ctypes.c_double),
-    )
+    _fields_ = (("packed", ctypes.POINTER(ctypes.c_int64)), ("size", ctypes.c_int64))
 
 
 def build(compiler: str, folder: Path) -> Path:
@@ -126,14 +117,5 @@ def _array(tensor: Tensor) -> Array:
 
 
 def _config(config: MergeConfig) -> Config:
-    schedule = (ctypes.c_int64 * 16)(*config.schedule)
-    return Config(
-        config.window,
-        config.group_size,
-        len(config.schedule),
-        schedule,
-        config.doublings,
-        SALIENCIES[config.saliency],
-        config.temperature,
-        config.epsilon,
-    )
+    packed = config.pack()
+    return Config((ctypes.c_int64 * len(packed))(*packed), len(packed))

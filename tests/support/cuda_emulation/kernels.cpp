@@ -16,10 +16,12 @@ struct Array {
   int64_t size[4], stride[4];
 };
 
-// The settings of a MergeConfig.
+// A packed MergeConfig.
 struct Config {
-  int64_t window, group_size, num_counts, schedule[16], doublings;
-  double sign, temperature, epsilon;
+  const int64_t* packed;
+  int64_t size;
+
+  MergeConfig read() const { return MergeConfig({packed, packed + size}); }
 };
 
 thread_local std::string error;
@@ -46,11 +48,6 @@ Integers integers(const Array& array) { return {static_cast<const int32_t*>(arra
 
 BlockTable table_view(const Array& table) {
   return {static_cast<const int32_t*>(table.data), table.size[0], table.size[1], table.stride[0], table.stride[1]};
-}
-
-Schedule schedule_of(const Config& config) {
-  return make_schedule(
-      config.window, config.group_size, config.schedule, static_cast<int>(config.num_counts), config.doublings);
 }
 
 // Run with the element type: 0 float32, 1 float16, 2 bfloat16. Returns the error, or null.
@@ -134,11 +131,9 @@ const char* merge_groups(int type, uint64_t seed, const Array* cache, const Arra
                          int64_t head_dim, const Config* config) {
   return dispatch(type, seed, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const Saliency saliency{static_cast<float>(config->sign), static_cast<float>(config->temperature),
-                            static_cast<float>(config->epsilon)};
     merge_groups(
         cuda_on_cpu::Launcher(), Merge<T>{cache_view<T>(*cache, head_dim), table_view(*table), integers(*frontier),
-                                          schedule_of(*config), saliency});
+                                          config->read()});
   });
 }
 
@@ -154,7 +149,7 @@ const char* merged_attention(int type, uint64_t seed, const Array* query, const 
     to.table = table_view(*table);
     to.seq_lens = integers(*seq_lens);
     to.query_start_loc = integers(*query_start_loc);
-    to.schedule = schedule_of(*config);
+    to.config = config->read();
     to.query = static_cast<const T*>(query->data);
     to.output = static_cast<T*>(output->data);
     to.query_row_stride = query->stride[0];
@@ -170,7 +165,7 @@ const char* merged_attention(int type, uint64_t seed, const Array* query, const 
     to.entropy = static_cast<float*>(entropy->data);
     const int64_t tiles = num_query_tiles(to.max_rows, to.heads_per_group());
     to.num_splits = num_splits > 0 ? num_splits
-                                   : choose_splits(to.table.num_columns * to.cache.page_size / config->group_size,
+                                   : choose_splits(to.table.num_columns * to.cache.page_size / to.config.group_size,
                                                    to.table.num_requests * to.cache.num_heads * tiles);
     // As torch's memory is: not written yet.
     const int64_t parts = to.table.num_requests * to.max_rows * to.num_heads * to.num_splits;
