@@ -19,7 +19,7 @@ from qm_spec.drafter.memory import Memory, merge_levels
 from qm_spec.ops.draft_attention import draft_attention
 
 if TYPE_CHECKING:
-    from qm_spec.drafter.prior import PriorLayer
+    from qm_spec.drafter.layer import PriorLayer
 
 
 class DraftRows(Protocol):
