@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from qm_spec.bench.acceptance.by_length import AcceptanceSettings, LongContextRow
     from qm_spec.bench.results.bootstrap import Estimate
-    from qm_spec.drafter.rows import Drafter
+    from qm_spec.drafter.anchors import Drafter
 
 DOMAINS = "novels,quotations,records,code"
 

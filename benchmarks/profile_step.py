@@ -24,7 +24,7 @@ TIMED = (
     ("target forward", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._model_forward"),
     ("sampling and verification", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample"),
     ("drafting", SESSION, "DraftSession.draft"),
-    (" fusing the target's states", "qm_spec.drafter.prior", "PriorLayer.fuse"),
+    (" fusing the target's states", "qm_spec.drafter.layer", "PriorLayer.fuse"),
     (" keys and values of new tokens", "qm_spec.drafter.loop", "DraftLoop.remember"),
     (" merging", SESSION, "merge_groups_"),
     (" all draft steps", SESSION, "draft_tokens"),

@@ -19,7 +19,7 @@ from vllm.model_executor.models.utils import maybe_prefix, process_eagle_weight
 from qm_spec.discovery.files import shown
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.head import spread
-from qm_spec.drafter.prior import NUM_AUX_STATES, PriorLayer, plain_linear
+from qm_spec.drafter.layer import NUM_AUX_STATES, PriorLayer, plain_linear
 from qm_spec.integrations.vllm_plugin import compat, seeds
 from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel
 
+from qm_spec.drafter.anchors import columns_of
 from qm_spec.drafter.config import check_draft_vocab_size
-from qm_spec.drafter.rows import columns_of
 from qm_spec.drafter.vocabulary import DraftVocabulary
 from qm_spec.ops.draft_attention import draft_attention
 
@@ -216,7 +216,7 @@ class Eagle3Sequences:
     """Whole sequences as keys and values of verified tokens.
 
     Position t holds the state of t and the embedding of x_{t+1}, so the last token has no entry yet. Keys and
-    values read no attention output, so a row needs no other row.
+    values read no attention output, so an anchor needs no other one.
 
     Args:
         drafter: its weights and its window.
@@ -256,13 +256,13 @@ class Eagle3Sequences:
         bias = self.keys.new_zeros(visible.shape).masked_fill(~visible, float("-inf"))
         return bias.unsqueeze(1)
 
-    def rows(self, positions: Tensor) -> Eagle3Rows:
+    def anchors(self, positions: Tensor) -> Eagle3Anchors:
         """Begin to draft at `[B, T]` int64."""
-        return Eagle3Rows(self, positions)
+        return Eagle3Anchors(self, positions)
 
 
-class Eagle3Rows:
-    """Rows of `Eagle3Sequences` in the middle of drafting, with keys and values of what they drafted.
+class Eagle3Anchors:
+    """Anchors in `Eagle3Sequences` in the middle of drafting, with keys and values of what they drafted.
 
     This is EAGLE-3's training-time test: later steps read the drafter's own states.
     """
@@ -278,7 +278,7 @@ class Eagle3Rows:
         self.num_steps = 0
 
     def step(self, embedding: Tensor) -> Tensor:
-        """Feed each row its next token `[B, T, D]`; return the vocabulary head's input `[B, T, D]`."""
+        """Feed each anchor its next token `[B, T, D]`; return the vocabulary head's input `[B, T, D]`."""
         sequences, layer = self.sequences, self.sequences.layer
         position = self.positions + self.num_steps
         x = layer.inputs(embedding, self.state)
@@ -301,6 +301,6 @@ class Eagle3Rows:
         return sequences.norm(self.state)
 
     def keep(self, columns: Tensor) -> None:
-        """Go on with the rows of these columns `[B, T']` int64 alone."""
+        """Go on with the anchors of these columns `[B, T']` int64 alone."""
         self.positions = columns_of(self.positions, columns)
         self.state, self.keys, self.values = (columns_of(x, columns) for x in (self.state, self.keys, self.values))

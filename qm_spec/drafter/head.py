@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from qm_spec.drafter.rows import Drafter
+from qm_spec.drafter.anchors import Drafter
 
 
 class DraftHead:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qm_spec.config import MergeConfig
-from qm_spec.drafter.prior import PriorLayer
+from qm_spec.drafter.layer import PriorLayer
 from qm_spec.ops import append_kv_, merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_steps
 from qm_spec.ops.entries import gather_entries

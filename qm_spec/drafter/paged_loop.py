@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from qm_spec.config import MergeConfig
 from qm_spec.ops import merge_groups_, merged_attention
-from qm_spec.ops.draft_tokens import LEAST_TEMPERATURE, DenseLayer, DraftLayer, DraftWeights
+from qm_spec.ops.draft_layer import DraftLayer
+from qm_spec.ops.draft_tokens import LEAST_TEMPERATURE, DenseLayer, DraftWeights
 
 
 class DraftInputs(NamedTuple):

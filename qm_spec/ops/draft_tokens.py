@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from qm_spec.config import MergeConfig
 from qm_spec.ops.draft_attention import draft_attention
+from qm_spec.ops.draft_layer import DraftLayer
 from qm_spec.ops.entries import Entries, entry_bias, gather_entries
 
 # Below it a request drafts greedily; vLLM's own limit.
@@ -87,35 +89,6 @@ class DraftWeights(NamedTuple):
         return DraftWeights(*(halved(name, weight) for name, weight in self._asdict().items()))
 
 
-class DraftLayer(Protocol):
-    """What a draft step asks of the prior; `PriorLayer` has it."""
-
-    num_kv_heads: int
-    head_dim: int
-
-    @property
-    def slopes(self) -> Tensor:
-        """Bias per token of distance, `[H]`."""
-        ...
-
-    @property
-    def far_bias(self) -> Tensor:
-        """Bias of merged entries, `[H]`."""
-        ...
-
-    def keys_values(self, state: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values `[B, G, d]` of states and of the next tokens' embeddings, `[B, D]` each."""
-        ...
-
-    def query(self, embedding: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Begin a step: queries `[B, H, d]` and residual stream `[B, D]`."""
-        ...
-
-    def finish(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """End a step: the head's input and the next step's state, `[B, D]` each."""
-        ...
-
-
 def draft_steps(
     layer: DraftLayer,
     embed: Callable[[Tensor], Tensor],
@@ -179,8 +152,8 @@ def draft_steps(
     return torch.stack(drafted, dim=1)
 
 
-class DenseLayer:
-    """The arithmetic of `PriorLayer` on plain weights.
+class DenseLayer(DraftLayer):
+    """The layer on plain weights.
 
     Args:
         weights: in any one dtype.
@@ -188,38 +161,15 @@ class DenseLayer:
     """
 
     def __init__(self, weights: DraftWeights, eps: float) -> None:
-        self.weights, self.eps = weights, eps
         self.slopes, self.far_bias = weights.slopes, weights.far_bias
-        self.head_dim = len(weights.q_proj) // len(weights.slopes)
+        self.num_heads = len(weights.slopes)
+        self.head_dim = len(weights.q_proj) // self.num_heads
         self.num_kv_heads = len(weights.k_proj) // self.head_dim
-
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the RMS norm of `[..., D]`."""
-        return F.rms_norm(x, weight.shape, weight, self.eps)
-
-    def keys_values(self, state: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values `[B, G, d]` of states and of the next tokens' embeddings, `[B, D]` each."""
-        w = self.weights
-        x = self.norm(state, w.state_norm)
-        shape = (-1, self.num_kv_heads, self.head_dim)
-        value = F.linear(x, w.v_proj)
-        if len(w.next_proj):
-            value = value + F.linear(self.norm(embedding, w.embed_norm), w.next_proj)
-        return F.linear(x, w.k_proj).view(shape), value.view(shape)
-
-    def query(self, embedding: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Begin a step: queries `[B, H, d]` and residual stream `[B, D]`."""
-        w = self.weights
-        x = torch.cat([self.norm(embedding, w.embed_norm), self.norm(state, w.state_norm)], dim=-1)
-        return F.linear(x, w.q_proj).view(len(x), -1, self.head_dim), state + F.linear(x, w.in_proj)
-
-    def finish(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """End a step: the head's input and the next step's state, `[B, D]` each."""
-        w = self.weights
-        state = residual + F.linear(attended.flatten(-2), w.o_proj)
-        x = self.norm(state, w.mlp_norm)
-        state = state + F.linear(F.silu(F.linear(x, w.gate_proj)) * F.linear(x, w.up_proj), w.down_proj)
-        return self.norm(state, w.norm), state
+        for name, weight in weights._asdict().items():
+            if name.endswith("norm"):
+                setattr(self, name, partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps))
+            elif name.endswith("proj"):
+                setattr(self, name, partial(F.linear, weight=weight) if len(weight) else None)
 
 
 def draft_tokens_reference(

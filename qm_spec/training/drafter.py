@@ -32,13 +32,13 @@ from qm_spec.data.answers import find_answer_files, read_answers
 from qm_spec.data.conversations import read_conversations
 from qm_spec.data.kind import data_kind
 from qm_spec.discovery import target_fingerprint
+from qm_spec.drafter.anchors import Drafter, columns_of, engine_steps
 from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.losses import distillation_loss
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.drafter.rows import Drafter, columns_of, engine_steps
 from qm_spec.drafter.vocabulary import choose_tokens, coverage
 from qm_spec.training.data import find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.documents import Document, DocumentBatches, windows
@@ -267,7 +267,7 @@ class DraftTraining(nn.Module):
             K times `[B, T, Vd]`; that of step j predicts token t + 2 + j.
         """
         embeddings = self._embeddings(input_ids)
-        drafts = self.drafter.read(aux_states, embeddings).rows(rows)
+        drafts = self.drafter.read(aux_states, embeddings).anchors(rows)
         steps = self.drafter.config.num_speculative_tokens
         return [self._head.logits(drafts.step(_following(embeddings, rows + 1 + step))) for step in range(steps)]
 
@@ -306,7 +306,7 @@ class DraftTraining(nn.Module):
         loss, weight = reading.aux_states.new_zeros(()), 0.0
         with torch.autocast(input_ids.device.type, self._reduced or torch.bfloat16, self._reduced is not None):
             embeddings = self._embeddings(input_ids)
-            drafts = self.drafter.read(reading.aux_states, embeddings).rows(rows)
+            drafts = self.drafter.read(reading.aux_states, embeddings).anchors(rows)
             for step in range(steps):
                 output = drafts.step(_following(embeddings, rows + 1 + step))
                 places = (rows + 1 + step).clamp_max(input_ids.shape[1] - 1)

@@ -160,7 +160,7 @@ def test_another_setting_of_the_memory_is_what_the_drafter_reads_with() -> None:
     states, embeddings = torch.randn(1, 1024, 3 * 192), torch.zeros(1, 1024, 192)
     visible = {}
     for name, drafter in drafters.items():
-        rows = drafter.read(states, embeddings).rows(torch.tensor([[1023]]))
+        rows = drafter.read(states, embeddings).anchors(torch.tensor([[1023]]))
         visible[name] = int(rows.bias.isfinite()[0, 0, 0].sum())
     assert visible == {"ours": 320, "near": 128, "all": 1024}
     seeds = [f"{name}={NOVELS / 'drafter'}" for name in ("ours", "other", "ours-1")]

@@ -24,13 +24,13 @@ from qm_spec.bench.acceptance.replay import (
 from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.config import MergeConfig
 from qm_spec.discovery import target_fingerprint
+from qm_spec.drafter.anchors import read_target
 from qm_spec.drafter.checkpoint import load_drafter
 from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.loop import DraftLoop
 from qm_spec.drafter.prior import QuickMergePrior
-from qm_spec.drafter.rows import read_target
 from qm_spec.ops.page import slot_elements
 from qm_spec.training.documents import Document, DocumentBatches
 from qm_spec.training.drafter import DraftTraining
@@ -122,7 +122,7 @@ def plain_draft(eagle3, target, token_ids):
     aux, _ = read_target(target, token_ids[None], LAYERS)
     # The state of the newest token is not known to a drafter; its value must not matter.
     aux[:, -1] = float("nan")
-    drafts = eagle3.read(aux, embed(token_ids[None])).rows(torch.tensor([[len(token_ids) - 2]]))
+    drafts = eagle3.read(aux, embed(token_ids[None])).anchors(torch.tensor([[len(token_ids) - 2]]))
     drafted, next_id, head = [], token_ids[-1], draft_head(eagle3, target)
     for _ in range(STEPS):
         next_id = head.best_tokens(drafts.step(embed(next_id)[None, None]))[0, 0]
@@ -216,7 +216,7 @@ def test_expectations_average_to_those_of_rejection_sampling(target, name):
         """Distribution of the drafted token behind `ids`, of which the last `number` were drafted."""
         known = torch.tensor([ids])
         aux, _ = read_target(target, known, LAYERS)
-        drafts = drafter.read(aux, embed(known)).rows(torch.tensor([[len(ids) - number - 2]]))
+        drafts = drafter.read(aux, embed(known)).anchors(torch.tensor([[len(ids) - number - 2]]))
         for position in range(len(ids) - number - 1, len(ids)):
             output = drafts.step(embed(known[:, position : position + 1]))
         return torch.softmax(target.lm_head(output)[0, 0] / temperature, -1)

@@ -73,7 +73,7 @@ def test_rows_are_those_of_a_causal_layer(window):
     drafter = make_drafter(*window)
     aux, embeddings = torch.randn(2, LENGTH, 3 * HIDDEN), torch.randn(2, LENGTH, HIDDEN)
     rows = torch.tensor([[0, 1, 7, 8, 20, LENGTH - STEPS - 1], [3, 9, 10, 11, 30, 31]])
-    drafts = drafter.read(aux, embeddings).rows(rows)
+    drafts = drafter.read(aux, embeddings).anchors(rows)
     outputs = [
         drafts.step(embeddings.gather(1, (rows + 1 + step).unsqueeze(-1).expand(-1, -1, HIDDEN)))
         for step in range(STEPS)
@@ -93,7 +93,7 @@ def test_window_and_sinks_matter():
     aux, embeddings = torch.randn(1, LENGTH, 3 * HIDDEN), torch.randn(1, LENGTH, HIDDEN)
     rows = torch.tensor([[8, 30]])
     full, window, sinks = (
-        make_drafter(*settings).read(aux, embeddings).rows(rows).step(embeddings[:, rows[0] + 1])
+        make_drafter(*settings).read(aux, embeddings).anchors(rows).step(embeddings[:, rows[0] + 1])
         for settings in WINDOWS
     )
     assert torch.equal(full[0, 0], window[0, 0]) and torch.equal(full[0, 0], sinks[0, 0]), "9 tokens fill the window"

@@ -9,8 +9,12 @@ ROOT = Path(qm_spec.__file__).parent
 
 
 def room_of(module: str) -> str:
-    """`qm_spec.bench.report.render` stands in bench/report, `qm_spec.config` is a room by itself."""
+    """`qm_spec.bench.report.render` is in bench/report; `qm_spec.config` and each file of the drafter are rooms."""
     _, *names = module.split(".")
+    if names[:1] == ["drafter"]:
+        while not ((path := ROOT.joinpath(*names)).is_dir() or path.with_suffix(".py").is_file()):
+            names.pop()
+        return "/".join(names)
     depth = 2 if names[:1] == ["bench"] and len(names) > 1 and (ROOT / "bench" / names[1]).is_dir() else 1
     return "/".join(names[:depth])
 

@@ -58,8 +58,8 @@ def test_the_trainers_estimate_of_acceptance_is_vllms_count(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
+    from qm_spec.drafter.anchors import engine_steps
     from qm_spec.drafter.checkpoint import load_drafter
-    from qm_spec.drafter.rows import engine_steps
     from qm_spec.training.documents import Document, DocumentBatches
     from qm_spec.training.drafter import DraftTraining
 

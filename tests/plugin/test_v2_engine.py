@@ -345,7 +345,7 @@ def first_drafts(pair: Any, text: Any) -> torch.Tensor:
     """Return the distributions `[C - 1, V]` that the drafter has for the tokens behind a text's first one."""
     embeddings = pair.target.get_input_embeddings()(text.token_ids).float()
     rows = torch.arange(text.num_prompt - 1, text.token_ids.shape[1] - 2)
-    drafts = pair.drafter.read(text.aux_states, embeddings).rows(rows[None])
+    drafts = pair.drafter.read(text.aux_states, embeddings).anchors(rows[None])
     logits = draft_head(pair.drafter, pair.target).vocabulary_logits(drafts.step(embeddings[:, rows + 1]))[0]
     return logits.double().softmax(-1)
 

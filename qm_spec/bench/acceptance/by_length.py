@@ -36,7 +36,7 @@ from qm_spec.training.data import find_files, read_documents
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qm_spec.drafter.rows import Drafter
+    from qm_spec.drafter.anchors import Drafter
 
 DOMAINS = ("novels", "quotations", "records", "code")
 LOOKUP = "lookup"

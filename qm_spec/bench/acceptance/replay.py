@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from qm_spec.bench.engine.metrics import DraftCounts
+from qm_spec.drafter.anchors import DraftAnchors, Drafter, engine_steps, read_target
 from qm_spec.drafter.head import draft_head
-from qm_spec.drafter.rows import Drafter, DraftRows, engine_steps, read_target
 
 # Scores held at a time, over heads, rows and entries: 16 MiB in float32, in a few copies.
 _MAX_SCORES = 1 << 22
@@ -294,8 +294,8 @@ def expected_walk(chances: Tensor) -> ExpectedReplay:
     return ExpectedReplay(float(visited.sum()), tuple((visited @ chances).tolist()))
 
 
-def _draft(text: ReadText, drafts: DraftRows, token_ids: Tensor) -> Tensor:
-    """Feed rows their next tokens `[1, T]`; return the head's input `[1, T, D]`."""
+def _draft(text: ReadText, drafts: DraftAnchors, token_ids: Tensor) -> Tensor:
+    """Feed anchors their next tokens `[1, T]`; return the head's input `[1, T, D]`."""
     return drafts.step(text.target.get_input_embeddings()(token_ids).float())
 
 
@@ -305,8 +305,8 @@ def _log_probability(logits: Tensor, token_ids: Tensor, temperature: float) -> T
     return log_probabilities.gather(-1, token_ids.unsqueeze(-1))[:, 0].double()
 
 
-def _chunks(drafter: Drafter, text: ReadText, num_drafts: int) -> Iterator[tuple[Tensor, DraftRows]]:
-    """Yield positions `[T]` to draft from, from the prompt's last token on, and the rows there.
+def _chunks(drafter: Drafter, text: ReadText, num_drafts: int) -> Iterator[tuple[Tensor, DraftAnchors]]:
+    """Yield positions `[T]` to draft from, from the prompt's last token on, and the anchors there.
 
     All scores of a chunk are held at once.
     """
@@ -323,4 +323,4 @@ def _chunks(drafter: Drafter, text: ReadText, num_drafts: int) -> Iterator[tuple
     size = max(1, _MAX_SCORES // (drafter.config.num_attention_heads * sequences.num_entries))
     first = text.num_prompt - 1
     for rows in torch.arange(first, first + num_rows, device=text.token_ids.device).split(size):
-        yield rows, sequences.rows(rows[None])
+        yield rows, sequences.anchors(rows[None])
