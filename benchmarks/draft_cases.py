@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qm_spec.config import MergeConfig
-from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.ops.append_kv import append_kv_reference
 from qm_spec.ops.draft_tokens import DenseLayer, DraftWeights, draft_steps, draft_tokens
 from qm_spec.ops.entries import gather_entries

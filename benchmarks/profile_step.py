@@ -25,7 +25,7 @@ TIMED = (
     ("sampling and verification", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample"),
     ("drafting", SESSION, "DraftSession.draft"),
     (" fusing the target's states", "qm_spec.drafter.layer", "PriorLayer.fuse"),
-    (" keys and values of new tokens", "qm_spec.drafter.loop", "DraftLoop.remember"),
+    (" keys and values of new tokens", "qm_spec.drafter.loops.gathered", "DraftLoop.remember"),
     (" merging", SESSION, "merge_groups_"),
     (" all draft steps", SESSION, "draft_tokens"),
 )

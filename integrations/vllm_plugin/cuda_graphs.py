@@ -9,8 +9,8 @@ import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 
 from qm_spec.config import MergeConfig
-from qm_spec.drafter.config import QuickMergeConfig
-from qm_spec.drafter.cuda_graph import CudaCapture, operators_replay
+from qm_spec.drafter.loops.cuda_graph import CudaCapture, operators_replay
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.ops import backend
 
 # Rows times draft vocabulary of the largest captured batch: its logits take 32 MiB in float32, and what is kept of a

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qm_spec.drafter.config import QuickMergeConfig, check_lookup_length
+from qm_spec.drafter.prior_config import QuickMergeConfig, check_lookup_length
 from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup, SuffixIndex
 from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
 

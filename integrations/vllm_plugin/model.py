@@ -17,13 +17,12 @@ from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix, process_eagle_weight
 
 from qm_spec.discovery.files import shown
-from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.head import spread
 from qm_spec.drafter.layer import NUM_AUX_STATES, PriorLayer, plain_linear
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.integrations.vllm_plugin import compat, seeds
 from qm_spec.integrations.vllm_plugin.adaptive import adapts
 from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMergeBackend
-from qm_spec.integrations.vllm_plugin.head import DraftRows, plain_head
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length
 from qm_spec.integrations.vllm_plugin.metrics import open_file
 from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import CPU_EXPANSION
@@ -35,6 +34,7 @@ from qm_spec.integrations.vllm_plugin.patches.seed_numbers import SEED_NUMBERS, 
 from qm_spec.integrations.vllm_plugin.report import Report
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.status import tell_status
+from qm_spec.integrations.vllm_plugin.target_head import DraftRows, plain_head
 
 _PARALLEL = {
     "column": partial(ColumnParallelLinear, gather_output=False),

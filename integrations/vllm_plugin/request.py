@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from qm_spec.config import ARCHITECTURE
 from qm_spec.discovery import check_drafter, find_drafter, is_drafter, vllm_settings
 from qm_spec.discovery.files import shown
-from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.integrations.vllm_plugin import compat
 from qm_spec.integrations.vllm_plugin.aux_states import require_aux_hidden_states, require_first_state
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length, most_drafts

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from qm_spec.drafter.controller import Controller
-from qm_spec.drafter.cuda_graph import CudaCapture
-from qm_spec.drafter.draft_graphs import DraftGraphs
 from qm_spec.drafter.head import spread
-from qm_spec.drafter.loop import DraftLoop, dense_weights
-from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop, draw
+from qm_spec.drafter.loops.cuda_graph import CudaCapture
+from qm_spec.drafter.loops.gathered import DraftLoop, dense_weights
+from qm_spec.drafter.loops.graphs import DraftGraphs
+from qm_spec.drafter.loops.paged import DraftInputs, PagedLoop, draw
 from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.integrations.vllm_plugin.adaptive import begin_step, make_controller, plan_step
 from qm_spec.integrations.vllm_plugin.counters import Counters
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
-from qm_spec.integrations.vllm_plugin.head import plain_head, plain_table
 from qm_spec.integrations.vllm_plugin.lookup import draft_widths, join_drafts, look_up
 from qm_spec.integrations.vllm_plugin.report import Report
 from qm_spec.integrations.vllm_plugin.seeds import next_numbers
 from qm_spec.integrations.vllm_plugin.seeds import sample as sample_by_number
 from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
 from qm_spec.integrations.vllm_plugin.switch import Switch, limit_drafts
+from qm_spec.integrations.vllm_plugin.target_head import plain_head, plain_table
 from qm_spec.ops import merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
 

@@ -16,8 +16,8 @@ from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
-from qm_spec.drafter.loop import DraftLoop
-from qm_spec.drafter.paged_loop import DraftInputs, paged_draft_steps
+from qm_spec.drafter.loops.gathered import DraftLoop
+from qm_spec.drafter.loops.paged import DraftInputs, paged_draft_steps
 from qm_spec.integrations.vllm_plugin.copies import CopiedDrafts
 from qm_spec.integrations.vllm_plugin.counters import DeviceCounts
 from qm_spec.integrations.vllm_plugin.cuda_graphs import can_capture

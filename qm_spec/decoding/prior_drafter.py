@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from qm_spec.config import MergeConfig
 from qm_spec.decoding.seeding import seeded
 from qm_spec.discovery import check_drafter, find_drafter
-from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.head import draft_head
-from qm_spec.drafter.loop import DraftLoop
+from qm_spec.drafter.loops.gathered import DraftLoop
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.ops.page import slot_elements
 
 # Page 0 is the null page of the operators.

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel
 
 from qm_spec.drafter.anchors import columns_of
-from qm_spec.drafter.config import check_draft_vocab_size
+from qm_spec.drafter.prior_config import check_draft_vocab_size
 from qm_spec.drafter.vocabulary import DraftVocabulary
 from qm_spec.ops.draft_attention import draft_attention
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.ops.draft_layer import DraftLayer
 
 NUM_AUX_STATES = 3

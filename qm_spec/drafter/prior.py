@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qm_spec.config import ARCHITECTURE
-from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.layer import PriorLayer
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.drafter.sequences import PriorSequences
 from qm_spec.drafter.vocabulary import DraftVocabulary
 

@@ -34,11 +34,11 @@ from qm_spec.data.kind import data_kind
 from qm_spec.discovery import target_fingerprint
 from qm_spec.drafter.anchors import Drafter, columns_of, engine_steps
 from qm_spec.drafter.checkpoint import load_drafter
-from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.losses import distillation_loss
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.drafter.vocabulary import choose_tokens, coverage
 from qm_spec.training.data import find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.documents import Document, DocumentBatches, windows
@@ -510,7 +510,9 @@ def train_drafter(settings: DrafterSettings) -> dict[str, Any]:
         share = give_draft_vocabulary(drafter, target, counts, _ends(tokenizer, target))
         if drafter.draft_token_ids is not None:
             _logger.info(
-                "draft vocabulary: %d tokens, %.1f %% of those written", drafter.config.draft_vocab_size, 100 * share
+                "draft vocabulary: %d tokens, %.1f %% of those written",
+                drafter.config.draft_vocab_size,
+                100 * share,
             )
     train_set = DocumentBatches(documents, settings.batch_size, settings.rows_per_document, data_seed)
     valid_set = DocumentBatches(valid, settings.batch_size)

@@ -26,11 +26,11 @@ from qm_spec.config import MergeConfig
 from qm_spec.discovery import target_fingerprint
 from qm_spec.drafter.anchors import read_target
 from qm_spec.drafter.checkpoint import load_drafter
-from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.head import draft_head
-from qm_spec.drafter.loop import DraftLoop
+from qm_spec.drafter.loops.gathered import DraftLoop
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.ops.page import slot_elements
 from qm_spec.training.documents import Document, DocumentBatches
 from qm_spec.training.drafter import DraftTraining

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qm_spec.config import ARCHITECTURE, MergeConfig
-from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.drafter.prior_config import QuickMergeConfig
 
 SIZES = {
     "hidden_size": 32,

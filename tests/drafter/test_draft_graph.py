@@ -19,10 +19,10 @@ from support.recorded_graph import Recorder, WithoutHost, without_values
 from torch import Tensor
 
 from qm_spec.config import MergeConfig
-from qm_spec.drafter.cuda_graph import CudaCapture, operators_replay
-from qm_spec.drafter.draft_graphs import DraftGraphs
-from qm_spec.drafter.loop import DraftLoop
-from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop, draw
+from qm_spec.drafter.loops.cuda_graph import CudaCapture, operators_replay
+from qm_spec.drafter.loops.gathered import DraftLoop
+from qm_spec.drafter.loops.graphs import DraftGraphs
+from qm_spec.drafter.loops.paged import DraftInputs, PagedLoop, draw
 from qm_spec.ops import backend, merge_groups_
 from qm_spec.ops.draft_tokens import DenseLayer, DraftWeights
 
@@ -256,7 +256,7 @@ def test_buffers_that_do_not_fit_cost_no_more(
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("qm_spec.drafter.draft_graphs._make_buffers", out_of_memory)
+    monkeypatch.setattr("qm_spec.drafter.loops.graphs._make_buffers", out_of_memory)
     for _ in range(2):
         assert_same(graphs.draft(loop, inputs, 3), loop.draft(inputs, 3))
     assert len(caplog.records) == 1

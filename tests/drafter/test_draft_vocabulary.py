@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
 from qm_spec.drafter.head import draft_head
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.drafter.vocabulary import choose_tokens, coverage, to_offsets, to_token_ids
 from qm_spec.training.drafter import give_draft_vocabulary
 

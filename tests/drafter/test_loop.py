@@ -5,9 +5,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qm_spec.config import MergeConfig
-from qm_spec.drafter.config import QuickMergeConfig
-from qm_spec.drafter.loop import DraftLoop
+from qm_spec.drafter.loops.gathered import DraftLoop
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.ops.page import slot_elements
 from qm_spec.training.drafter import DraftTraining
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.drafter.prior_config import QuickMergeConfig
 
 SIZES = {
     "hidden_size": 32,

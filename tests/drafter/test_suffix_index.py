@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.suffix_search import searched
 
-from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.drafter.suffix_index import MOST_PLACES, Lookup, SuffixIndex
 
 

@@ -43,8 +43,8 @@ from torch import Tensor
 from qm_spec import ops
 from qm_spec.config import SALIENCIES, MergeConfig
 from qm_spec.drafter import paged_loop
-from qm_spec.drafter.draft_graphs import DraftGraphs
-from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop
+from qm_spec.drafter.loops.graphs import DraftGraphs
+from qm_spec.drafter.loops.paged import DraftInputs, PagedLoop
 from qm_spec.ops.append_kv import append_kv_reference
 from qm_spec.ops.page import COUNT, LEVEL, split_page
 

@@ -11,7 +11,7 @@ from draft_cases import DraftCase, PriorSizes, make_case, random_prior
 from torch import Tensor
 
 from qm_spec.config import MergeConfig
-from qm_spec.drafter.loop import DraftLoop, dense_weights
+from qm_spec.drafter.loops.gathered import DraftLoop, dense_weights
 from qm_spec.ops import backend
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens_reference
 

@@ -249,7 +249,7 @@ def test_every_field_of_the_config_is_in_the_table_with_its_default() -> None:
         assert json.loads(rows[name]) == value, name
     assert len(dataclasses.fields(MergeConfig)) == len(MergeConfig().to_dict())
     # The drafter's own fields, from the source: its constructor takes transformers' fields, too.
-    tree = ast.parse((ROOT / "qm_spec/drafter/config.py").read_text())
+    tree = ast.parse((ROOT / "qm_spec/drafter/prior_config.py").read_text())
     init = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
     fields = {argument.arg for argument in init.args.args} - {"self"}
     assert fields <= set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))

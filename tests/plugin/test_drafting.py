@@ -23,21 +23,21 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
 from qm_spec.config import MergeConfig
-from qm_spec.drafter.config import QuickMergeConfig
-from qm_spec.drafter.draft_graphs import DraftGraphs
+from qm_spec.drafter.loops.graphs import DraftGraphs
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.drafter.suffix_index import Lookup
 from qm_spec.drafter.vocabulary import to_offsets
 from qm_spec.integrations.vllm_plugin import attention, cuda_graphs, seeds
 from qm_spec.integrations.vllm_plugin import proposer as plugin
 from qm_spec.integrations.vllm_plugin import session as drafting
 from qm_spec.integrations.vllm_plugin.attention import QuickMergeImpl, QuickMergeMetadata, QuickMergeMetadataBuilder
-from qm_spec.integrations.vllm_plugin.head import DraftRows
 from qm_spec.integrations.vllm_plugin.model import QuickMergeForCausalLM
 from qm_spec.integrations.vllm_plugin.patches import draft_loop
 from qm_spec.integrations.vllm_plugin.patches.drafts_after_step import with_pending_drafts
 from qm_spec.integrations.vllm_plugin.patches.v2_speculator import SPECULATOR
 from qm_spec.integrations.vllm_plugin.session import Drafts, DraftSession, plain_weights
 from qm_spec.integrations.vllm_plugin.step import DraftStep
+from qm_spec.integrations.vllm_plugin.target_head import DraftRows
 from qm_spec.ops.draft_tokens import draft_tokens
 from qm_spec.ops.page import slot_elements, split_page
 

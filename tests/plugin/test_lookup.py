@@ -25,7 +25,7 @@ from support.suffix_search import searched
 import qm_spec
 from qm_spec.bench.acceptance.replay import walk
 from qm_spec.bench.engine.metrics import DraftCounts
-from qm_spec.drafter.config import QuickMergeConfig
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup
 from qm_spec.integrations.vllm_plugin import lookup as plugin
 from qm_spec.integrations.vllm_plugin.patches import request_states

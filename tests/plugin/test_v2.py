@@ -555,7 +555,7 @@ QuickMergeSpeculator._remember, QuickMergeSpeculator._draft = noted_remember, no
 """
 # In a request that says so drafting fails before it writes the last two pieces of the prompt, and once more later.
 FAILING = """
-from qm_spec.drafter.loop import DraftLoop
+from qm_spec.drafter.loops.gathered import DraftLoop
 remember, written, failures = DraftLoop.remember, [], []
 
 

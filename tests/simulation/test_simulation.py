@@ -64,9 +64,9 @@ def test_weights_are_those_of_the_published_models():
 
 @pytest.mark.parametrize("kind", [QUICKMERGE, EAGLE3])
 def test_a_drafters_weights_are_those_of_its_module(kind):
-    from qm_spec.drafter.config import QuickMergeConfig
     from qm_spec.drafter.eagle3 import Eagle3Config, Eagle3Drafter
     from qm_spec.drafter.prior import QuickMergePrior
+    from qm_spec.drafter.prior_config import QuickMergeConfig
 
     sizes = {
         "hidden_size": 48,

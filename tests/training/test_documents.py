@@ -6,8 +6,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qm_spec.drafter.anchors import engine_steps
-from qm_spec.drafter.config import QuickMergeConfig
 from qm_spec.drafter.prior import QuickMergePrior
+from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.training.documents import Document, DocumentBatches, windows
 from qm_spec.training.drafter import DraftTraining, give_draft_vocabulary, token_counts
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qm_spec.config import MergeConfig
-from qm_spec.drafter.draft_graphs import Capture
+from qm_spec.drafter.loops.graphs import Capture
 from qm_spec.ops import append_kv_, merge_groups_, merged_attention
 from qm_spec.ops.page import slot_elements
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qm_spec.drafter.paged_loop import DraftInputs, PagedLoop
+from qm_spec.drafter.loops.paged import DraftInputs, PagedLoop
 
 logger = logging.getLogger(__name__)
 
