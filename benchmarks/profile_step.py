@@ -22,6 +22,7 @@ SESSION = "qm_spec.integrations.vllm_plugin.session"
 # What is timed: label, module, attribute path. A label that begins with a space lies within the one above.
 TIMED = (
     ("target forward", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._model_forward"),
+    ("vocabulary head", "vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward"),
     ("sampling and verification", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample"),
     ("drafting", SESSION, "DraftSession.draft"),
     (" fusing the target's states", "qm_spec.drafter.layer", "PriorLayer.fuse"),
