@@ -42,7 +42,7 @@ from torch import Tensor
 
 from qm_spec import ops
 from qm_spec.config import SALIENCIES, MergeConfig
-from qm_spec.drafter import paged_loop
+from qm_spec.drafter.loops import paged as paged_loop
 from qm_spec.drafter.loops.graphs import DraftGraphs
 from qm_spec.drafter.loops.paged import DraftInputs, PagedLoop
 from qm_spec.ops.append_kv import append_kv_reference
