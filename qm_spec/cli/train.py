@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from qm_spec.cli.options import options_of
-from qm_spec.config import TRAINED_WINDOW, MergeConfig
+from qm_spec.config import SALIENCIES, TRAINED_WINDOW, MergeConfig
 from qm_spec.training.settings import DrafterSettings
 
 
@@ -24,7 +24,7 @@ def train(
     window: Annotated[int, typer.Option(help="Tokens kept raw.")] = TRAINED_WINDOW,
     group_size: Annotated[int, typer.Option(help="Tokens merged together.")] = MergeConfig.group_size,
     schedule: Annotated[str, typer.Option(help="Entries per group at each level; 0 = none.")] = "8,4,2,1",
-    saliency: Annotated[str, typer.Option(help="entropy or inverse_entropy.")] = MergeConfig.saliency,
+    saliency: Annotated[str, typer.Option(help=f"{' or '.join(SALIENCIES)}.")] = MergeConfig.saliency,
     **options: Any,
 ) -> None:
     """Train a QuickMerge drafter for a target, or EAGLE-3 with as many parameters; the target is frozen.

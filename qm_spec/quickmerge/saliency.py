@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qm_spec.config import SALIENCIES as ENTROPY_SALIENCIES
 from qm_spec.ops.attention_entropy import attention_entropy
 from qm_spec.ops.blocks import over_rows
 from qm_spec.ops.masked_attention_entropy import masked_attention_entropy
 from qm_spec.quickmerge.inputs import check_choice, check_tokens, full_mask
 
 NORMALISATIONS = ("fraction", "minmax")
+ENTROPY_SALIENCIES = ("entropy", "inverse_entropy")
 SALIENCIES = (*ENTROPY_SALIENCIES, "learned", "norm")
 
 

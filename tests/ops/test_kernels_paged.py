@@ -46,7 +46,7 @@ REFUSED = [
     (3, 5, "window or group_size"),
     (4, 1, "window or group_size"),
     (5, 17, "doublings"),
-    (6, 2, "do not know saliency 2"),
+    (6, len(SALIENCIES), f"do not know saliency {len(SALIENCIES)}"),
     (6, -1, "do not know saliency -1"),
     (7, 0, "temperature or epsilon"),
     (8, 0, "temperature or epsilon"),
@@ -592,8 +592,8 @@ class TestPackedConfig:
 
     def test_a_saliency_that_only_python_knows_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         case = make_case(64)
-        monkeypatch.setattr("qm_spec.config.SALIENCIES", {"entropy": 1.0, "inverse_entropy": -1.0, "norm": 1.0})
-        with pytest.raises(RuntimeError, match="the kernels do not know saliency 2"):
+        monkeypatch.setattr("qm_spec.config.SALIENCIES", {**SALIENCIES, "norm": 1.0})
+        with pytest.raises(RuntimeError, match=f"the kernels do not know saliency {len(SALIENCIES)}"):
             merge_groups_(case.cache, case.table, lens(64), 8, replace(CONFIG, saliency="norm"))
 
     @pytest.mark.parametrize(("number", "value", "problem"), REFUSED)

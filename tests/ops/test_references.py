@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qm_spec.config import MergeConfig
+from qm_spec.config import SALIENCIES, MergeConfig
 from qm_spec.ops import append_kv_, attention_entropy, merge_groups_, merged_attention
 from qm_spec.ops.entries import gather_entries
 from qm_spec.ops.merge_entries import merge_entries, saliency_mass
@@ -435,7 +435,7 @@ class TestBadInput:
             MergeConfig(**settings_)
 
     @pytest.mark.parametrize(
-        "packed", [[], [3, 2, 1], [*CONFIG.pack(), 0], [*CONFIG.pack()[:6], 2, *CONFIG.pack()[7:]]]
+        "packed", [[], [3, 2, 1], [*CONFIG.pack(), 0], [*CONFIG.pack()[:6], len(SALIENCIES), *CONFIG.pack()[7:]]]
     )
     def test_what_pack_does_not_return_is_refused(self, packed):
         with pytest.raises(ValueError, match="MergeConfig"):
