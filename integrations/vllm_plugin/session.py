@@ -27,7 +27,7 @@ from qm_spec.integrations.vllm_plugin.seeds import sample as sample_by_number
 from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
 from qm_spec.integrations.vllm_plugin.switch import Switch, limit_drafts
 from qm_spec.integrations.vllm_plugin.target_head import plain_head, plain_table
-from qm_spec.ops import merge_groups_
+from qm_spec.ops import backend, merge_groups_
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
@@ -125,12 +125,15 @@ class DraftSession:
         return DraftGraphs(CudaCapture(), graph_sizes(self.vllm_config)) if on_gpu else None
 
     def _weights(self) -> DraftWeights | None:
-        """Return what the operator drafts with, on a CPU in half the bytes; None where vLLM's own layers must draft."""
-        weights = plain_weights(self.model)
-        if weights is None or self.graphs is not None:
+        """Return what the operator drafts with, None where vLLM's own layers must draft.
+
+        On a CPU its kernel reads half the bytes. The reference would widen them again at each step.
+        """
+        weights, head = plain_weights(self.model), plain_head(self.model)
+        if weights is None or head is None or self.graphs is not None or backend.backend("cpu") != "compiled":
             return weights
-        # A target's head may be put in place of ours after the first step.
-        source = weights.embedding.data_ptr(), weights.head.data_ptr()
+        # A target's head may be put in place of ours after the first step; its draft rows are gathered where they were.
+        source = weights.embedding.data_ptr(), head.data_ptr()
         if self._halved is None or self._halved[0] != source:
             self._halved = source, weights.in_half_the_bytes()
         return self._halved[1]

@@ -81,6 +81,20 @@ def test_of_a_draft_vocabulary_its_rows_are_gathered_once_and_again_from_another
     assert weights.head.data_ptr() == plain_weights(reduced).head.data_ptr(), "a graph's weights have moved"
 
 
+def test_the_kernel_drafts_with_half_the_bytes_of_the_head_that_is_in_place(reduced, monkeypatch):
+    with torch.no_grad():
+        reduced.lm_head.weight = reduced.lm_head.weight.bfloat16().float()
+    session = DraftSession(reduced, vllm_config("cpu"), 4, 4)
+    monkeypatch.setattr(plugin.backend, "backend", lambda device: "compiled")
+    halved = session._weights().head
+    assert halved.dtype == torch.bfloat16 and torch.equal(halved.float(), plain_weights(reduced).head)
+    assert session._weights().head is halved, "made anew at every step"
+    reduced.lm_head.weight = 2 * reduced.lm_head.weight
+    assert torch.equal(session._weights().head, 2 * halved), "the head of before"
+    monkeypatch.setattr(plugin.backend, "backend", lambda device: "reference")
+    assert session._weights().head.dtype == torch.float32, "widened again at every step"
+
+
 @pytest.mark.parametrize(
     ("offsets", "error"),
     [
