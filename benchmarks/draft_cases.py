@@ -1,4 +1,4 @@
-"""Cases of `draft_tokens`: a prior with random weights over a filled cache; shared by its tests and its benchmark."""
+"""Cases of `draft_tokens` and `append_states_`: a prior with random weights; shared by tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from qm_spec.config import MergeConfig
 from qm_spec.drafter.prior import QuickMergePrior
 from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.ops.append_kv import append_kv_reference
+from qm_spec.ops.append_states import StateWeights, append_states_
+from qm_spec.ops.draft_layer import NUM_AUX_STATES
 from qm_spec.ops.draft_tokens import DenseLayer, DraftWeights, draft_steps, draft_tokens
 from qm_spec.ops.entries import gather_entries
 from qm_spec.ops.merge_groups import merge_groups_reference
@@ -46,6 +48,11 @@ class PriorSizes:
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         rows = 2 * self.hidden + 3 * query_size + 3 * self.intermediate + 2 * kv_size + self.head_rows
         return self.hidden * rows
+
+    @property
+    def reading_weights(self) -> int:
+        """Weights that every step multiplies the target's states with: fusion, keys and values."""
+        return self.hidden * (NUM_AUX_STATES * self.hidden + 3 * self.num_kv_heads * self.head_dim)
 
 
 @dataclass
@@ -119,6 +126,48 @@ class DraftCase:
             self.eps,
             self.config,
         )
+
+
+@dataclass
+class StatesCase:
+    """The arguments of `append_states_`."""
+
+    cache: Tensor
+    aux_states: Tensor
+    next_ids: Tensor
+    slots: Tensor
+    weights: StateWeights
+    eps: float = 1e-6
+    norm_aux_states: bool = True
+
+    def append(self) -> Tensor:
+        """Run the operator, by whichever path the dispatcher takes."""
+        return append_states_(**{name: getattr(self, name) for name in self.__dataclass_fields__})
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the operator's arguments as it is registered."""
+        inputs = self.cache, self.aux_states, self.next_ids, self.slots, list(self.weights)
+        return *inputs, self.eps, self.norm_aux_states
+
+
+def make_states_case(
+    num_tokens: int, sizes: PriorSizes | None = None, dtype: torch.dtype = torch.float32, page_size: int = 16
+) -> StatesCase:
+    """Make a step of so many tokens in an empty cache, from torch's global generator."""
+    sizes = sizes or PriorSizes()
+    drafting, hidden = random_weights(sizes, dtype), sizes.hidden
+    fc = (torch.randn(hidden, NUM_AUX_STATES * hidden) * (NUM_AUX_STATES * hidden) ** -0.5).to(dtype)
+    own = (getattr(drafting, name) for name in StateWeights._fields[2:])
+    elements = slot_elements(sizes.head_dim, dtype)
+    # The states of a target grow from layer to layer.
+    scale = torch.tensor([0.1, 3.0, 40.0]).repeat_interleave(hidden)
+    return StatesCase(
+        cache=torch.zeros(2 + num_tokens // page_size, sizes.num_kv_heads, page_size, elements, dtype=dtype),
+        aux_states=(torch.randn(num_tokens, NUM_AUX_STATES * hidden) * scale).to(dtype),
+        next_ids=torch.randint(0, sizes.vocabulary, (num_tokens,)),
+        slots=page_size + torch.arange(num_tokens),
+        weights=StateWeights(drafting.embedding, fc, *own),
+    )
 
 
 def random_weights(sizes: PriorSizes, dtype: torch.dtype) -> DraftWeights:

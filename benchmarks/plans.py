@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from cases import CASES, Case, Sizes
-from draft_cases import PriorSizes, make_case
+from draft_cases import PriorSizes, make_case, make_states_case
 from paged_cases import PagedSizes, append_case, attention_case, merge_again_case, merge_case
 
+from qm_spec.ops.append_states import append_states_reference
 from qm_spec.ops.draft_tokens import draft_tokens_reference
 
 Plan = tuple[Case, Any, torch.dtype]
 
 _WIDE = PriorSizes(320, 10, 2, 32, 768, 4096)
+_SMOLLM2 = PriorSizes(576, 9, 3, 64, 1536, 49152, 8192)
 _LARGE = PriorSizes(2048, 16, 4, 128, 8192, 32000)
 # Lengths are compared within one column, all warm or all cold: a request of 4k tokens stays in the caches while slow
 # alternatives run beside it, one of 128k does not.
@@ -48,6 +50,26 @@ _DRAFT = Case(
 )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A step of T tokens."""
+
+    num_tokens: int
+    prior: PriorSizes = field(default_factory=PriorSizes)
+
+    def __str__(self) -> str:
+        return f"T{self.num_tokens} D{self.prior.hidden}"
+
+
+_READ = Case(
+    "append_states_",
+    lambda sizes, dtype: make_states_case(sizes.num_tokens, sizes.prior, dtype).arguments(),
+    append_states_reference,
+    # Each weight once.
+    moved_bytes=lambda sizes, dtype: sizes.prior.reading_weights * dtype.itemsize,
+)
+
+
 def _plans(names: str, *sizes: tuple[Sizes, torch.dtype]) -> list[Plan]:
     return [(CASES[name], size, dtype) for name in names.split() for size, dtype in sizes]
 
@@ -65,6 +87,12 @@ PLANS: dict[str, list[Plan]] = {
             (65536, 16, torch.bfloat16),
             (65536, 128, torch.float32),
         )
+    ],
+    "append_states": [
+        (_READ, Reading(num_tokens, prior), dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+        for prior in (PriorSizes(), _SMOLLM2)
+        for num_tokens in (1, 7, 64)
     ],
     "attention_entropy": _plans(
         "attention_entropy",

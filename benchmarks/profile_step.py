@@ -25,6 +25,7 @@ TIMED = (
     ("vocabulary head", "vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward"),
     ("sampling and verification", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample"),
     ("drafting", SESSION, "DraftSession.draft"),
+    (" reading new tokens, by the operator", SESSION, "append_states_"),
     (" fusing the target's states", "qm_spec.drafter.layer", "PriorLayer.fuse"),
     (" keys and values of new tokens", "qm_spec.drafter.loops.gathered", "DraftLoop.remember"),
     (" merging", SESSION, "merge_groups_"),
@@ -112,7 +113,7 @@ def main(
     kind = "CPU time of one thread" if cpu_time else "wall time"
     typer.echo(f"{method}, {context} tokens of context, median of {steps} steps, {kind}, ms:")
     for label, values in parts.items():
-        typer.echo(f"  {label:34}{statistics.median(values):8.2f}")
+        typer.echo(f"  {label:38}{statistics.median(values):8.2f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 // append_kv_: keys and values [T, G, d] of T rows into their slots of the cache, each with mass 1, count 1 and level 0.
 // Reference in qm_spec/ops/append_kv.py.
+#include "csrc/cpu/append_kv.h"
+
 #include <algorithm>
 
 #include "csrc/cpu/page.h"
@@ -57,6 +59,8 @@ struct Rows {
   const char* data;
 };
 
+}  // namespace
+
 void append_kv(Tensor cache_tensor, Tensor key, Tensor value, Tensor slots) {
   const int64_t num_rows = key.size(0), head_dim = key.size(2);
   STD_TORCH_CHECK(
@@ -91,8 +95,6 @@ void append_kv(Tensor cache_tensor, Tensor key, Tensor value, Tensor slots) {
     }
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qm_spec, CPU, m) { m.impl("append_kv_", TORCH_BOX(&append_kv)); }
 

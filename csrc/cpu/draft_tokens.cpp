@@ -22,6 +22,7 @@
 #include "csrc/cpu/draft_attention.h"
 #include "csrc/cpu/linear.h"
 #include "csrc/cpu/math.h"
+#include "csrc/cpu/vector.h"
 
 namespace qm_spec {
 namespace {
@@ -31,20 +32,6 @@ constexpr char kOp[] = "draft_tokens";
 constexpr float kLeastTemperature = 1e-5f;
 // Additions of attention that are worth a thread.
 constexpr int64_t kGrain = 1 << 14;
-
-QM_MULTIVERSION void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* out) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += x[i] * x[i];
-  const float scale = 1.0f / std::sqrt(sum / static_cast<float>(count) + eps);
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = x[i] * scale * weight[i];
-}
-
-QM_MULTIVERSION void add(const float* x, const float* y, int64_t count, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = x[i] + y[i];
-}
 
 // gate = silu(gate) * up
 QM_MULTIVERSION void gate_by_silu(const float* up, int64_t count, float* gate) {
@@ -91,40 +78,26 @@ int64_t sample(const float* probs, int64_t count, double total, double uniform) 
   return count - 1;
 }
 
-// A vector as float32, read once.
-class Vector {
- public:
-  explicit Vector(const Tensor& tensor)
-      : scratch_(tensor.scalar_type() == ScalarType::Float ? 0 : tensor.numel()),
-        data_(FloatRows(tensor, kOp).read(0, tensor.numel(), scratch_.get())) {}
-  const float* data() const { return data_; }
-  float operator[](int64_t i) const { return data_[i]; }
-
- private:
-  Scratch scratch_;
-  const float* data_;
-};
-
 // The weights in the order of `DraftWeights` in qm_spec/ops/draft_tokens.py.
 struct Weights {
   explicit Weights(const std::vector<Tensor>& all)
       : embedding(at(all, 0)),
         head(at(all, 1), kOp),
-        embed_norm(at(all, 2)),
-        state_norm(at(all, 3)),
+        embed_norm(at(all, 2), kOp),
+        state_norm(at(all, 3), kOp),
         in_proj(at(all, 4), kOp),
         q_proj(at(all, 5), kOp),
         k_proj(at(all, 6), kOp),
         v_proj(at(all, 7), kOp),
         next_proj(at(all, 8), kOp),
         o_proj(at(all, 9), kOp),
-        mlp_norm(at(all, 10)),
+        mlp_norm(at(all, 10), kOp),
         gate_proj(at(all, 11), kOp),
         up_proj(at(all, 12), kOp),
         down_proj(at(all, 13), kOp),
-        norm(at(all, 14)),
-        slopes(at(all, 15)),
-        far_bias(at(all, 16)),
+        norm(at(all, 14), kOp),
+        slopes(at(all, 15), kOp),
+        far_bias(at(all, 16), kOp),
         num_token_ids(at(all, 17).numel()),
         token_ids(integers(at(all, 17), kOp)) {
     STD_TORCH_CHECK(

@@ -18,7 +18,7 @@ from vllm.model_executor.models.utils import maybe_prefix, process_eagle_weight
 
 from qm_spec.discovery.files import shown
 from qm_spec.drafter.head import spread
-from qm_spec.drafter.layer import NUM_AUX_STATES, PriorLayer, plain_linear
+from qm_spec.drafter.layer import PriorLayer, plain_linear
 from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.integrations.vllm_plugin import compat, seeds
 from qm_spec.integrations.vllm_plugin.adaptive import adapts
@@ -35,6 +35,7 @@ from qm_spec.integrations.vllm_plugin.report import Report
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.status import tell_status
 from qm_spec.integrations.vllm_plugin.target_head import DraftRows, plain_head
+from qm_spec.ops.draft_layer import NUM_AUX_STATES
 
 _PARALLEL = {
     "column": partial(ColumnParallelLinear, gather_output=False),

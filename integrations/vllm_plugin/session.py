@@ -13,7 +13,7 @@ from torch import Tensor
 from qm_spec.drafter.controller import Controller
 from qm_spec.drafter.head import spread
 from qm_spec.drafter.loops.cuda_graph import CudaCapture
-from qm_spec.drafter.loops.gathered import DraftLoop, dense_weights
+from qm_spec.drafter.loops.gathered import DraftLoop, dense_weights, state_weights
 from qm_spec.drafter.loops.graphs import DraftGraphs
 from qm_spec.drafter.loops.paged import DraftInputs, PagedLoop, draw
 from qm_spec.drafter.suffix_index import Lookup
@@ -26,14 +26,18 @@ from qm_spec.integrations.vllm_plugin.seeds import next_numbers
 from qm_spec.integrations.vllm_plugin.seeds import sample as sample_by_number
 from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
 from qm_spec.integrations.vllm_plugin.switch import Switch, limit_drafts
-from qm_spec.integrations.vllm_plugin.target_head import plain_head, plain_table
-from qm_spec.ops import backend, merge_groups_
+from qm_spec.integrations.vllm_plugin.target_head import plain_head, plain_table, table_sources
+from qm_spec.ops import append_states_, backend, merge_groups_
+from qm_spec.ops.append_states import StateWeights
+from qm_spec.ops.draft_layer import in_half_the_bytes
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
 
 # In larger batches the library multiplies 16-bit weights faster than the operator (benchmarks/bench_kernels.py).
 MOST_REQUESTS_16_BIT = 16
+# Rows of a step that the operator reads; those of a prompt are multiplied by the library.
+MOST_ROWS = 64
 # Steps in a row in which drafting may fail. A fault that passes costs the drafts of a step; one that stays would fill
 # the log.
 MOST_FAILURES = 3
@@ -55,6 +59,13 @@ def plain_weights(model: Any) -> DraftWeights | None:
     if rows is None:
         return dense_weights(model.model.layer, embedding, head)
     return dense_weights(model.model.layer, embedding, rows.gather(head), rows.token_ids)
+
+
+class PlainWeights(NamedTuple):
+    """Of a drafter whose target has plain ones: what the operators read tokens with, and what they draft with."""
+
+    reading: StateWeights
+    drafting: DraftWeights
 
 
 class Drafts(NamedTuple):
@@ -111,7 +122,7 @@ class DraftSession:
         self.report = Report(self.counters, "the drafter")
         self.captures: bool | None = None
         self._requests: dict[str, DraftRequest] = {}
-        self._halved: tuple[tuple[int, int], DraftWeights] | None = None
+        self._plain: tuple[tuple[Any, ...], PlainWeights | None] | None = None
 
     @property
     def failed(self) -> bool:
@@ -124,19 +135,25 @@ class DraftSession:
         on_gpu = self.vllm_config.device_config.device_type == "cuda"
         return DraftGraphs(CudaCapture(), graph_sizes(self.vllm_config)) if on_gpu else None
 
-    def _weights(self) -> DraftWeights | None:
-        """Return what the operator drafts with, None where vLLM's own layers must draft.
+    @cached_property
+    def _has_cpu_kernels(self) -> bool:
+        """Whether the compiled operators of a CPU read the weights: half the bytes are half their time."""
+        return self.graphs is None and backend.backend("cpu") == "compiled"
 
-        On a CPU its kernel reads half the bytes. The reference would widen them again at each step.
-        """
-        weights, head = plain_weights(self.model), plain_head(self.model)
-        if weights is None or head is None or self.graphs is not None or backend.backend("cpu") != "compiled":
-            return weights
-        # A target's head may be put in place of ours after the first step; its draft rows are gathered where they were.
-        source = weights.embedding.data_ptr(), head.data_ptr()
-        if self._halved is None or self._halved[0] != source:
-            self._halved = source, weights.in_half_the_bytes()
-        return self._halved[1]
+    def _weights(self) -> PlainWeights | None:
+        """Return what the operators read and draft with, None where vLLM's own layers must."""
+        sources = table_sources(self.model)
+        if self._plain is None or self._plain[0] != sources:
+            drafting = plain_weights(self.model)
+            plain = None
+            if drafting is not None:
+                reading = state_weights(self.model.model.layer, drafting.embedding)
+                if self._has_cpu_kernels:
+                    # The reference would widen them again at each step.
+                    reading, drafting = in_half_the_bytes(reading), in_half_the_bytes(drafting)
+                plain = PlainWeights(reading, drafting)
+            self._plain = sources, plain
+        return self._plain[1]
 
     @cached_property
     def controller(self) -> Controller:
@@ -279,8 +296,21 @@ class DraftSession:
         layer, merge, cache = model.model.layer, model.config.merge, model.model.attn.kv_cache
         loop = DraftLoop(layer, model.model.embed_tokens, model.compute_logits, merge)
 
-        states, rows, next_ids = model.combine_hidden_states(step.states), step.last_rows.long(), step.next_token_ids
-        loop.remember(cache, states, step.following_token_ids, step.slot_mapping[: len(states)])
+        plain, rows, next_ids = self._weights(), step.last_rows.long(), step.next_token_ids
+        slots = step.slot_mapping[: len(step.states)]
+        if plain is not None and self._has_cpu_kernels and len(step.states) <= MOST_ROWS:
+            states = append_states_(
+                cache,
+                step.states,
+                step.following_token_ids,
+                slots,
+                plain.reading,
+                layer.norm.eps,
+                norm_aux_states=layer.norm_aux_states,
+            )
+        else:
+            states = model.combine_hidden_states(step.states)
+            loop.remember(cache, states, step.following_token_ids, slots)
         seeded = step.generators or {} if step.draws else {}
         num_drafts = max((width for row, width in enumerate(widths) if not (found and found[row].length)), default=0)
         if seeded and not self.seeds_by_position:
@@ -292,7 +322,7 @@ class DraftSession:
             return Drafts(join_drafts(found, nothing, None, widths)[0], None)
         state, table, verified = states[rows], step.block_table, step.num_verified
 
-        weights = self._weights()
+        weights = None if plain is None else plain.drafting
         if self.graphs is None and len(state) > MOST_REQUESTS_16_BIT and state.dtype.itemsize == 2:
             weights = None
         temperature = uniform = None

@@ -57,6 +57,13 @@ class DraftRows(nn.Module):
         return self.weight
 
 
+def table_sources(model: Any) -> tuple[Any, ...]:
+    """Return what the next two functions' answers depend on; vLLM may put the target's own in place of ours later."""
+    modules = model.model.embed_tokens, model.lm_head, model.logits_processor
+    weights = (getattr(module, "weight", None) for module in modules)
+    return *modules, *(weight.data_ptr() if isinstance(weight, Tensor) else None for weight in weights)
+
+
 def plain_head(model: Any) -> Tensor | None:
     """Return the target's head `[V, D]` where it is plain weights, None where vLLM's own layers must compute logits.
 

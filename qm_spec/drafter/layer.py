@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from qm_spec.drafter.prior_config import QuickMergeConfig
-from qm_spec.ops.draft_layer import DraftLayer
+from qm_spec.ops.draft_layer import NUM_AUX_STATES, DraftLayer
 
-NUM_AUX_STATES = 3
 # How the global heads begin, see `wire_recall`: the query that looks for the newest token, against keys of unit size
 # per element; what the state adds to it; and what is found, against the residual stream.
 RECALL_SHARPNESS = 3.0
@@ -106,10 +104,3 @@ class PriorLayer(nn.Module, DraftLayer):
         query[:, hidden:] *= RECALL_DOUBT
         value = weight["next_proj.weight"][-head_dim:]
         weight["o_proj.weight"][:, -size:] = RECALL_STRENGTH * value.T.repeat(1, heads)
-
-    def fuse(self, aux_states: Tensor) -> Tensor:
-        """Combine the target's auxiliary states `[..., 3 D]` into the fused state `[..., D]`."""
-        if self.norm_aux_states:
-            states = aux_states.unflatten(-1, (NUM_AUX_STATES, -1))
-            aux_states = F.rms_norm(states, states.shape[-1:], eps=1e-6).flatten(-2)
-        return self.fc(aux_states)

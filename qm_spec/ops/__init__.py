@@ -9,6 +9,7 @@ M tokens per merge group, R entries kept per group, E entries attended, L levels
 
 from qm_spec.ops import backend
 from qm_spec.ops.append_kv import append_kv_
+from qm_spec.ops.append_states import append_states_
 from qm_spec.ops.attention_entropy import attention_entropy
 from qm_spec.ops.cosine_similarity import cosine_similarity
 from qm_spec.ops.draft_tokens import draft_tokens
@@ -21,6 +22,7 @@ from qm_spec.ops.weighted_kmeans import weighted_kmeans_assign, weighted_kmeans_
 
 __all__ = [
     "append_kv_",
+    "append_states_",
     "attention_entropy",
     "cosine_similarity",
     "draft_tokens",

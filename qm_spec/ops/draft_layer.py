@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+NUM_AUX_STATES = 3
+# Of the norm of the target's states, whose sizes differ from layer to layer.
+AUX_STATE_EPS = 1e-6
+
+Weights = TypeVar("Weights", bound=NamedTuple)
+
+
+@torch.no_grad()
+def in_half_the_bytes(weights: Weights) -> Weights:
+    """Return the same weights, with a float32 matrix in bfloat16 where that holds it exactly.
+
+    A step takes as long as its weights take to read. The checkpoints of targets in bfloat16 are such. The embedding, of
+    which single rows are read, stays the target's own.
+    """
+
+    def halved(name: str, weight: Tensor) -> Tensor:
+        if name == "embedding" or weight.dtype != torch.float32 or weight.dim() != 2:
+            return weight
+        half = weight.bfloat16()
+        return half if torch.equal(half.float(), weight) else weight
+
+    return weights._make(halved(name, weight) for name, weight in weights._asdict().items())
 
 
 class DraftLayer:
@@ -20,6 +45,7 @@ class DraftLayer:
         num_heads: H.
         num_kv_heads: G.
         head_dim: d.
+        norm_aux_states: whether each of the target's states is normed before they are fused.
         slopes: `[H]`, bias per token of distance.
         far_bias: `[H]`, bias of merged entries.
         embed_norm: `[..., D]` to `[..., D]`, as the other norms.
@@ -29,8 +55,10 @@ class DraftLayer:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    norm_aux_states: bool
     slopes: Tensor
     far_bias: Tensor
+    fc: Callable[[Tensor], Tensor]
     embed_norm: Callable[[Tensor], Tensor]
     state_norm: Callable[[Tensor], Tensor]
     in_proj: Callable[[Tensor], Tensor]
@@ -44,6 +72,26 @@ class DraftLayer:
     up_proj: Callable[[Tensor], Tensor]
     down_proj: Callable[[Tensor], Tensor]
     norm: Callable[[Tensor], Tensor]
+
+    def bind(self, weights: Any, eps: float) -> None:
+        """Make norms and projections of the weights of a named tuple that are called so.
+
+        Args:
+            weights: in any one dtype; a projection without rows is none.
+            eps: of the norms.
+        """
+        for name, weight in weights._asdict().items():
+            if name.endswith("norm"):
+                setattr(self, name, partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps))
+            elif name == "fc" or name.endswith("proj"):
+                setattr(self, name, partial(F.linear, weight=weight) if len(weight) else None)
+
+    def fuse(self, aux_states: Tensor) -> Tensor:
+        """Combine the target's auxiliary states `[..., 3 D]` into the fused state `[..., D]`."""
+        if self.norm_aux_states:
+            states = aux_states.unflatten(-1, (NUM_AUX_STATES, -1))
+            aux_states = F.rms_norm(states, states.shape[-1:], eps=AUX_STATE_EPS).flatten(-2)
+        return self.fc(aux_states)
 
     def keys_values(self, state: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Return unrotated keys and values `[..., G, d]`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,22 +70,6 @@ class DraftWeights(NamedTuple):
     def to_token_ids(self, rows: Tensor) -> Tensor:
         """Return the target's token ids of rows of the head, int64."""
         return self.token_ids[rows] if len(self.token_ids) else rows
-
-    @torch.no_grad()
-    def in_half_the_bytes(self) -> DraftWeights:
-        """Return the same weights, with a float32 matrix in bfloat16 where that holds it exactly.
-
-        A draft step takes as long as its weights take to read. The checkpoints of targets in bfloat16 are such. The
-        embedding, of which single rows are read, stays the target's own.
-        """
-
-        def halved(name: str, weight: Tensor) -> Tensor:
-            if name == "embedding" or weight.dtype != torch.float32 or weight.dim() != 2:
-                return weight
-            half = weight.bfloat16()
-            return half if torch.equal(half.float(), weight) else weight
-
-        return DraftWeights(*(halved(name, weight) for name, weight in self._asdict().items()))
 
 
 def draft_steps(
@@ -165,11 +148,7 @@ class DenseLayer(DraftLayer):
         self.num_heads = len(weights.slopes)
         self.head_dim = len(weights.q_proj) // self.num_heads
         self.num_kv_heads = len(weights.k_proj) // self.head_dim
-        for name, weight in weights._asdict().items():
-            if name.endswith("norm"):
-                setattr(self, name, partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps))
-            elif name.endswith("proj"):
-                setattr(self, name, partial(F.linear, weight=weight) if len(weight) else None)
+        self.bind(weights, eps)
 
 
 def draft_tokens_reference(
@@ -262,7 +241,8 @@ def draft_tokens(
         num_tokens: `[B]` int32, verified tokens in the cache; 0 marks padding, whose drafts mean nothing.
         state: `[B, D]`, fused state of the newest of them.
         next_ids: `[B]`, the token that follows it.
-        weights: all but the token ids in the state's dtype; matrices may be in bfloat16, see `in_half_the_bytes`.
+        weights: all but the token ids in the state's dtype; matrices may be in bfloat16, see `in_half_the_bytes` of
+            `draft_layer.py`.
         num_drafts: K, at least 1.
         eps: of the norms.
         config: of the merged cache.

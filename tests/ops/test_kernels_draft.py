@@ -13,6 +13,7 @@ from torch import Tensor
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.loops.gathered import DraftLoop, dense_weights
 from qm_spec.ops import backend
+from qm_spec.ops.draft_layer import in_half_the_bytes
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens_reference
 
 COMPILED = backend.backend() == "compiled"
@@ -115,7 +116,7 @@ def test_a_float32_target_is_drafted_for_in_half_the_bytes(make):
         for name, weight in case.weights._asdict().items()
     }
     wide = replace(case, weights=DraftWeights(**narrow))
-    half = replace(case, weights=wide.weights.in_half_the_bytes())
+    half = replace(case, weights=in_half_the_bytes(wide.weights))
     assert half.weights.head.dtype == half.weights.q_proj.dtype == torch.bfloat16
     assert half.weights.embedding.dtype == half.weights.norm.dtype == half.weights.slopes.dtype == torch.float32
     batch = len(case.state)
@@ -131,10 +132,10 @@ def test_a_float32_target_is_drafted_for_in_half_the_bytes(make):
 
 def test_a_matrix_that_bfloat16_does_not_hold_stays_as_it_is():
     weights = make_case([5], SMALL, torch.float32).weights
-    inexact = weights.in_half_the_bytes()
+    inexact = in_half_the_bytes(weights)
     assert all(one is other for one, other in zip(inexact, weights, strict=True))
     bfloat16 = make_case([5], SMALL, torch.bfloat16).weights
-    assert all(one is other for one, other in zip(bfloat16.in_half_the_bytes(), bfloat16, strict=True))
+    assert all(one is other for one, other in zip(in_half_the_bytes(bfloat16), bfloat16, strict=True))
 
 
 def test_each_request_drafts_what_it_drafts_alone(make):

@@ -86,13 +86,16 @@ def test_the_kernel_drafts_with_half_the_bytes_of_the_head_that_is_in_place(redu
         reduced.lm_head.weight = reduced.lm_head.weight.bfloat16().float()
     session = DraftSession(reduced, vllm_config("cpu"), 4, 4)
     monkeypatch.setattr(plugin.backend, "backend", lambda device: "compiled")
-    halved = session._weights().head
+    own = session._weights()
+    halved = own.drafting.head
     assert halved.dtype == torch.bfloat16 and torch.equal(halved.float(), plain_weights(reduced).head)
-    assert session._weights().head is halved, "made anew at every step"
+    assert own.reading.embedding is own.drafting.embedding
+    assert session._weights() is own, "made anew at every step"
     reduced.lm_head.weight = 2 * reduced.lm_head.weight
-    assert torch.equal(session._weights().head, 2 * halved), "the head of before"
+    assert torch.equal(session._weights().drafting.head, 2 * halved), "the head of before"
     monkeypatch.setattr(plugin.backend, "backend", lambda device: "reference")
-    assert session._weights().head.dtype == torch.float32, "widened again at every step"
+    session = DraftSession(reduced, vllm_config("cpu"), 4, 4)
+    assert session._weights().drafting.head.dtype == torch.float32, "widened again at every step"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from qm_spec.config import MergeConfig
 from qm_spec.drafter.layer import PriorLayer
 from qm_spec.ops import append_kv_, merge_groups_
+from qm_spec.ops.append_states import StateWeights
 from qm_spec.ops.draft_tokens import DraftWeights, draft_steps
 from qm_spec.ops.entries import gather_entries
 
@@ -29,6 +30,13 @@ def dense_weights(layer: PriorLayer, embedding: Tensor, head: Tensor, token_ids:
     own = [nothing if module is None else module.weight for module in modules]
     ids = head.new_empty(0, dtype=torch.int64) if token_ids is None else token_ids
     return DraftWeights._make([embedding, head, *own, layer.slopes, layer.far_bias, ids])
+
+
+def state_weights(layer: PriorLayer, embedding: Tensor) -> StateWeights:
+    """Return what `append_states_` needs of a prior on one rank and of its target's embedding `[X, D]`."""
+    modules = [getattr(layer, name) for name in StateWeights._fields[1:]]
+    nothing = layer.slopes.new_empty(0, embedding.shape[1])
+    return StateWeights(embedding, *(nothing if module is None else module.weight for module in modules))
 
 
 class DraftLoop:
