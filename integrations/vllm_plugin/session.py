@@ -61,6 +61,11 @@ def plain_weights(model: Any) -> DraftWeights | None:
     return dense_weights(model.model.layer, embedding, rows.gather(head), rows.token_ids)
 
 
+def has_cpu_kernels(tensor: Tensor) -> bool:
+    """Whether the compiled operators of a CPU read a tensor: half the bytes are half their time."""
+    return tensor.device.type == "cpu" and backend.backend("cpu") == "compiled"
+
+
 class PlainWeights(NamedTuple):
     """Of a drafter whose target has plain ones: what the operators read tokens with, and what they draft with."""
 
@@ -135,11 +140,6 @@ class DraftSession:
         on_gpu = self.vllm_config.device_config.device_type == "cuda"
         return DraftGraphs(CudaCapture(), graph_sizes(self.vllm_config)) if on_gpu else None
 
-    @cached_property
-    def _has_cpu_kernels(self) -> bool:
-        """Whether the compiled operators of a CPU read the weights: half the bytes are half their time."""
-        return self.graphs is None and backend.backend("cpu") == "compiled"
-
     def _weights(self) -> PlainWeights | None:
         """Return what the operators read and draft with, None where vLLM's own layers must."""
         sources = table_sources(self.model)
@@ -148,7 +148,7 @@ class DraftSession:
             plain = None
             if drafting is not None:
                 reading = state_weights(self.model.model.layer, drafting.embedding)
-                if self._has_cpu_kernels:
+                if has_cpu_kernels(drafting.embedding):
                     # The reference would widen them again at each step.
                     reading, drafting = in_half_the_bytes(reading), in_half_the_bytes(drafting)
                 plain = PlainWeights(reading, drafting)
@@ -283,6 +283,23 @@ class DraftSession:
             request.source = source if request.num_written(num_computed) > 0 else None
             request.num_drafted = width
 
+    def read(self, step: DraftStep, cache: Tensor) -> Tensor:
+        """Write the keys and values of this step's tokens into the merged cache and return their fused states `[T, D]`.
+
+        Args:
+            step: of T tokens.
+            cache: `[pages, G, P, C]`, changed in place.
+        """
+        model, layer, plain = self.model, self.model.model.layer, self._weights()
+        token_ids, slots = step.following_token_ids, step.slot_mapping[: len(step.states)]
+        if plain is not None and has_cpu_kernels(step.states) and len(step.states) <= MOST_ROWS:
+            eps, norm = layer.norm.eps, layer.norm_aux_states
+            return append_states_(cache, step.states, token_ids, slots, plain.reading, eps, norm_aux_states=norm)
+        states: Tensor = model.combine_hidden_states(step.states)
+        loop = DraftLoop(layer, model.model.embed_tokens, model.compute_logits, model.config.merge)
+        loop.remember(cache, states, token_ids, slots)
+        return states
+
     def propose(self, step: DraftStep, widths: Sequence[int], found: Sequence[Lookup] = ()) -> Drafts:
         """Write this step's states into the merged cache and draft from it.
 
@@ -296,21 +313,7 @@ class DraftSession:
         layer, merge, cache = model.model.layer, model.config.merge, model.model.attn.kv_cache
         loop = DraftLoop(layer, model.model.embed_tokens, model.compute_logits, merge)
 
-        plain, rows, next_ids = self._weights(), step.last_rows.long(), step.next_token_ids
-        slots = step.slot_mapping[: len(step.states)]
-        if plain is not None and self._has_cpu_kernels and len(step.states) <= MOST_ROWS:
-            states = append_states_(
-                cache,
-                step.states,
-                step.following_token_ids,
-                slots,
-                plain.reading,
-                layer.norm.eps,
-                norm_aux_states=layer.norm_aux_states,
-            )
-        else:
-            states = model.combine_hidden_states(step.states)
-            loop.remember(cache, states, step.following_token_ids, slots)
+        states, rows, next_ids = self.read(step, cache), step.last_rows.long(), step.next_token_ids
         seeded = step.generators or {} if step.draws else {}
         num_drafts = max((width for row, width in enumerate(widths) if not (found and found[row].length)), default=0)
         if seeded and not self.seeds_by_position:
@@ -322,6 +325,7 @@ class DraftSession:
             return Drafts(join_drafts(found, nothing, None, widths)[0], None)
         state, table, verified = states[rows], step.block_table, step.num_verified
 
+        plain = self._weights()
         weights = None if plain is None else plain.drafting
         if self.graphs is None and len(state) > MOST_REQUESTS_16_BIT and state.dtype.itemsize == 2:
             weights = None

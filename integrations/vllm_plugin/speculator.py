@@ -16,7 +16,6 @@ from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
-from qm_spec.drafter.loops.gathered import DraftLoop
 from qm_spec.drafter.loops.paged import DraftInputs, paged_draft_steps
 from qm_spec.integrations.vllm_plugin.copies import CopiedDrafts
 from qm_spec.integrations.vllm_plugin.counters import DeviceCounts
@@ -222,10 +221,7 @@ class QuickMergeSpeculator(EagleSpeculator):
 
     def _remember(self, step: DraftStep, num_reqs: int, dummy_run: bool) -> None:
         """Write keys and values of all rows, and what the loop reads to where its graphs read it."""
-        model, inner = self.model, self.model.model
-        states = model.combine_hidden_states(step.states)
-        loop = DraftLoop(inner.layer, inner.embed_tokens, model.compute_logits, model.config.merge)
-        loop.remember(self._pages, states, step.following_token_ids, step.slot_mapping)
+        states = self.model.session.read(step, self._pages)
         self.hidden_states[:num_reqs] = states[step.last_rows.long()]
         self.next_token_ids[:num_reqs] = step.next_token_ids
         self.num_verified.zero_()

@@ -279,7 +279,7 @@ def test_a_speculator_that_fails_drafts_sure_zeros(model: Any, caplog: pytest.Lo
     step, cache = make_step(model, NUM_DRAFTS, None), model.case.cache.clone()
     drafts = run(speculator, step).clone()
     speculator.draft_logits = torch.zeros(6, NUM_DRAFTS, SIZES.vocabulary)
-    combine, model.combine_hidden_states = model.combine_hidden_states, None
+    model.session.read = None
     for _ in range(2):
         speculator.draft_tokens.fill_(3)
         assert (run(speculator, step) == 0).all()
@@ -288,7 +288,8 @@ def test_a_speculator_that_fails_drafts_sure_zeros(model: Any, caplog: pytest.Lo
     probs = speculator.draft_logits.softmax(-1)
     assert (probs[[5, 0, 3], :, 0] == 1).all()
     assert (probs[[1, 2, 4], :, 0] < 1).all(), "drafts of requests that were not in the batch keep theirs"
-    model.combine_hidden_states, speculator.draft_logits = combine, None
+    del model.session.read
+    speculator.draft_logits = None
     model.case.cache.copy_(cache)
     assert torch.equal(run(speculator, step), drafts), "the step after drafts again"
 
@@ -555,20 +556,20 @@ QuickMergeSpeculator._remember, QuickMergeSpeculator._draft = noted_remember, no
 """
 # In a request that says so drafting fails before it writes the last two pieces of the prompt, and once more later.
 FAILING = """
-from qm_spec.drafter.loops.gathered import DraftLoop
-remember, written, failures = DraftLoop.remember, [], []
+from qm_spec.integrations.vllm_plugin.session import DraftSession
+read, written, failures = DraftSession.read, [], []
 
 
-def failing(self, cache, states, following, slots):
-    if globals().get("request", {}).get("fails") and (slots >= 0).any():
-        written.append(len(slots))
+def failing(self, step, cache):
+    if globals().get("request", {}).get("fails") and (step.slot_mapping >= 0).any():
+        written.append(len(step.states))
         if len(written) in (2, 3, 6):
             failures.append(len(written))
             raise IndexError("page 17")
-    remember(self, cache, states, following, slots)
+    return read(self, step, cache)
 
 
-DraftLoop.remember = failing
+DraftSession.read = failing
 """
 WITH_NOTES = """
 result = json.load(open(sys.argv[2]))
