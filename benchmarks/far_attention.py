@@ -223,7 +223,7 @@ def paging(num_tokens: int, budget: int, indexed: bool) -> tuple[Split, int]:
 
 
 Rule = Callable[[Layer], Memory]
-MERGES: dict[str, Callable[[Layer, Split], Memory]] = {
+MERGES: dict[str, Callable[..., Memory]] = {
     "mean": mean,
     "real": real,
     "attended": attended,

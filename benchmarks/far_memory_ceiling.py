@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from long_prompts import DATA, REQUESTS, SPEC_BENCH
 from script import run_main, split_list, with_plain_errors
 
 if TYPE_CHECKING:
-    from long_prompts import LongTexts
+    from long_prompts import LongText
     from restricted_target import RestrictedTarget
 
     from qm_spec.bench.results.bootstrap import Estimate
@@ -74,7 +75,7 @@ def main(
     kinds: Annotated[
         str | None, typer.Option(metavar="K,...", help=f"Of {','.join(REQUESTS)}.", show_default="all; book if --books")
     ] = None,
-    lengths: Annotated[str, typer.Option(metavar="L,...", help="Tokens of the prompts.")] = LENGTHS,
+    lengths: Annotated[str, typer.Option(metavar="L,...", help="Tokens of the prompts, in this order.")] = LENGTHS,
     rules: Annotated[
         str | None,
         typer.Option(metavar="R;...", help="What the far context is read by, with semicolons.", show_default="all"),
@@ -96,7 +97,6 @@ def main(
     """
     import torch
     from far_attention import RULES
-    from long_prompts import LongTexts
     from restricted_target import RestrictedTarget
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -109,32 +109,32 @@ def main(
     book_files = find_files(books) if books else []
     chosen = _some("--kinds", split_list(kinds) if kinds else [k for k in REQUESTS if k != "book" or books], REQUESTS)
     named = _some("--rules", [one.strip() for one in rules.split(";")] if rules else RULES, RULES)
-    sizes = sorted(map(int, split_list(lengths)))
+    sizes = [int(length) for length in split_list(lengths)]
     fingerprint = target_fingerprint(target)
     material = sha256_of([*book_files, SPEC_BENCH, *find_answer_files([dialogues])])
     settings = Settings(fingerprint, num_tokens, seed, material)
     out.mkdir(parents=True, exist_ok=True)
     records = read_records(out / RECORDS, settings)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    texts = LongTexts(AutoTokenizer.from_pretrained(target), sizes[-1], book_files, dialogues, fingerprint, seed)
-    reader = RestrictedTarget(model, sizes[-1] + num_tokens)
+    texts = LongTexts(AutoTokenizer.from_pretrained(target), max(sizes), book_files, dialogues, fingerprint, seed)
+    reader = RestrictedTarget(model, max(sizes) + num_tokens)
     wanted = [(name, int(budget)) for name in named for budget in split_list(budgets)]
     done = {(one.kind, one.length, one.number) for one in records}
     results: dict[str, Any] = {**provenance.conditions(), **asdict(settings), "rows": []}
     end = model.config.eos_token_id
-    for number in range(num_prompts):
-        for kind in chosen:
-            if done.issuperset((kind, length, number) for length in sizes):
-                continue
-            began = time.monotonic()
-            for record in measure(reader, texts, kind, number, sizes, wanted, num_tokens, end, lookup_length):
-                if (record.kind, record.length, record.number) not in done:
-                    records.append(record)
-                    append_record(out / RECORDS, record)
-                spent, began = time.monotonic() - began, time.monotonic()
-                typer.echo(f"{kind} {record.length} #{number}: {record.tokens} tokens in {spent:.0f} s")
-            results["rows"] = sum_up(records, num_speculative_tokens, seed)
-            provenance.write_record(out / "results.json", results)
+    # In turn, so that an interrupted run has as much of each.
+    for number, length, kind in product(range(num_prompts), sizes, chosen):
+        if (kind, length, number) in done:
+            continue
+        began = time.monotonic()
+        record = measure(
+            reader, texts.write(kind, number), (kind, length, number), wanted, num_tokens, end, lookup_length
+        )
+        records.append(record)
+        append_record(out / RECORDS, record)
+        results["rows"] = sum_up(records, num_speculative_tokens, seed)
+        provenance.write_record(out / "results.json", results)
+        typer.echo(f"{kind} {length} #{number}: {record.tokens} tokens in {time.monotonic() - began:.0f} s")
     results["rows"] = sum_up(records, num_speculative_tokens, seed)
     provenance.write_record(out / "results.json", results)
     typer.echo(tables(results["rows"]))
@@ -142,22 +142,19 @@ def main(
 
 def measure(
     reader: RestrictedTarget,
-    texts: LongTexts,
-    kind: str,
-    number: int,
-    lengths: Sequence[int],
+    text: LongText,
+    name: tuple[str, int, int],
     wanted: Sequence[tuple[str, int]],
     num_tokens: int,
     end: int | None,
     lookup_length: int,
-) -> Iterator[Record]:
-    """Yield a text's record at each length, ascending: what prompts have in common is read once.
+) -> Record:
+    """Return the record of one prompt.
 
     Args:
-        reader: holds the text read so far.
-        texts: of all kinds.
-        kind, number: which text.
-        lengths: tokens of its prompts.
+        reader: reads and writes it.
+        text: what it is cut from.
+        name: kind, length and number.
         wanted: rules with their budgets.
         num_tokens: most tokens of an answer.
         end: token id at which an answer ends.
@@ -166,18 +163,13 @@ def measure(
     Raises:
         RuntimeError: with nothing restricted, the target predicts another token than it wrote.
     """
-    text, known = texts.write(kind, number), 0
-    for length in lengths:
-        prompt = text.prompt(length)
-        reader.prefill(prompt, known)
-        # The next prompt goes on where the tail of this one stood.
-        known = length - len(text.tail)
-        answer = reader.write(prompt[-1], length - 1, num_tokens, end)
-        agree = predict(reader, prompt, answer, wanted)
-        if "0" in agree[ALL]:
-            place = agree[ALL].index("0")
-            raise RuntimeError(f"{kind} {length} #{number}: token {place} differs although nothing is restricted")
-        yield Record(kind, length, number, len(answer), matches(prompt, answer, lookup_length), agree)
+    prompt = text.prompt(name[1])
+    reader.prefill(prompt)
+    answer = reader.write(prompt[-1], len(prompt) - 1, num_tokens, end)
+    agree = predict(reader, prompt, answer, wanted)
+    if "0" in agree[ALL]:
+        raise RuntimeError(f"{name}: token {agree[ALL].index('0')} differs although nothing is restricted")
+    return Record(*name, len(answer), matches(prompt, answer, lookup_length), agree)
 
 
 def predict(

@@ -6,12 +6,15 @@ import json
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from qm_spec.data.answers import Answered
 
 DATA = Path(__file__).parent / "data"
 SPEC_BENCH = DATA / "spec_bench.jsonl"
@@ -148,11 +151,14 @@ class LongTexts:
         rng.shuffle(files)
         return (f"{file.read_text(encoding='utf-8', errors='replace')}\n\n" for file in files), ""
 
-    def _dialogue(self, rng: Random) -> tuple[Iterator[str], str]:
+    @cached_property
+    def _answers(self) -> list[Answered]:
         from qm_spec.data.answers import read_answers
 
-        answers = list(read_answers([self._dialogues], fingerprint=self._fingerprint))
-        rng.shuffle(answers)
+        return list(read_answers([self._dialogues], fingerprint=self._fingerprint))
+
+    def _dialogue(self, rng: Random) -> tuple[Iterator[str], str]:
+        answers = rng.sample(self._answers, len(self._answers))
 
         def turns() -> Iterator[str]:
             for one in answers:

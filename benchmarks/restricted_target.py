@@ -68,14 +68,14 @@ class RestrictedTarget:
             hidden = self._finish(block, hidden, seen[0].unflatten(1, (self._repeats, -1)))
         return int(self._tokens(hidden[-1:])[0])
 
-    def prefill(self, prompt: Sequence[int], known: int = 0) -> None:
-        """Read a prompt but its last token, of which the first `known` are read already.
+    def prefill(self, prompt: Sequence[int]) -> None:
+        """Read a prompt but its last token.
 
         Its last tokens are one chunk, so that their queries are known together.
         """
         stop = len(prompt) - 1
         last = max(0, stop - SAMPLED)
-        for begin in range(min(known, last), last, CHUNK):
+        for begin in range(0, last, CHUNK):
             self.read(prompt[begin : min(begin + CHUNK, last)], begin)
         self.read(prompt[last:stop], last, sample=True)
 
