@@ -97,6 +97,7 @@ def main(
     """
     import torch
     from far_attention import RULES
+    from long_prompts import LongTexts
     from restricted_target import RestrictedTarget
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
