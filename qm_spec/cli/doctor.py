@@ -34,7 +34,7 @@ def doctor(
     import json
     from functools import partial
 
-    from qm_spec.diagnosis import installation
+    from qm_spec.diagnosis import installation, pair, plugin
     from qm_spec.diagnosis.finding import examine
 
     findings = [
@@ -42,13 +42,15 @@ def doctor(
         *examine("kernels", installation.check_kernels, "install a torch that qm_spec supports, and build them again"),
         *examine("processor", installation.check_processor, _BROKEN),
         *examine("GPU", installation.check_gpu, _BROKEN),
+        *examine("vLLM", plugin.check_vllm, _BROKEN),
+        *examine("plug-in", plugin.check_plugin, _BROKEN),
     ]
-    from qm_spec.diagnosis import pair, plugin
-
-    findings += examine("vLLM", plugin.check_vllm, _BROKEN)
-    findings += examine("plug-in", plugin.check_plugin, _BROKEN)
     if target is not None:
-        findings += examine("target", partial(pair.check_target, target), _BROKEN)
+        of_target = examine("target", partial(pair.check_target, target), _BROKEN)
+        findings += of_target
+        if any(finding.level == "problem" for finding in of_target):
+            # Said once; the drafter is looked at alone.
+            target = None
     findings += examine("drafter", partial(pair.check_pair, target, draft), _BROKEN)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))

@@ -31,6 +31,6 @@ def inspect(
     try:
         depth = check_drafter(drafter, target)
     except (TypeError, ValueError) as error:
-        typer.echo(f"{'fits':<18}no: {error}")
+        typer.echo(f"{'fits':<18}no: {str(error).removeprefix('drafter: ')}")
         raise typer.Exit(EXIT_FOUND_PROBLEM) from error
     typer.echo(f"{'fits':<18}yes: {shown(target)}, K {depth}")

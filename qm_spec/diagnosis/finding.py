@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,6 +50,25 @@ def examine(about: str, check: Callable[[], Iterable[Finding]], remedy: str) -> 
     return found
 
 
+@contextmanager
+def taken_warnings() -> Iterator[list[str]]:
+    """Take what the package's loggers warn of meanwhile, in place of their handlers."""
+    said: list[str] = []
+
+    class Taker(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage().removeprefix("qm_spec: "))
+
+    logger, taker = logging.getLogger("qm_spec"), Taker(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(taker)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(taker)
+        logger.propagate = propagate
+
+
 def _problem(about: str, error: Exception, remedy: str) -> Finding:
     if isinstance(error, ModuleNotFoundError):
         return Finding("problem", about, f"cannot be checked without {error.name}", "pip install 'qm_spec[models]'")
@@ -55,5 +76,5 @@ def _problem(about: str, error: Exception, remedy: str) -> Finding:
         return Finding("problem", about, str(error), "give this user the right to read it")
     # Errors of our own end with the way out.
     if type(error) in (FileNotFoundError, TypeError, ValueError):
-        return Finding("problem", about, str(error))
+        return Finding("problem", about, str(error).removeprefix(f"{about}: "))
     return Finding("problem", about, f"{type(error).__name__}: {error}", remedy)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qm_spec import provenance
-from qm_spec.diagnosis.finding import Finding
+from qm_spec.diagnosis.finding import Finding, taken_warnings
 
 # The extra that serving and inspecting need; those of training and evaluation say themselves what they lack.
 _EXTRA = "models"
@@ -54,7 +54,9 @@ def _pip(requirement: object) -> str:
 def check_kernels() -> Iterator[Finding]:
     """Say for each device of this machine whether compiled kernels or PyTorch do the work."""
     try:
-        from qm_spec.ops import backend
+        # Kernels that do not load are logged, and said below.
+        with taken_warnings():
+            from qm_spec.ops import backend
     except (RuntimeError, ValueError) as error:
         # Of `QM_SPEC_BACKEND`, with the way out.
         yield Finding("problem", "kernels", str(error))

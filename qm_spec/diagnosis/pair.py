@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from qm_spec.diagnosis.finding import Finding
+from qm_spec.diagnosis.finding import Finding, taken_warnings
 from qm_spec.diagnosis.summary import DrafterSummary
 from qm_spec.discovery import check_drafter, find_drafter, target_fingerprint
 from qm_spec.discovery.files import read_json, shown, target_file
+from qm_spec.integrations.vllm_plugin.aux_states import hands_out_states
 
 
 def check_target(target: str) -> Iterator[Finding]:
-    """Read a target's config and tokenizer."""
+    """Read a target's config and tokenizer, and the source of its class in vLLM where that is installed."""
     fingerprint = target_fingerprint(target)
-    model_type = read_json(target_file(target, "config.json")).get("model_type")
-    yield Finding("ok", "target", f"{shown(target)}: {shown(model_type)}, fingerprint {fingerprint}")
+    config = read_json(target_file(target, "config.json"))
+    yield Finding("ok", "target", f"{shown(target)}: {shown(config.get('model_type'))}, fingerprint {fingerprint}")
+    for architecture in config.get("architectures") or ():
+        if hands_out_states(architecture) is False:
+            found = f"vLLM's {shown(architecture)} seems to hand out no hidden states (SupportsEagle3)"
+            yield Finding("warning", "target", found, "if the engine refuses it, serve it without a drafter")
 
 
 def check_pair(target: str | None, drafter: Path | None) -> Iterator[Finding]:
@@ -33,31 +36,12 @@ def check_pair(target: str | None, drafter: Path | None) -> Iterator[Finding]:
     summary = DrafterSummary.of(folder)
     if summary.is_untrained:
         remedy = "train one: qm-spec train --help"
-        yield Finding("warning", "drafter", f"{shown(folder)} is untrained, so its drafts are rejected", remedy)
+        yield Finding("warning", "drafter", f"{shown(folder)} is untrained, so few of its drafts are accepted", remedy)
     if target is None:
         found = f"{shown(folder)} is sound, of the target with fingerprint {shown(summary.target_fingerprint)}"
         yield Finding("ok", "drafter", found, "--target T says whether it fits T")
         return
-    with _warnings() as said:
+    with taken_warnings() as said:
         depth = check_drafter(folder, target)
     yield from (Finding("warning", "drafter", text) for text in said)
     yield Finding("ok", "drafter", f"{shown(folder)} fits, K {depth}")
-
-
-@contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Take what the package's loggers warn of, in place of their handlers."""
-    said: list[str] = []
-
-    class Taker(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage().removeprefix("qm_spec: "))
-
-    logger, taker = logging.getLogger("qm_spec"), Taker(logging.WARNING)
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(taker)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(taker)
-        logger.propagate = propagate

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 from qm_spec import provenance
 from qm_spec.diagnosis.finding import Finding
-from qm_spec.integrations.vllm_plugin import compat
 
 _GROUP, _NAME = "vllm.general_plugins", "qm_spec"
 
 
 def check_vllm() -> Iterator[Finding]:
     """Look at vLLM's version without importing it."""
+    from qm_spec.integrations.vllm_plugin import compat
+
     version = provenance.versions().get("vllm")
     if find_spec("vllm") is None:
         remedy = f"{compat.how_to_install()}; for a CPU: make install in a checkout of qm_spec"
@@ -40,7 +42,8 @@ def check_plugin() -> Iterator[Finding]:
     # As vLLM reads it: names between commas, without trimming.
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and _NAME not in allowed.split(","):
-        remedy = f"export VLLM_PLUGINS={','.join(filter(None, (allowed, _NAME)))}, or unset it"
+        names = dict.fromkeys([*filter(None, map(str.strip, allowed.split(","))), _NAME])
+        remedy = f"export VLLM_PLUGINS={shlex.quote(','.join(names))}, or unset it"
         yield Finding("problem", "plug-in", f"VLLM_PLUGINS={allowed} keeps vLLM from loading {_NAME}", remedy)
     else:
         yield Finding("ok", "plug-in", "vLLM loads it")

@@ -73,8 +73,8 @@ class DrafterSummary:
         config, shape = self.config, DrafterShape.from_config(self.config)
         merge = shape.merge
         assert merge is not None
-        kind = "QuickMerge prior, one layer over a merged KV cache"
-        yield "kind", f"{kind}; UNTRAINED: random weights, its drafts are rejected" if self.is_untrained else kind
+        untrained = "; UNTRAINED: random weights, few of its drafts are accepted" if self.is_untrained else ""
+        yield "kind", f"QuickMerge prior, one layer over a merged KV cache{untrained}"
         yield "target", f"fingerprint {self.target_fingerprint}"
         yield (
             "sizes",
@@ -102,18 +102,19 @@ class DrafterSummary:
         for context in CONTEXTS:
             read = shape.attended(context)
             yield f"at {context:,}", f"a draft token reads {read:,} entries, {read * entry:,} bytes"
-        yield from self._provenance()
-
-    def _provenance(self) -> Iterator[tuple[str, str]]:
         if not self.stages:
             yield "provenance", "no record"
-            return
-        rows = [stage.get("rows") for stage in self.stages]
-        known = [number for number in rows if isinstance(number, int)]
-        learned = f"{sum(known):,} rows learned" if len(known) == len(rows) else "rows learned are not recorded"
-        last = self.stages[-1]
-        length = last.get("valid_acceptance_length")
-        accepted = "not recorded" if length is None else f"{length:.2f} on validation documents"
-        yield "provenance", f"{len(rows)} {'stage' if len(rows) == 1 else 'stages'}, {learned}"
-        yield "acceptance", f"length {accepted}"
-        yield "commit", str(last.get("commit"))
+        for number, stage in enumerate(self.stages, 1):
+            yield f"stage {number} of {len(self.stages)}", _stage_line(stage)
+
+
+def _stage_line(stage: dict[str, Any]) -> str:
+    """Say what is recorded of a stage; of one that learned nothing from data, what was done."""
+    texts = {
+        "steps": "{} steps",
+        "rows": "{:,} rows learned",
+        "valid_acceptance_length": "acceptance length {:.2f} on validation documents",
+        "commit": "commit {}",
+    }
+    said = [text.format(stage[name]) for name, text in texts.items() if stage.get(name) is not None]
+    return ", ".join(said) or str(stage.get("command"))

@@ -77,7 +77,7 @@ class NewDrafterSettings:
         int | None,
         Option(min=1, metavar="N", help="Draft only the N most frequent tokens.", show_default="all tokens"),
     ] = None
-    num_speculative_tokens: Annotated[int, Option(min=1, help="Draft steps unrolled; default K.")] = 4
+    num_speculative_tokens: Annotated[int, Option(min=1, help="K, draft tokens a step; training unrolls as many.")] = 4
     intermediate_size: Annotated[int | None, Option(help="Of the MLP; the target's by default.")] = None
     aux_layers: list[int] | None = None
     lookup_length: Annotated[
