@@ -132,7 +132,10 @@ def test_kernels_that_do_not_load_are_a_warning_and_a_problem_where_they_are_ask
     done = doctor_elsewhere(PYTHONPATH=damaged, QM_SPEC_BACKEND="compiled")
     assert done.returncode == 1 and done.stderr == ""
     [line] = [line for line in done.stdout.splitlines() if "kernels" in line]
-    assert line.startswith("problem  kernels") and "set QM_SPEC_BACKEND=reference" in line
+    assert (
+        line.startswith("problem  kernels        QM_SPEC_BACKEND=compiled: ")
+        and "set QM_SPEC_BACKEND=reference" in line
+    )
 
 
 def test_a_backend_that_there_is_not() -> None:

@@ -93,6 +93,7 @@ def test_a_link_is_replaced_and_not_what_it_leads_to(run: Any, drafter: Path, ta
     (target / "qm_spec").symlink_to(elsewhere)
     assert run("install", drafter, "--target", target, "--force").exit_code == 0
     assert contents(elsewhere) == before
+    assert sorted(file.name for file in target.iterdir()) == ["config.json", "qm_spec", "tokenizer.json"]
     assert not (target / "qm_spec").is_symlink() and contents(target / "qm_spec") == contents(drafter)
 
 
