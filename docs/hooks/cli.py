@@ -8,12 +8,20 @@ from typing import Any
 import typer.main
 
 from qm_spec.cli import app
+from qm_spec.cli.options import EXIT_BAD_INPUT, EXIT_FOUND_PROBLEM, EXIT_INTERRUPTED
 
 PAGE = Path(__file__).resolve().parents[1] / "reference" / "cli.md"
-HEAD = """\
+HEAD = f"""\
 # Command line
 
 `qm-spec COMMAND --help` says the same, with examples. `make docs` writes this page from the code.
+
+| exit code | means |
+| --- | --- |
+| 0 | done |
+| {EXIT_FOUND_PROBLEM} | an engine failed, rows have errors, a package is missing, or a problem was found |
+| {EXIT_BAD_INPUT} | options are wrong, or input cannot be used: stderr says what was expected, and the way out |
+| {EXIT_INTERRUPTED} | interrupted |
 
 """
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _INTERFACE = "SupportsEagle3"
+_MODELS = "vllm.model_executor.models"
 
 
 def require_aux_hidden_states(architecture: str) -> None:
@@ -114,6 +115,23 @@ def _names(node: ast.AST) -> set[str]:
 def declares_interface(module_name: str, class_name: str) -> bool:
     """Say whether a class or one of its bases names `SupportsEagle3`, by reading source files only."""
     return any(_INTERFACE in (name, *_bases(node)) for name, _, node in lineage(module_name, class_name))
+
+
+def hands_out_states(architecture: str) -> bool | None:
+    """Say by source files only whether a target's class in vLLM names `SupportsEagle3`; vLLM is not imported.
+
+    False is no proof, as a class may have it by other ways. None where there is no vLLM, or it does not know the
+    architecture.
+    """
+    registry = _source_file(f"{_MODELS}.registry")
+    if registry is None:
+        return None
+    for node in ast.walk(ast.parse(registry.read_text(encoding="utf-8"))):
+        for key, value in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
+            if isinstance(key, ast.Constant) and key.value == architecture and isinstance(value, ast.Tuple):
+                module, name = ast.literal_eval(value)
+                return declares_interface(f"{_MODELS}.{module}", name)
+    return None
 
 
 def lineage(module_name: str, class_name: str) -> Iterator[tuple[str, ast.Module, ast.ClassDef]]:

@@ -62,6 +62,17 @@ def is_supported(version: str) -> bool:
     return OLDEST <= release[:2] <= NEWEST
 
 
+def supports() -> str:
+    """Say which versions of vLLM this qm_spec supports."""
+    version = provenance.versions().get("qm_spec", "(not installed)")
+    return f"qm_spec {version} supports vLLM {_dotted(OLDEST)} to {_dotted(NEWEST)}"
+
+
+def how_to_install() -> str:
+    """Say how a supported vLLM comes to be."""
+    return f"install vllm=={_dotted(NEWEST)}.*"
+
+
 def get_kv_cache_groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
     """Return vLLM's groups of layers with these cache specs, which it may change."""
     module = _import("vllm.v1.core.kv_cache_planning") or _import("vllm.v1.core.kv_cache_utils")
@@ -77,10 +88,7 @@ def require_supported() -> None:
     """
     version = vllm_version()
     if not is_supported(version):
-        raise RuntimeError(
-            f"qm_spec {provenance.versions().get('qm_spec', '(not installed)')} supports vLLM "
-            f"{_dotted(OLDEST)} to {_dotted(NEWEST)}, found {version}; install vllm=={_dotted(NEWEST)}.*"
-        )
+        raise RuntimeError(f"{supports()}, found {version}; {how_to_install()}")
 
 
 def require_runner(uses_v2: bool) -> None:

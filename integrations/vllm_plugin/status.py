@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import platform
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qm_spec.bench.environment import multiplies_16_bits
 from qm_spec.discovery.files import shown
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
 from qm_spec.integrations.vllm_plugin.proposer import obstacle
@@ -61,7 +61,7 @@ def status_of(model: Any, vllm_config: Any) -> Status:
         losses.append(f"no compiled kernels for {device}, so slower PyTorch references draft{graphless}: {way_out}")
 
     dtype = vllm_config.model_config.dtype
-    if device == "cpu" and dtype != torch.float32 and not _multiplies_16_bits():
+    if device == "cpu" and dtype != torch.float32 and not multiplies_16_bits():
         losses.append(
             f"this processor has no AVX-512, and vLLM multiplies {str(dtype).removeprefix('torch.')} slowly here: "
             "prompts, and steps with drafts, take several times as long as in float32 (--dtype float32)"
@@ -107,8 +107,3 @@ def status_of(model: Any, vllm_config: Any) -> Status:
         "draft vocabulary": f"{config.draft_vocab_size} of {config.vocab_size}",
     }
     return Status(facts, tuple(losses))
-
-
-def _multiplies_16_bits() -> bool:
-    """Return whether vLLM has fast products of 16-bit weights on this processor: on x86 they need AVX-512."""
-    return platform.machine() != "x86_64" or "AVX512" in torch.backends.cpu.get_cpu_capability()

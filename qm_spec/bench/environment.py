@@ -73,6 +73,13 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def multiplies_16_bits() -> bool:
+    """Return whether vLLM has fast products of 16-bit weights on this processor: on x86 they need AVX-512."""
+    import torch
+
+    return platform.machine() != "x86_64" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
 def describe_environment() -> dict[str, Any]:
     """Return what decides a measured speed: versions, processor, cores, and the GPU where there is one."""
     described: dict[str, Any] = {

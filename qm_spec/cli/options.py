@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qm_spec.bench.settings import RaySettings
 
 EXIT_ENGINE_FAILED = 1
+EXIT_FOUND_PROBLEM = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -61,6 +62,10 @@ def options_of(settings: type) -> Callable[[Command], Command]:
 
     return with_options
 
+
+TargetName = typer.Option("--target", metavar="TARGET", help="Folder of a target model, or its hub id.")
+# Of a drafter that is made.
+Window = Annotated[int, typer.Option(help="Tokens kept raw.")]
 
 # What every command takes that can share its work among Ray actors.
 RayAddress = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qm_spec.cli.options import options_of
+from qm_spec.cli.options import Window, options_of
 from qm_spec.config import SALIENCIES, TRAINED_WINDOW, MergeConfig
 from qm_spec.training.settings import DrafterSettings
 
@@ -21,7 +21,7 @@ def train(
             show_default="0, 2L/3, L - 1",
         ),
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens kept raw.")] = TRAINED_WINDOW,
+    window: Window = TRAINED_WINDOW,
     group_size: Annotated[int, typer.Option(help="Tokens merged together.")] = MergeConfig.group_size,
     schedule: Annotated[str, typer.Option(help="Entries per group at each level; 0 = none.")] = "8,4,2,1",
     saliency: Annotated[str, typer.Option(help=f"{' or '.join(SALIENCIES)}.")] = MergeConfig.saliency,

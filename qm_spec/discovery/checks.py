@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qm_spec.config import ARCHITECTURE, MOST_DRAFTS, MergeConfig
-from qm_spec.discovery.files import read_json, shown, target_file
-from qm_spec.discovery.fingerprint import target_fingerprint, target_sizes
+from qm_spec.discovery.files import read_json, shown
+from qm_spec.discovery.fingerprint import end_token_ids, target_fingerprint, target_sizes
+from qm_spec.discovery.weights import open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +69,38 @@ def check_drafter(
     config = _read_config(folder)
     _check_fingerprint(folder, config.get("target_fingerprint"), target, revision)
     _check_sizes(folder, config, target_sizes(target, revision))
-    depth = config.get("num_speculative_tokens") if num_speculative_tokens is None else num_speculative_tokens
-    depth = _check_depth(depth, _merge_config(folder, config))
-    token_ids = _check_weights(folder / "model.safetensors", _num_weights(config), *_vocabulary_sizes(folder, config))
+    depth, token_ids = _check_depth_and_weights(folder, config, num_speculative_tokens)
     if token_ids is not None:
         _warn_of_missing_ends(folder, token_ids, target, revision)
     return depth
+
+
+def check_folder(drafter: str | Path) -> dict[str, Any]:
+    """Return the config of a drafter that passes all checks of `check_drafter` but those with its target.
+
+    Args:
+        drafter: a local folder with `config.json` and `model.safetensors`.
+
+    Raises:
+        FileNotFoundError: the drafter or one of its files is missing.
+        TypeError: its K is not an integer.
+        ValueError: as for `check_drafter`.
+    """
+    folder = Path(drafter).expanduser()
+    config = _read_config(folder)
+    _check_sizes(folder, config, {})
+    _check_depth_and_weights(folder, config, None)
+    return config
+
+
+def _check_depth_and_weights(
+    folder: Path, config: dict[str, Any], num_speculative_tokens: int | None
+) -> tuple[int, Collection[int] | None]:
+    """Return K and the token ids of the draft vocabulary, None where there is none."""
+    depth = config.get("num_speculative_tokens") if num_speculative_tokens is None else num_speculative_tokens
+    depth = _check_depth(depth, _merge_config(folder, config))
+    weights = folder / "model.safetensors"
+    return depth, _check_weights(weights, _num_weights(config), *_vocabulary_sizes(folder, config))
 
 
 def vllm_settings(drafter: Path, num_speculative_tokens: int | None) -> dict[str, Any]:
@@ -204,20 +231,10 @@ def _check_weights(
 ) -> Collection[int] | None:
     """Return the token ids of the draft vocabulary, None where there is none."""
     name = shown(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"drafter: {name} is missing; copy the whole folder or train it again")
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        # Opening compares the header with the file's length and maps the tensors without reading them.
-        with safe_open(file, framework="pt") as weights:
-            names = set(weights.keys())
-            found_weights = sum(math.prod(weights.get_slice(key).get_shape()) for key in names)
-            offsets = weights.get_tensor("d2t") if "d2t" in names else None
-    except SafetensorError as error:
-        raise ValueError(
-            f"drafter: {name} is corrupt or truncated ({shown(error)}); copy it or train it again"
-        ) from error
+    with open_weights(file) as weights:
+        names = set(weights.keys())
+        found_weights = sum(math.prod(weights.get_slice(key).get_shape()) for key in names)
+        offsets = weights.get_tensor("d2t") if "d2t" in names else None
     if not names:
         raise ValueError(f"drafter: {name} holds no tensors; train it again")
     if found_weights < num_weights:
@@ -243,7 +260,7 @@ def _check_weights(
 
 
 def _warn_of_missing_ends(folder: Path, token_ids: Collection[int], target: str | Path, revision: str | None) -> None:
-    missing = sorted(set(_end_token_ids(target, revision)) - set(token_ids))
+    missing = sorted(set(end_token_ids(target, revision)) - set(token_ids))
     if missing:
         logger.warning(
             "qm_spec: the draft vocabulary of %s lacks %s, with which answers of %s end: outputs are right, but the "
@@ -252,16 +269,3 @@ def _warn_of_missing_ends(folder: Path, token_ids: Collection[int], target: str 
             f"token {missing[0]}" if len(missing) == 1 else f"tokens {missing}",
             shown(target),
         )
-
-
-def _end_token_ids(target: str | Path, revision: str | None) -> list[int]:
-    """Return the tokens that end the target's answers, none where it names none."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            values = read_json(target_file(target, name, revision))
-        except (FileNotFoundError, ValueError):
-            continue
-        ends = values.get("eos_token_id", (values.get("text_config") or {}).get("eos_token_id"))
-        if ends is not None:
-            return ends if isinstance(ends, list) else [ends]
-    return []

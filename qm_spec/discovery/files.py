@@ -1,8 +1,11 @@
-"""Files of a target (a folder or a hub id) and the JSON in them."""
+"""Files of a target (a folder or a hub id), the JSON in them, and folders that are there for a while."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +57,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{shown(file)} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Make an empty folder that is gone again afterwards; what a killed process left under its name goes first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

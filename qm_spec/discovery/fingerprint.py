@@ -1,4 +1,4 @@
-"""The fingerprint of a target model: what a drafter must agree with to make sense for it."""
+"""The fingerprint of a target model, and what else its files say: what a drafter must agree with to fit it."""
 
 from __future__ import annotations
 
@@ -67,6 +67,19 @@ def target_sizes(target: str | Path, revision: str | None = None) -> dict[str, i
     text_config = _text_config(read_json(target_file(target, "config.json", revision)))
     sizes = {name: getattr(text_config, name, None) for name in ("hidden_size", "vocab_size")}
     return {name: size for name, size in sizes.items() if size is not None}
+
+
+def end_token_ids(target: str | Path, revision: str | None = None) -> list[int]:
+    """Return the tokens that end the target's answers, none where it names none."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            values = read_json(target_file(target, name, revision))
+        except (FileNotFoundError, ValueError):
+            continue
+        ends = values.get("eos_token_id", (values.get("text_config") or {}).get("eos_token_id"))
+        if ends is not None:
+            return ends if isinstance(ends, list) else [ends]
+    return []
 
 
 def _defining_values(config: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,20 @@ def drafter_home() -> Path:
     return Path(os.environ.get("QM_SPEC_HOME") or "~/.cache/qm_spec").expanduser()
 
 
+def drafter_place(target: str | Path, revision: str | None = None) -> Path:
+    """Return where a drafter goes so that the name `qm_spec` finds it: beside a folder, by fingerprint for a hub id.
+
+    Args:
+        target: a local folder, or a hub id that transformers can find.
+        revision: of the hub id.
+
+    Raises:
+        FileNotFoundError: the target has no config.json or no tokenizer.
+    """
+    folder = Path(target).expanduser()
+    return folder / "qm_spec" if folder.is_dir() else drafter_home() / target_fingerprint(target, revision)
+
+
 def find_drafter(target: str | Path, revision: str | None = None) -> Path:
     """Return the folder of a target's drafter.
 

@@ -58,23 +58,38 @@ def how_to_build(device_type: str) -> str:
     return f"build them: {switch}pip install --no-build-isolation -e . (see csrc/README.md)"
 
 
-def _load_module(device: str, choice: str) -> bool:
-    name = MODULES[device]
-    # Beside this package only: an editable install would offer its own to a copy from elsewhere.
-    spec = PathFinder.find_spec(name, [str(Path(__file__).parents[1])])
-    if spec is None or spec.origin is None:
-        if choice == "compiled":
-            raise RuntimeError(f"QM_SPEC_BACKEND=compiled: {name} was not built; {how_to_build(device)}")
-        return False
+def obstacle(device_type: str) -> str | None:
+    """Return why a device's compiled kernels were not built or do not load, None where they are loaded now."""
+    name = MODULES[device_type]
+    origin = _library(name)
+    if origin is None:
+        return f"{name} was not built"
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(origin)
     except OSError as error:
         # As after an upgrade of torch, which gives the loader's reason as the cause.
-        problem = f"qm_spec: the kernels in {spec.origin} do not load: {error.__cause__ or error}"
-        if choice == "compiled":
-            raise RuntimeError(f"{problem}; {how_to_build(device)}, or set QM_SPEC_BACKEND=reference") from error
-        logger.warning(
-            "%s; the slower references run in their place. To have kernels again %s", problem, how_to_build(device)
+        return f"the kernels in {origin} do not load: {error.__cause__ or error}"
+    return None
+
+
+def _library(name: str) -> str | None:
+    # Beside this package only: an editable install would offer its own to a copy from elsewhere.
+    spec = PathFinder.find_spec(name, [str(Path(__file__).parents[1])])
+    return None if spec is None else spec.origin
+
+
+def _load_module(device: str, choice: str) -> bool:
+    problem = obstacle(device)
+    if problem is None:
+        return True
+    if choice == "compiled":
+        raise RuntimeError(
+            f"QM_SPEC_BACKEND=compiled: {problem}; {how_to_build(device)}, or set QM_SPEC_BACKEND=reference"
         )
-        return False
-    return True
+    if _library(MODULES[device]) is not None:
+        logger.warning(
+            "qm_spec: %s; the slower references run in their place. To have kernels again %s",
+            problem,
+            how_to_build(device),
+        )
+    return False

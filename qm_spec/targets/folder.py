@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +24,6 @@ def sha256(file: Path) -> str:
 def is_disk_full(error: Exception | str) -> bool:
     """Say whether an error, of whatever library, or what a program printed tells of a full disk."""
     return "No space left" in str(error)
-
-
-@contextmanager
-def scratch_folder(folder: Path) -> Iterator[Path]:
-    """Make an empty folder that is gone again afterwards; what a killed process left under its name goes first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_record(folder: Path, target: KnownTarget, origin: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from qm_spec.targets.folder import is_disk_full, scratch_folder, sha256
+from qm_spec.discovery.files import scratch_folder
+from qm_spec.targets.folder import is_disk_full, sha256
 from qm_spec.targets.known import WeightsPackage
 
 _STDERR = 2

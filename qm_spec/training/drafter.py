@@ -45,7 +45,7 @@ from qm_spec.training.documents import Document, DocumentBatches, windows
 from qm_spec.training.estimate import expected_acceptance_length
 from qm_spec.training.fit import fit
 from qm_spec.training.regenerate import regenerate
-from qm_spec.training.settings import DrafterSettings
+from qm_spec.training.settings import DrafterSettings, NewDrafterSettings
 from qm_spec.training.states import Reading, TargetStates
 
 _logger = logging.getLogger(__name__)
@@ -151,6 +151,20 @@ def drafter_config(
         draft_vocab_size=draft_vocab_size,
         quickmerge=merge.to_dict(),
         intermediate_size=intermediate_size or target.config.intermediate_size,
+    )
+
+
+def config_of(settings: NewDrafterSettings, target: PreTrainedModel, fingerprint: str) -> QuickMergeConfig:
+    """Return the configuration of the drafter that settings ask for, see `drafter_config`."""
+    return drafter_config(
+        target,
+        fingerprint,
+        settings.merge,
+        settings.num_speculative_tokens,
+        settings.intermediate_size,
+        settings.aux_layers,
+        settings.lookup_length,
+        settings.draft_vocab_size,
     )
 
 
@@ -465,16 +479,7 @@ def train_drafter(settings: DrafterSettings) -> dict[str, Any]:
     if settings.device_map is None:
         # With several processes, this one's GPU.
         target.to(PartialState().device)
-    config = drafter_config(
-        target,
-        fingerprint,
-        settings.merge,
-        settings.num_speculative_tokens,
-        settings.intermediate_size,
-        settings.aux_layers,
-        settings.lookup_length,
-        settings.draft_vocab_size,
-    )
+    config = config_of(settings, target, fingerprint)
     drafter = new_drafter(settings.drafter, target, config, settings.sequence_length)
     if settings.init_from is not None:
         drafter = _known_drafter(settings.init_from, drafter, fingerprint, settings.target)

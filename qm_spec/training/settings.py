@@ -62,8 +62,8 @@ class TargetSettings(LoopSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrafterSettings(LoopSettings):
-    """A drafter of a target.
+class NewDrafterSettings:
+    """What a new drafter of a target is like, before any training.
 
     Args:
         aux_layers: three layers of the target whose input states are read, 0 for the embedding; by default 0, 2L/3
@@ -72,6 +72,25 @@ class DrafterSettings(LoopSettings):
     """
 
     target: Annotated[Path, Option(help="Folder of a transformers causal LM; it is not changed.")]
+    out: Annotated[Path, Option(help="Folder of the new drafter.")]
+    draft_vocab_size: Annotated[
+        int | None,
+        Option(min=1, metavar="N", help="Draft only the N most frequent tokens.", show_default="all tokens"),
+    ] = None
+    num_speculative_tokens: Annotated[int, Option(min=1, help="K, draft tokens a step; training unrolls as many.")] = 4
+    intermediate_size: Annotated[int | None, Option(help="Of the MLP; the target's by default.")] = None
+    aux_layers: list[int] | None = None
+    lookup_length: Annotated[
+        int, Option(help="In vLLM, copy what followed when this many last tokens stood there before; 0 = never.")
+    ] = 4
+    merge: MergeConfig = field(default_factory=lambda: MergeConfig(TRAINED_WINDOW))
+    seed: Annotated[int, Option(help="Of the random weights.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterSettings(LoopSettings, NewDrafterSettings):
+    """The training of a drafter on data."""
+
     data: Annotated[
         list[Path],
         Option(
@@ -79,7 +98,6 @@ class DrafterSettings(LoopSettings):
             help="Answers that `qm-spec data` wrote, conversations (JSON lines with messages), or text; repeatable.",
         ),
     ]
-    out: Annotated[Path, Option(help="Folder of the new drafter.")]
     drafter: Annotated[str, Option(help="quickmerge; eagle3 or eagle3-window to compare with.")] = "quickmerge"
     epochs: Annotated[float, Option(min=0, help="Times that the data is seen.")] = 2.0
     max_steps: Annotated[int, Option(min=0, help="Steps, in place of epochs.", show_default="as epochs need")] = 0
@@ -90,21 +108,10 @@ class DrafterSettings(LoopSettings):
         int | None,
         Option(min=1, help="Of them at most so many in one document, chosen anew each time.", show_default="all"),
     ] = None
-    draft_vocab_size: Annotated[
-        int | None,
-        Option(min=1, metavar="N", help="Draft only the N most frequent tokens.", show_default="all tokens"),
-    ] = None
     sequence_length: Annotated[int, Option(min=32, help="Tokens per window of text.")] = 1024
-    num_speculative_tokens: Annotated[int, Option(min=1, help="Draft steps unrolled; default K.")] = 4
     regenerated_tokens: Annotated[
         int, Option(min=0, help="Tokens that the target writes behind passages of the text, as data.")
     ] = 0
-    intermediate_size: Annotated[int | None, Option(help="Of the MLP; the target's by default.")] = None
-    aux_layers: list[int] | None = None
-    lookup_length: Annotated[
-        int, Option(help="In vLLM, copy what followed when this many last tokens stood there before; 0 = never.")
-    ] = 4
-    merge: MergeConfig = field(default_factory=lambda: MergeConfig(TRAINED_WINDOW))
     data_seed: Annotated[int | None, Option(help="Of the choice of documents.", show_default="seed")] = None
     init_from: Annotated[
         Path | None,

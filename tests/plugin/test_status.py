@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
         monkeypatch.setattr(status.backend, "backend", lambda device="cpu": kernels)
         monkeypatch.setattr(proposer, "get_tensor_model_parallel_world_size", lambda: settings.get("ranks", 1))
         monkeypatch.setattr(status, "graph_sizes", lambda vllm_config: [1, 2, 8])
-        monkeypatch.setattr(status.platform, "machine", lambda: settings.get("machine", "x86_64"))
+        monkeypatch.setattr(platform, "machine", lambda: settings.get("machine", "x86_64"))
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: settings.get("capability", "AVX2"))
         config = SimpleNamespace(
             device_config=SimpleNamespace(device_type=device),

@@ -1,0 +1,1 @@
+"""What `qm-spec doctor` and `qm-spec inspect` find: the installation, the plug-in, a target and its drafter."""
