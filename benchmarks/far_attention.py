@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from qm_spec.compression.rotary import Rotary
+from qm_spec.drafter.anchors import engine_steps
 
 # The first tokens take much of the attention of any query, and stay as they are.
 SINKS = 4
@@ -301,11 +303,9 @@ def walk(agree: Sequence[bool], num_drafts: int) -> list[tuple[int, int]]:
     A step accepts drafts up to the first wrong one, and writes one more. Steps that the answer's end would cut short
     are left out.
     """
-    steps, place = [], 0
-    while place + num_drafts < len(agree):
-        accepted = 0
-        while accepted < num_drafts and agree[place + accepted]:
-            accepted += 1
-        steps.append((place, accepted + 1))
-        place += accepted + 1
-    return steps
+    accepted = [0] * (len(agree) + 1)
+    for place in reversed(range(len(agree))):
+        accepted[place] = accepted[place + 1] + 1 if agree[place] else 0
+    taken = engine_steps([min(number, num_drafts) for number in accepted[: max(0, len(agree) - num_drafts)]])
+    written = [number + 1 for number in taken]
+    return list(zip(accumulate(written, initial=0), written, strict=False))

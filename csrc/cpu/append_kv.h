@@ -1,3 +1,4 @@
+// What other operators call of append_kv_.
 #pragma once
 
 #include "csrc/cpu/kernel.h"

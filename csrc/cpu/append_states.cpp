@@ -1,5 +1,5 @@
-// append_states_: the target's states of T tokens, fused, and their keys and values in the cache. For each token, from the
-// target's states a [A] and the embedding e [D] of the token behind it:
+// append_states_: the target's states of T tokens, fused, and their keys and values in the cache. For each token, from
+// the target's states a [A] and the embedding e [D] of the token behind it:
 //
 //   f = W_fc norm(a)            [D], the norm of each D numbers of a for themselves, where there is one
 //   key = W_k norm(f),  value = W_v norm(f) + W_next norm(e)
@@ -31,10 +31,7 @@ struct Weights {
         v_proj(at(all, 5), kOp),
         next_proj(at(all, 6), kOp) {}
 
-  static const Tensor& at(const std::vector<Tensor>& all, size_t i) {
-    STD_TORCH_CHECK(all.size() == 7, kOp, ": weights must be 7 tensors, got ", all.size());
-    return all[i];
-  }
+  static const Tensor& at(const std::vector<Tensor>& all, size_t i) { return one_of(all, i, 7, kOp); }
 
   const Tensor& embedding;
   Matrix fc;

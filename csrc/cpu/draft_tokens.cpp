@@ -105,10 +105,7 @@ struct Weights {
         kOp, ": token_ids must name each of the head's ", head.rows, " rows, got ", num_token_ids);
   }
 
-  static const Tensor& at(const std::vector<Tensor>& all, size_t i) {
-    STD_TORCH_CHECK(all.size() == 18, kOp, ": weights must be 18 tensors, got ", all.size());
-    return all[i];
-  }
+  static const Tensor& at(const std::vector<Tensor>& all, size_t i) { return one_of(all, i, 18, kOp); }
 
   // The target's token id of a row of the head.
   int64_t token_id(int64_t row) const { return num_token_ids > 0 ? token_ids[row] : row; }

@@ -2,10 +2,17 @@
 #pragma once
 
 #include <initializer_list>
+#include <vector>
 
 #include "csrc/cpu/kernel.h"
 
 namespace qm_spec {
+
+// One of an operator's list of weights, which must be of `count` tensors.
+inline const Tensor& one_of(const std::vector<Tensor>& weights, size_t i, size_t count, const char* op) {
+  STD_TORCH_CHECK(weights.size() == count, op, ": weights must be ", count, " tensors, got ", weights.size());
+  return weights[i];
+}
 
 // A weight [rows, columns] of float32, float16 or bfloat16, contiguous. The tensor must outlive this.
 struct Matrix {

@@ -62,7 +62,7 @@ def plain_weights(model: Any) -> DraftWeights | None:
 
 
 def has_cpu_kernels(tensor: Tensor) -> bool:
-    """Whether the compiled operators of a CPU read a tensor: half the bytes are half their time."""
+    """Whether the compiled operators of a CPU read a tensor."""
     return tensor.device.type == "cpu" and backend.backend("cpu") == "compiled"
 
 
@@ -149,7 +149,7 @@ class DraftSession:
             if drafting is not None:
                 reading = state_weights(self.model.model.layer, drafting.embedding)
                 if has_cpu_kernels(drafting.embedding):
-                    # The reference would widen them again at each step.
+                    # Half the bytes are half their time. The reference would widen them again at each step.
                     reading, drafting = in_half_the_bytes(reading), in_half_the_bytes(drafting)
                 plain = PlainWeights(reading, drafting)
             self._plain = sources, plain

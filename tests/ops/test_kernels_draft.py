@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,6 +15,8 @@ from qm_spec.drafter.loops.gathered import DraftLoop, dense_weights
 from qm_spec.ops import backend
 from qm_spec.ops.draft_layer import in_half_the_bytes
 from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens_reference
+
+pytestmark = pytest.mark.usefixtures("outputs_start_as_nan")
 
 COMPILED = backend.backend() == "compiled"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,15 +50,6 @@ CASES: dict[str, Callable[[torch.dtype], DraftCase]] = {
     "stale words": lambda dtype: make_case([460, 3, 70], SMALL, dtype, config=SHORT_WINDOW, stale=stale_words),
     "no far memory": lambda dtype: make_case([90], SMALL, dtype, config=MergeConfig(24, 8, (0,))),
 }
-
-
-@pytest.fixture(autouse=True)
-def outputs_start_as_nan() -> Iterator[None]:
-    """Fill what is allocated with NaN, or the largest integer, so that an element left out is seen."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=CASES)

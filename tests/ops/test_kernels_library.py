@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +21,8 @@ from qm_spec.ops import (
 )
 from qm_spec.ops.gumbel_softmax import philox
 
+pytestmark = pytest.mark.usefixtures("outputs_start_as_nan")
+
 COMPILED = backend.backend() == "compiled"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # One token; about two panels; a tile and a tail; several tiles and a tail, and more terms than are added in a row.
@@ -34,14 +36,6 @@ def case(request: pytest.FixtureRequest) -> Any:
     """Each operator."""
     torch.manual_seed(0)
     return CASES[request.param]
-
-
-@pytest.fixture(autouse=True)
-def outputs_start_as_nan() -> Iterator[None]:
-    """Fill what is allocated with NaN, or the largest integer, so that an element left out is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def test_the_compiled_kernels_are_what_runs_where_they_were_built(case) -> None:

@@ -38,6 +38,8 @@ from qm_spec.ops.page import COUNT, LEVEL, MASS, split_page
 pytestmark = pytest.mark.skipif(backend.backend() != "compiled", reason="the CPU kernels were not built")
 
 # Places in `CONFIG.pack()`, values that no kernel may take, and what is said of them.
+pytestmark = pytest.mark.usefixtures("outputs_start_as_nan")
+
 REFUSED = [
     (0, 0, "build the kernels again"),
     (0, 3, "build the kernels again"),
@@ -51,14 +53,6 @@ REFUSED = [
     (7, 0, "temperature or epsilon"),
     (8, 0, "temperature or epsilon"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def outputs_start_as_nan() -> Iterator[None]:
-    """Fill what is allocated with NaN, so that an element left out is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

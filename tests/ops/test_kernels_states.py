@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,6 +16,8 @@ from qm_spec.ops import append_kv_, backend
 from qm_spec.ops.append_states import append_states_reference
 from qm_spec.ops.draft_layer import in_half_the_bytes
 from qm_spec.ops.page import slot_elements, split_page
+
+pytestmark = pytest.mark.usefixtures("outputs_start_as_nan")
 
 COMPILED = backend.backend() == "compiled"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,15 +39,6 @@ CASES: dict[str, Callable[[torch.dtype], StatesCase]] = {
     "values of the state alone": lambda dtype: without_next(make_states_case(7, SMALL, dtype)),
     "states as they are": lambda dtype: replace(make_states_case(7, SMALL, dtype), norm_aux_states=False),
 }
-
-
-@pytest.fixture(autouse=True)
-def outputs_start_as_nan() -> Iterator[None]:
-    """Fill what is allocated with NaN, so that an element left out is seen."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=CASES)
