@@ -10,7 +10,7 @@ KERNEL_TESTS := tests/ops/test_references.py $(filter-out %_cuda.py,$(wildcard t
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-avx2 test-gpu bench bench-smollm2 bench-kernels bench-gpu check lint docs sanitize build wheel clean
+.PHONY: help install test test-long test-avx2 test-gpu bench bench-smollm2 bench-kernels bench-gpu check lint docs sanitize build wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,8 +19,11 @@ help: ## list the targets
 install: ## create the virtual environment and install vLLM and qm_spec; nothing to do: under a second
 	@./install.sh --venv "$(VENV)" $(if $(filter 1,$(GPU)),--gpu)
 
-test: install ## run every test, those that start vLLM too
+test: install ## run the tests, those that start vLLM too, but not the long ones
 	$(PYTEST) $(ARGS)
+
+test-long: install ## run the tests that take minutes each, such as every engine feature against plain decoding
+	$(PYTEST) -m long $(ARGS)
 
 bench: install ## measure speculative decoding on the shipped pair
 	$(BIN)/python benchmarks/spec.py $(ARGS)
@@ -55,7 +58,7 @@ sanitize: install ## run the kernels' tests under AddressSanitizer and Undefined
 		$(BIN)/pytest $(KERNEL_TESTS) $(ARGS)
 
 check: lint ## lint, then the tests that do not start vLLM
-	$(PYTEST) -m "not vllm" $(ARGS)
+	$(PYTEST) -m "not vllm and not long" $(ARGS)
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check
