@@ -127,6 +127,9 @@ class DraftSession:
         self.report = Report(self.counters, "the drafter")
         self.captures: bool | None = None
         self._requests: dict[str, DraftRequest] = {}
+        # The last step's requests, and the rows of steps that are not read yet: states, following tokens and slots.
+        self._last_batch: list[DraftRequest] = []
+        self._unread: list[tuple[Tensor, Tensor, Tensor]] = []
         self._plain: tuple[tuple[Any, ...], PlainWeights | None] | None = None
 
     @property
@@ -216,6 +219,7 @@ class DraftSession:
     def _forget(self) -> None:
         """Drop what a step that failed may have left half noted: indices are made anew, and costs measured anew."""
         self._requests.clear()
+        self._unread.clear()
         self.__dict__.pop("controller", None)
 
     def draft(self, step: DraftStep) -> Drafts | None:
@@ -225,6 +229,10 @@ class DraftSession:
             None where drafting is switched off.
         """
         on_cpu = step.next_token_ids.device.type == "cpu"
+        if on_cpu and self._rests(step):
+            self._put_off(step)
+            self.counters["steps", "plain"] += 1
+            return Drafts([[] for _ in step.requests], None)
         if on_cpu or self.lookup_length:
             # Lookup reads values on the host too.
             self._count_verified(step)
@@ -254,6 +262,36 @@ class DraftSession:
         if controller is not None:
             controller.end()
         return drafts
+
+    def _rests(self, step: DraftStep) -> bool:
+        """Tell whether nothing is drafted behind this step without a look at it, and its rows can be read later."""
+        before, self._last_batch = self._last_batch, list(step.requests)
+        size = len(before)
+        if not size or len(step.requests) != size or len(step.token_ids) != size:
+            return False
+        if any(one is not other for one, other in zip(step.requests, before, strict=True)):
+            return False
+        if not self.switch.on:
+            return True
+        by_seed = step.generators and not self.seeds_by_position
+        return self.adapts and not by_seed and self.controller.rests()
+
+    def _put_off(self, step: DraftStep) -> None:
+        """Keep what the rows of a step say: those of several steps take hardly longer to read than those of one.
+
+        The batch has not changed since the last step that was read, so nobody else has been given these slots.
+        """
+        if sum(len(states) for states, _, _ in self._unread) + len(step.states) > MOST_ROWS:
+            self._catch_up()
+        slots = step.slot_mapping[: len(step.states)].clone()
+        self._unread.append((step.states, step.next_token_ids.to(step.token_ids.dtype), slots))
+
+    def _catch_up(self) -> None:
+        """Read what was put off, before anything else is written."""
+        if self._unread:
+            states, token_ids, slots = (torch.cat(parts) for parts in zip(*self._unread, strict=True))
+            self._unread.clear()
+            self._remember(states, token_ids, slots, self.model.model.attn.kv_cache)
 
     def _count_verified(self, step: DraftStep) -> None:
         """Count what this step has verified of the drafts that were made behind the one before."""
@@ -290,12 +328,16 @@ class DraftSession:
             step: of T tokens.
             cache: `[pages, G, P, C]`, changed in place.
         """
+        self._catch_up()
+        return self._remember(step.states, step.following_token_ids, step.slot_mapping[: len(step.states)], cache)
+
+    def _remember(self, aux_states: Tensor, token_ids: Tensor, slots: Tensor, cache: Tensor) -> Tensor:
+        """Write the keys and values of T tokens, of their states and of what follows them; return `[T, D]`."""
         model, layer, plain = self.model, self.model.model.layer, self._weights()
-        token_ids, slots = step.following_token_ids, step.slot_mapping[: len(step.states)]
-        if plain is not None and has_cpu_kernels(step.states) and len(step.states) <= MOST_ROWS:
+        if plain is not None and has_cpu_kernels(aux_states) and len(aux_states) <= MOST_ROWS:
             eps, norm = layer.norm.eps, layer.norm_aux_states
-            return append_states_(cache, step.states, token_ids, slots, plain.reading, eps, norm_aux_states=norm)
-        states: Tensor = model.combine_hidden_states(step.states)
+            return append_states_(cache, aux_states, token_ids, slots, plain.reading, eps, norm_aux_states=norm)
+        states: Tensor = model.combine_hidden_states(aux_states)
         loop = DraftLoop(layer, model.model.embed_tokens, model.compute_logits, model.config.merge)
         loop.remember(cache, states, token_ids, slots)
         return states

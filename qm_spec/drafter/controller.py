@@ -27,6 +27,9 @@ _LEAST_FOR_TRIALS = 0.2
 _SURE_DEVIATIONS, _PLAIN_EVERY, _MOST_UNSURE = 2.0, 500, 0.1
 # A single step that took so many times as long as expected was late by the machine's doing.
 _MOST_LATE = 1.5
+# Where nothing is drafted, nothing is decided behind the next step either, then behind two, four and so on up to so
+# many: a decision and what comes with it take up to a tenth of a small target's step.
+_MOST_REST = 8
 # Drafts of one request that its own acceptance must outweigh, and steps after which they are forgotten.
 _OWN_WEIGHT, _OWN_FADE = 6.0, 1 - 1 / 200
 # Acceptance before anything is known: of the prior's drafts, and of copies by the length of their match.
@@ -121,7 +124,7 @@ class Controller:
     is charged to an allowance, and nothing is drafted where that is used up.
 
     What is decided changes speed only: a target verifies whatever is drafted. Call `begin`, `plan` and `end` in this
-    order around the drafting for each step.
+    order around the drafting for each step, but for those behind which it rests.
 
     Args:
         num_drafts: K, the most tokens that the prior drafts.
@@ -156,6 +159,8 @@ class Controller:
         self._last: Plan | None = None
         self._began = self._ended = 0.0
         self._number = self._plain_number = 0
+        # Steps of a rest, of these the ones to come, and the ones that are over.
+        self._rest = self._rest_left = self._rested = 0
         self._allowance = _ALLOWANCE_S
         self._late = False
         self._drafting = 0.0
@@ -163,6 +168,18 @@ class Controller:
         self._reported = float("-inf")
 
     # What has happened
+
+    def rests(self) -> bool:
+        """Return whether nothing is to be decided behind the step that has ended, since nothing was drafted of late.
+
+        Ask where the step had the requests of the one before and read one token of each. After a rest `begin`, `plan`
+        and `end` are left out.
+        """
+        if not self._rest_left:
+            return False
+        self._rest_left -= 1
+        self._rested += 1
+        return True
 
     def begin(
         self, requests: Sequence[object], num_rows: Sequence[int], num_verified: Sequence[int], newest: Sequence[int]
@@ -176,13 +193,21 @@ class Controller:
             newest: the token behind these.
         """
         now = self._clock()
-        self._number += 1
+        rested, self._rested, self._rest_left = self._rested, 0, 0
+        self._number += 1 + rested
         known = [self._requests.get(id(request)) for request in requests]
         decoded = [one is not None and rows <= 1 + one.width for one, rows in zip(known, num_rows, strict=True)]
-        self._note_acceptance(known, decoded, num_rows, num_verified, newest)
+        if not rested:
+            # What would have been copied a while ago says nothing of the newest token.
+            self._note_acceptance(known, decoded, num_rows, num_verified, newest)
         # Others have read a prompt, or waited for a request.
-        if requests and all(decoded) and self._last is not None:
-            self._note_times(sum(num_rows), len(requests), sum(num_verified), now)
+        if (
+            requests
+            and all(decoded)
+            and self._last is not None
+            and not (rested and len(requests) < len(self._candidates))
+        ):
+            self._note_times(sum(num_rows), len(requests), sum(num_verified), now - self._ended, 1 + rested)
         self._began = now
 
     def end(self) -> None:
@@ -219,9 +244,11 @@ class Controller:
         for rates, pairs in seen.values():
             rates.observe(pairs, self._number)
 
-    def _note_times(self, num_rows: int, num_requests: int, num_verified: int, now: float) -> None:
+    def _note_times(
+        self, num_rows: int, num_requests: int, num_verified: int, seconds_since: float, num_steps: int
+    ) -> None:
         assert self._last is not None
-        step_s, draft_s = now - self._ended, self._ended - self._began
+        step_s, draft_s = seconds_since / num_steps, self._ended - self._began
         # Of the requests that were drafted for some have ended since.
         num_drafts, num_drafting = self._last.num_drafts, len(self._candidates)
         if self._step_cost is None or self._draft_cost is None:
@@ -237,7 +264,7 @@ class Controller:
         late, self._late = self._late, seconds > _MOST_LATE * expected_s
         if self._late and not late:
             seconds = _MOST_LATE * expected_s
-        self._allowance += _ALLOWANCE_SHARE * seconds
+        self._allowance += _ALLOWANCE_SHARE * (seconds + (num_steps - 1) * step_s)
         if num_rows > num_requests or num_drafts:
             self._allowance += plain_s * num_verified / num_requests - seconds
         else:
@@ -279,6 +306,8 @@ class Controller:
         plan = self.plain() if self._step_cost is None else self._policy(self)
         for one, width, copies in zip(self._requests.values(), plan.widths, plan.copies, strict=True):
             one.width, one.copies = width, copies
+        self._rest = 0 if any(plan.widths) else min(2 * self._rest or 1, _MOST_REST)
+        self._rest_left = self._rest
         self._last = plan
         return plan
 
@@ -307,7 +336,7 @@ class Controller:
         """
         size = len(self._candidates)
         assert self._step_cost is not None and self._draft_cost is not None
-        plain_s = self._plain_s(size)
+        plain_s, decided_s = self._plain_s(size), self._step_s(size, size) + self._draft_s(0, size)
         if upper:
             token_s, predict = self._step_cost.least((0, 1, 0, 0)), self._draft_cost.least
         else:
@@ -333,7 +362,7 @@ class Controller:
                 if copy:
                     num_copied += width
                 widths.append(width)
-            seconds = plain_s + num_copied * token_s
+            seconds = decided_s + num_copied * token_s
             best = num_tokens / seconds, 0, num_tokens, seconds
             for position, gain in enumerate(gains):
                 num_tokens += gain
@@ -392,7 +421,8 @@ class Controller:
         return max(self._draft_cost.predict((1, num_requests, num_drafts, num_drafts * num_requests)), 0.0)
 
     def _plain_s(self, num_requests: int) -> float:
-        return self._step_s(num_requests, num_requests) + self._draft_s(0, num_requests)
+        """What a step takes where nothing pays: hardly ever is something decided behind it."""
+        return self._step_s(num_requests, num_requests) + self._draft_s(0, num_requests) / (1 + _MOST_REST)
 
     # What is decided
 

@@ -50,6 +50,10 @@ class Machine:
         """Return what drafting costs on average, noting the verified tokens included."""
         return 0.3 + 0.02 * num_requests + num_drafts * (self.draft + self.draft_row * num_requests)
 
+    def rest_ms(self, num_requests: int) -> float:
+        """Return what an engine that can draft costs behind a step where nothing is decided."""
+        return 0.05 + 0.005 * num_requests
+
 
 @dataclass(frozen=True)
 class Text:
@@ -116,7 +120,7 @@ class Engine:
         """Go on, with so many drafts by the prior for each request, or as a controller decides."""
         planned, copies = [0] * self.concurrency, [False] * self.concurrency
         tokens = self.history[-1][1]
-        text, end = self.text, self.now + seconds
+        text, end, left = self.text, self.now + seconds, False
         while self.now < end:
             joined = 0
             while len(self.requests) < self.concurrency:
@@ -150,18 +154,23 @@ class Engine:
                 request.match = self.random.randrange(4, 9) if self.random.random() < text.copy_share else 0
             self.history.append((self.now, tokens))
             self.num_steps += 1
-            if isinstance(widths, Controller):
+            same = not joined and not left
+            if isinstance(widths, Controller) and same and all(row == 1 for row in rows) and widths.rests():
+                planned, copies = [0] * size, [False] * size
+                self.pass_(self.machine.rest_ms(size))
+            elif isinstance(widths, Controller):
                 widths.begin(self.requests, rows, verified, newest)
                 plan = widths.plan([self._candidate(request) for request in self.requests], total)
-                planned, copies, num_drafts = list(plan.widths), list(plan.copies), plan.num_drafts
-            else:
-                planned = [min(widths, max(request.left - 1, 0)) for request in self.requests]
-                copies, num_drafts = [False] * size, widths
-            self.num_drafted_steps += any(planned)
-            self.pass_(self.machine.draft_ms(num_drafts, size))
-            if isinstance(widths, Controller):
+                planned, copies = list(plan.widths), list(plan.copies)
+                self.pass_(self.machine.draft_ms(plan.num_drafts, size))
                 widths.end()
+            else:
+                planned, copies = [min(widths, max(request.left - 1, 0)) for request in self.requests], [False] * size
+                # Plain decoding has no drafter.
+                self.pass_(self.machine.draft_ms(widths, size) if widths else 0.0)
+            self.num_drafted_steps += any(planned)
             going = [row for row, request in enumerate(self.requests) if request.left > 0]
+            left = len(going) < size
             self.requests = [self.requests[row] for row in going]
             planned, copies = [planned[row] for row in going], [copies[row] for row in going]
         return self
