@@ -26,6 +26,7 @@ from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMer
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length
 from qm_spec.integrations.vllm_plugin.metrics import open_file
 from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import CPU_EXPANSION
+from qm_spec.integrations.vllm_plugin.patches.cpu_no_drafts import CPU_NO_DRAFTS
 from qm_spec.integrations.vllm_plugin.patches.cpu_seeds import CPU_SEEDS
 from qm_spec.integrations.vllm_plugin.patches.draft_loop import DRAFT_LOOP
 from qm_spec.integrations.vllm_plugin.patches.drafts_after_step import DRAFTS_AFTER_STEP
@@ -178,6 +179,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         self.session.report = _make_report(self.session, vllm_config)
         self.model.attn.at_start = partial(tell_status, self, vllm_config)
         compat.apply(CPU_EXPANSION)
+        compat.apply(CPU_NO_DRAFTS)
         compat.apply(CPU_SEEDS)
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import with_expansion
+from qm_spec.integrations.vllm_plugin.patches.cpu_no_drafts import with_no_rows
 from qm_spec.integrations.vllm_plugin.patches.cpu_seeds import with_seeds_of_read_prompts
 
 
@@ -33,6 +34,14 @@ def test_other_devices_keep_vllms_function():
     x = torch.empty(2, device="meta")
     with_expansion(lambda *args: calls.append(args) or x)(x, torch.empty(2, device="meta"), 4)
     assert len(calls) == 1
+
+
+def test_a_step_without_drafts_takes_the_top_k_of_no_rows():
+    """Of its own vLLM takes the largest of no numbers."""
+    empty, calls = torch.empty(0, 8), []
+    constrain = with_no_rows(lambda *args: calls.append(args) or args[0])
+    assert constrain(empty, torch.tensor([0, 0]), None) is empty and not calls
+    assert constrain(torch.empty(2, 8), torch.tensor([1, 2]), None).shape == (2, 8) and len(calls) == 1
 
 
 @pytest.mark.parametrize(("device", "seen"), [("cpu", [2]), ("cuda", [0, 2])])

@@ -25,7 +25,8 @@ def sampling(settings):
     if "structured_outputs" in settings:
         settings["structured_outputs"] = StructuredOutputsParams(**settings["structured_outputs"])
     kind = RequestOutputKind[settings.pop("output_kind", "FINAL_ONLY")]
-    return SamplingParams(output_kind=kind, **settings)
+    # It reads the keys of `logit_bias`, which JSON has made texts.
+    return SamplingParams.from_optional(output_kind=kind, **settings)
 
 
 def values(logprobs):
