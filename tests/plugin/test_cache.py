@@ -157,5 +157,35 @@ def test_requests_were_preempted_evicted_and_shared(ran: Any) -> None:
     hits = {engine: counted(ran, engine, "prefix_cache_hits") for engine in ran.runs}
     assert not any(hits["plain"] + hits["few pages, not cached"])
     assert hits["cached"][BATCHES.index("shared")] > 1400
+    assert hits["cached"] == hits["plain, cached"], "the draft layer costs no hit"
     # The crowd is in the cache where pages were not taken from it.
     assert hits["few pages"][crowd + 1] < 0.5 * hits["cached"][crowd + 1]
+
+
+def test_the_draft_layer_takes_its_share_of_the_pages(ran: Any) -> None:
+    """20 layers with one head of 64 numbers, and one with two of 32 and 16 bytes a head, in float32."""
+    plain, ours = (ran.runs[engine]["num_blocks"] for engine in ("plain, cached", "cached"))
+    layer = 2 * 64 * 4
+    assert ours / plain == pytest.approx(20 * layer / (21 * layer + 2 * 16), rel=0.002)
+
+
+@pytest.mark.long
+def test_acceptance_behind_a_prefix_hit_is_that_of_a_cold_start(tmp_path: Path) -> None:
+    """Within 2 %, over 96 prompts. Their pages are merged as they were when the first answers ended."""
+    novels = novel_tokens(32)
+    prompts = [
+        novel[start : start + 200 + 7 * number] for number, novel in enumerate(novels) for start in (0, 500, 1000)
+    ]
+    batch = {"requests": [[prompt, {**GREEDY, "max_tokens": 64}] for prompt in prompts]}
+    common = {"model": TARGET, "max_model_len": 1024, "block_size": BLOCK, "max_num_seqs": 8}
+    ours = {"speculative_config": {"model": "qm_spec"}, "enable_prefix_caching": True}
+    runs = run_series(tmp_path, {"cached": ours}, [batch, batch], common)
+    ran = SimpleNamespace(runs=runs)
+    assert texts(runs["cached"]["batches"][0]) == texts(runs["cached"]["batches"][1])
+    hits, drafts, accepted = (
+        counted(ran, "cached", name)
+        for name in ("prefix_cache_hits", "spec_decode_num_drafts", "spec_decode_num_accepted_tokens")
+    )
+    assert hits[0] == 0 and hits[1] > 0.9 * sum(len(prompt) for prompt in prompts)
+    cold, warm = (1 + tokens / steps for tokens, steps in zip(accepted, drafts, strict=True))
+    assert warm == pytest.approx(cold, rel=0.02)

@@ -23,6 +23,8 @@ ZOO = Path(qm_spec.__file__).parent / "zoo" / "novels"
 TARGET = str(ZOO / "target")
 NUM_TOKENS, MAX_NUM_SEQS = 32, 8
 LENGTHS = (12, 40, 150)
+# Many come to their `min_tokens` by a draft, with a stop token behind it.
+REACHED, REACHING = (2, 3, 4, 5), 24
 # Of the values of logprobs, in float32: rounding in another order.
 TOLERANCE = 1e-4
 SEEDED = {"temperature": 0.9, "seed": 11}
@@ -79,10 +81,9 @@ CUSTOM = "vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor"
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Every kind alone, then all in one batch in which they begin and end one after the other."""
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    lines = (ZOO / "prompts.jsonl").read_text().splitlines()[: len(LENGTHS)]
-    prompts = [
-        tokenizer(json.loads(line)["text"])["input_ids"][:length] for line, length in zip(lines, LENGTHS, strict=True)
-    ]
+    lines = (ZOO / "prompts.jsonl").read_text().splitlines()[:REACHING]
+    novels = [tokenizer(json.loads(line)["text"])["input_ids"] for line in lines]
+    prompts = [novel[:length] for novel, length in zip(novels, LENGTHS, strict=False)]
     stops = [tokenizer(text)["input_ids"][0] for text in STOP]
 
     def requests(settings: dict[str, Any]) -> list[Any]:
@@ -96,13 +97,23 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
     batches = [{"requests": asked} for asked in kinds.values()]
     batches.append({"requests": together, "arrivals": [number // 2 for number in range(len(together))]})
     refused = [{"requests": requests(settings)[:1]} for settings in REFUSED.values()]
+    common_words = [tokenizer(text)["input_ids"][0] for text in (" the", ",", " and", " of", " to", " a", " in", ".")]
+    ending = {"temperature": 0, "max_tokens": 12, "stop_token_ids": common_words}
+    reached = {
+        "requests": [
+            [novel[: 20 + number], {**ending, "min_tokens": least}]
+            for least in REACHED
+            for number, novel in enumerate(novels)
+        ]
+    }
     common = {"model": TARGET, "max_model_len": 256, "max_num_seqs": MAX_NUM_SEQS}
     ours = {"speculative_config": {"model": "qm_spec", "num_speculative_tokens": 4}}
     engines = {
-        "plain": {},
+        "plain": {"batches": [*batches, reached]},
         # Copies of up to 16 tokens, and 4 drawn ones.
         "copies": {"speculative_config": {"model": "qm_spec"}, "batches": batches + refused},
         "certain": {"speculative_config": {**ours["speculative_config"], "draft_sample_method": "greedy"}},
+        "one draft": {"speculative_config": {"model": "qm_spec", "num_speculative_tokens": 1}, "batches": [reached]},
         "custom": {**ours, "logits_processors": [CUSTOM], "batches": []},
     }
     runs = run_series(tmp_path_factory.mktemp("requests"), engines, batches, common)
@@ -174,6 +185,13 @@ def test_each_kind_accepts_drafts_and_gives_its_pages_back(ran: Any, engine: str
         assert accepted > before or kind in ("few tokens", "choice"), kind
         assert batch["pages_lost"] == 0, kind
         before = accepted
+
+
+def test_min_tokens_that_a_draft_reaches_end_where_they_end_without(ran: Any) -> None:
+    plain, ours = (ran.runs[engine]["batches"][-1]["answers"] for engine in ("plain", "one draft"))
+    check(ours, plain, "min_tokens")
+    ended = [whole(answer)["outputs"][0]["token_ids"] for answer in plain]
+    assert sum(len(text) == least + 1 for text, least in zip(ended, sorted(REACHED * REACHING), strict=True)) > 10
 
 
 def outputs(ran: Any, kind: str) -> list[dict[str, Any]]:
