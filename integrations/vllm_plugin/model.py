@@ -26,9 +26,11 @@ from qm_spec.integrations.vllm_plugin.attention import MergedAttention, QuickMer
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length
 from qm_spec.integrations.vllm_plugin.metrics import open_file
 from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import CPU_EXPANSION
+from qm_spec.integrations.vllm_plugin.patches.cpu_no_drafts import CPU_NO_DRAFTS
 from qm_spec.integrations.vllm_plugin.patches.cpu_seeds import CPU_SEEDS
 from qm_spec.integrations.vllm_plugin.patches.draft_loop import DRAFT_LOOP
 from qm_spec.integrations.vllm_plugin.patches.drafts_after_step import DRAFTS_AFTER_STEP
+from qm_spec.integrations.vllm_plugin.patches.min_tokens import MIN_TOKENS
 from qm_spec.integrations.vllm_plugin.patches.request_states import REQUEST_STATES
 from qm_spec.integrations.vllm_plugin.patches.seed_numbers import SEED_NUMBERS, SEEDED_ROWS
 from qm_spec.integrations.vllm_plugin.report import Report
@@ -178,6 +180,8 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         self.session.report = _make_report(self.session, vllm_config)
         self.model.attn.at_start = partial(tell_status, self, vllm_config)
         compat.apply(CPU_EXPANSION)
+        compat.apply(CPU_NO_DRAFTS)
+        compat.apply(MIN_TOKENS)
         compat.apply(CPU_SEEDS)
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:

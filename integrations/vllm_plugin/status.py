@@ -105,5 +105,7 @@ def status_of(model: Any, vllm_config: Any) -> Status:
         "drafts": "where they pay" if session.adapts and device == "cpu" and not v2 else "in every step",
         "KV groups": f"{without}, with the drafter {with_ours}",
         "draft vocabulary": f"{config.draft_vocab_size} of {config.vocab_size}",
+        # Beside any drafter, request by request.
+        "refused by vLLM": "min_p and logit_bias",
     }
     return Status(facts, tuple(losses))

@@ -54,7 +54,7 @@ def test_one_line_tells_all(engine: Callable[..., tuple[Any, Any]], plugin_log: 
     assert record.getMessage() == (
         "qm_spec: target the/target, drafter 'a/drafter\\n', runner V1, loop ours, kernels compiled (cpu), "
         "graphs none, lookup from 3 tokens, K 4 (by lookup up to 16), drafts where they pay, KV groups 2, "
-        "with the drafter 3, draft vocabulary 200 of 200"
+        "with the drafter 3, draft vocabulary 200 of 200, refused by vLLM min_p and logit_bias"
     )
 
 

@@ -1,13 +1,17 @@
 """The repairs of vLLM's sampling on the CPU."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import with_expansion
+from qm_spec.integrations.vllm_plugin.patches.cpu_no_drafts import with_no_rows
 from qm_spec.integrations.vllm_plugin.patches.cpu_seeds import with_seeds_of_read_prompts
+from qm_spec.integrations.vllm_plugin.patches.min_tokens import with_drafts_counted
 
 
 def unused(*args):
@@ -33,6 +37,46 @@ def test_other_devices_keep_vllms_function():
     x = torch.empty(2, device="meta")
     with_expansion(lambda *args: calls.append(args) or x)(x, torch.empty(2, device="meta"), 4)
     assert len(calls) == 1
+
+
+def test_a_step_without_drafts_takes_the_top_k_of_no_rows():
+    """Of its own vLLM takes the largest of no numbers."""
+    empty, calls = torch.empty(0, 8), []
+    constrain = with_no_rows(lambda *args: calls.append(args) or args[0])
+    assert constrain(empty, torch.tensor([0, 0]), None) is empty and not calls
+    assert constrain(torch.empty(2, 8), torch.tensor([1, 2]), None).shape == (2, 8) and len(calls) == 1
+
+
+@dataclass
+class Metadata:
+    logitsprocs: Any
+    spec_token_ids: list[list[int]]
+
+
+def test_stop_tokens_are_masked_until_min_tokens_are_there_drafts_counted():
+    """Four requests, two stop tokens; the last one, of structured output, has its stop tokens back where none is left.
+
+    The first has 1 token and 2 drafts of 4 tokens, the second 3 drafts, the third none.
+    """
+    rows = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3], dtype=torch.int32)
+    tokens = torch.tensor([5, 6] * 4, dtype=torch.int32)
+    minimum = {row: (4, [9], [5, 6], row == 3) for row in range(4)}
+    min_tokens = SimpleNamespace(
+        min_toks=minimum, logits_slice=(rows, tokens), restore_logits_slice=(rows[6:], tokens[6:])
+    )
+    others = SimpleNamespace()
+    processors = SimpleNamespace(non_argmax_invariant=[others, min_tokens])
+    metadata = Metadata(processors, [[1, 2], [1, 2, 3], [], [1, 2, 3, 4]])
+    logits = torch.empty(4, 8)
+    apply = with_drafts_counted(lambda _, logits, metadata, bonus: metadata)
+    assert apply(None, logits, metadata, False) is metadata
+    assert apply(None, logits.to("meta"), metadata, True) is metadata
+    first, counted = apply(None, logits, metadata, True).logitsprocs.non_argmax_invariant
+    assert first is others and counted.logits_slice[0].tolist() == [0, 0, 2, 2]
+    assert counted.logits_slice[1].tolist() == [5, 6, 5, 6] and counted.restore_logits_slice[0].numel() == 0
+    # The drafts' own rows are masked by it in the same step.
+    assert processors.non_argmax_invariant == [others, min_tokens] and min_tokens.logits_slice[0] is rows
+    assert apply(None, logits, Metadata(processors, [[]] * 4), True).logitsprocs is processors
 
 
 @pytest.mark.parametrize(("device", "seen"), [("cpu", [2]), ("cuda", [0, 2])])
