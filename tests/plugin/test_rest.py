@@ -14,7 +14,6 @@ from support.paged import raw_bytes
 from support.plugin_doubles import SIZES, make_model
 
 from qm_spec.integrations.vllm_plugin import session as drafting
-from qm_spec.integrations.vllm_plugin.patches.seed_numbers import with_numbers
 from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.step import DraftStep
 
@@ -149,15 +148,3 @@ def test_an_engine_that_is_switched_off_puts_its_reading_off_too() -> None:
     engine.step({"a": PAGE + 4}, 4)
     never = decode(0, [*steps, {"a": PAGE + 4}])
     assert torch.equal(engine.pages, never.pages)
-
-
-def test_a_step_without_drafts_is_sampled_as_by_plain_decoding() -> None:
-    def original(self: Any, *arguments: Any) -> str:
-        return "verified"
-
-    forward = with_numbers(original)
-    sampler = SimpleNamespace(sampler=lambda logits, sampling: ("sampled", logits, sampling), use_fp64_gumbel=False)
-    logits, sampling = torch.zeros(2, 5), SimpleNamespace(generators={})
-    plain = forward(sampler, SimpleNamespace(num_draft_tokens=[0, 0]), None, logits, sampling)
-    assert plain == ("sampled", logits, sampling)
-    assert forward(sampler, SimpleNamespace(num_draft_tokens=[0, 1]), None, logits, sampling) == "verified"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qm_spec.integrations.vllm_plugin.patches.cpu_expansion import with_expansion
-from qm_spec.integrations.vllm_plugin.patches.cpu_no_drafts import with_no_rows
+from qm_spec.integrations.vllm_plugin.patches.cpu_no_drafts import with_plain_sampling
 from qm_spec.integrations.vllm_plugin.patches.cpu_seeds import with_seeds_of_read_prompts
 from qm_spec.integrations.vllm_plugin.patches.min_tokens import with_drafts_counted
 
@@ -39,12 +39,18 @@ def test_other_devices_keep_vllms_function():
     assert len(calls) == 1
 
 
-def test_a_step_without_drafts_takes_the_top_k_of_no_rows():
-    """Of its own vLLM takes the largest of no numbers."""
-    empty, calls = torch.empty(0, 8), []
-    constrain = with_no_rows(lambda *args: calls.append(args) or args[0])
-    assert constrain(empty, torch.tensor([0, 0]), None) is empty and not calls
-    assert constrain(torch.empty(2, 8), torch.tensor([1, 2]), None).shape == (2, 8) and len(calls) == 1
+def test_a_step_without_drafts_is_sampled_as_by_plain_decoding_on_a_cpu():
+    """Of its own vLLM verifies it, and takes the largest top-k of no rows."""
+    sample = with_plain_sampling(lambda runner, logits, metadata: metadata)
+    logits, none, some = (
+        torch.empty(2, 8),
+        SimpleNamespace(num_draft_tokens=[0, 0]),
+        SimpleNamespace(num_draft_tokens=[0, 1]),
+    )
+    assert sample(None, logits, none) is None
+    assert sample(None, logits, some) is some
+    assert sample(None, logits.to("meta"), none) is none
+    assert sample(None, logits, None) is None
 
 
 @dataclass

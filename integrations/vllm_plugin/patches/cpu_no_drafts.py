@@ -1,4 +1,4 @@
-"""Steps without any draft token on a CPU, whatever their requests ask for."""
+"""Steps without any draft token on a CPU."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from torch import Tensor
 from qm_spec.integrations.vllm_plugin.compat import Patch
 
 
-def with_no_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `apply_sampling_constraints` that leaves `[0, V]` logits as they are.
+def with_plain_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the runner's `_sample` that verifies nothing where nothing was drafted.
 
-    vLLM's own takes the largest top-k of the draft tokens' rows on a CPU, which is an error where there are none. Each
-    step that only reads prompts has none.
+    vLLM verifies the drafts of each step, also of those that have none, which takes up to three times as long as
+    sampling. There it takes the largest top-k of no rows, too, which is an error.
     """
 
     @wraps(original)
-    def apply_sampling_constraints(logits: Tensor, cu_num_draft_tokens: Tensor, sampling_metadata: Any) -> Tensor:
-        if logits.shape[0] == 0:
-            return logits
-        return original(logits, cu_num_draft_tokens, sampling_metadata)
+    def sample(self: Any, logits: Tensor | None, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            on_cpu = logits is not None and logits.device.type == "cpu"
+            return original(self, logits, None if on_cpu else spec_decode_metadata)
+        return original(self, logits, spec_decode_metadata)
 
-    return apply_sampling_constraints
+    return sample
 
 
 CPU_NO_DRAFTS = Patch(
-    target="vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
-    parameters=("logits", "cu_num_draft_tokens", "sampling_metadata"),
-    replacement=with_no_rows,
-    why="a request with top_k and without top_p does not end the engine on a CPU",
-    how="leaves the logits of a step without draft tokens as they are; applied when our model is built",
+    target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+    parameters=("self", "logits", "spec_decode_metadata"),
+    replacement=with_plain_sampling,
+    why="a step without drafts costs what it costs without a drafter, and a request with top_k and without top_p does "
+    "not end the engine in it",
+    how="samples such a step on a CPU as plain decoding does; applied when our model is built",
     upstream="none",
-    delete_when="vLLM's apply_top_k_only takes logits without rows",
+    delete_when="vLLM verifies only where something was drafted",
 )

@@ -27,16 +27,11 @@ class Numbered(dict[int, torch.Generator]):
 
 
 def with_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `RejectionSampler.forward` in which each token of a seeded request takes the number of its position.
-
-    A step without drafts is sampled as by plain decoding.
-    """
+    """Return `RejectionSampler.forward` in which each token of a seeded request takes the number of its position."""
 
     @wraps(original)
     def forward(self: Any, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any) -> Any:
         counts = metadata.num_draft_tokens
-        if logits.device.type == "cpu" and not any(counts):
-            return self.sampler(logits, sampling_metadata)
         drafted = {row: one for row, one in sampling_metadata.generators.items() if counts[row]}
         if not drafted or logits.device.type != "cpu" or self.use_fp64_gumbel or self.synthetic_mode:
             return original(self, metadata, draft_probs, logits, sampling_metadata)
@@ -120,8 +115,8 @@ SEED_NUMBERS = Patch(
     parameters=("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
     replacement=with_numbers,
     why="a request with a seed has the same sample whatever is drafted for it, so drafts may follow the load",
-    how="gives each token of a seeded request the number of its position, as plain decoding does, and samples a step "
-    "without drafts as it does, in half the time; on a CPU, applied when our model is built",
+    how="gives each token of a seeded request the number of its position, as plain decoding does; on a CPU, applied "
+    "when our model is built",
     upstream="none",
     delete_when="vLLM's verification keeps a seed's sample whatever is drafted",
 )
