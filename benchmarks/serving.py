@@ -90,7 +90,12 @@ def serve(
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL),
         *("--dtype", dtype, "--max-model-len", str(max_model_len), "--enforce-eager", *arguments),
     ]
-    environment = {**engine_environment(device), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {
+        **engine_environment(device),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        # By default it closes a connection after 5 idle seconds, as the client does; a request sent just then is lost.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
+    }
     with log.open("wb") as stream:
         # In a session of its own: Ctrl-C is for the client, which stops the server when it has its numbers.
         process = subprocess.Popen(

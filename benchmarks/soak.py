@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import random
 import signal
 import time
@@ -46,6 +47,8 @@ KINDS = {"greedy": 0.68, "sampled": 0.1, "limit": 0.04, "above": 0.03, "abort": 
 BAD_STATUS = {"wrong JSON": 400, "negative max_tokens": 400, "unknown model": 404, "empty messages": 400}
 REQUEST_S = 300.0
 SAMPLE_S = 5.0
+# A second apart: the server's gauge may be one step late.
+IDLE_READINGS = 20
 # Kept of what went wrong; the numbers count all.
 KEPT = 20
 
@@ -179,21 +182,26 @@ class Load:
         self.tally = Tally()
         self.level, self.stopped = 1, False
 
-    async def run(self, seconds: float) -> None:
-        """Send requests for so long, then wait for those under way."""
+    async def run(self, seconds: float, most_requests: float) -> None:
+        """Send requests for so long or so many, then wait for those under way."""
         workers = [asyncio.create_task(self._work(number)) for number in range(LEVELS[-1])]
         end = time.monotonic() + seconds
+        over = asyncio.create_task(self._count(most_requests))
         try:
-            while time.monotonic() < end and self.client.server.alive:
+            while (left := end - time.monotonic()) > 0 and not over.done():
                 # From few clients to 32 all at once is a burst.
                 self.level = self.random.choice(LEVELS)
-                await asyncio.sleep(min(self.random.uniform(2, 15), max(0.0, end - time.monotonic())))
+                await asyncio.wait([over], timeout=min(self.random.uniform(2, 15), left))
             self.stopped = True
             await asyncio.gather(*workers)
         finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            for task in [over, *workers]:
+                task.cancel()
+            await asyncio.gather(over, *workers, return_exceptions=True)
+
+    async def _count(self, most_requests: float) -> None:
+        while self.client.server.alive and self.tally.requests.total() < most_requests:
+            await asyncio.sleep(0.1)
 
     async def _work(self, number: int) -> None:
         while not self.stopped and self.client.server.alive:
@@ -206,7 +214,8 @@ class Load:
                 await self._send(kind)
             except Exception as error:
                 # What the client's library raises has many classes; each of them is one answer too few.
-                self.tally.miss(f"{kind}: {type(error).__name__}: {error}")
+                cause = f" ({error.__cause__!r})" if error.__cause__ else ""
+                self.tally.miss(f"{kind}: {type(error).__name__}: {error}{cause}")
                 await asyncio.sleep(0.5)
 
     def _allowed(self, prompt: Prompt, num_tokens: int) -> int:
@@ -273,7 +282,7 @@ def make_pool(text: list[int], size: int, limit: int, num_tokens: int, seed: int
     shared = [draw.randint(0, last) for _ in range(4)]
     pool = []
     for number in range(size - 2):
-        begin = shared[number % 4] if number % 2 else draw.randint(0, last)
+        begin = shared[number // 2 % 4] if number % 2 else draw.randint(0, last)
         # Short ones are as frequent as long ones of twice the length.
         length = round(4 * (longest / 4) ** draw.random())
         pool.append(Prompt(text[begin : begin + length]))
@@ -324,15 +333,16 @@ async def watch(server: Server, load: Load, log: Log, samples: list[tuple[float,
             said = now
             tally = load.tally
             log(
-                f"{load.level:2} clients, {sum(tally.requests.values())} requests, {tally.checked_tokens} tokens checked,"
-                f" {len(tally.differences)} answers differ, {tally.num_unexpected} unexpected, {samples[-1][1]:.0f} MB"
+                f"{load.level:2} clients, {tally.requests.total()} requests,"
+                f" {tally.checked_tokens} tokens checked, {len(tally.differences)} answers differ,"
+                f" {tally.num_unexpected} unexpected, {samples[-1][1]:.0f} MB"
             )
 
 
 async def idle_usage(server: Server) -> float | None:
     """Return the share of KV pages in use once no request is left; None if the server does not say."""
     usage = None
-    for _ in range(20):
+    for _ in range(IDLE_READINGS):
         await asyncio.sleep(1)
         with contextlib.suppress(OSError):
             values = await asyncio.to_thread(server.metrics)
@@ -344,7 +354,7 @@ async def idle_usage(server: Server) -> float | None:
 
 async def soak(
     drafting: Server, plain: Server, pool: list[Prompt], *, minutes: float, num_tokens: int, limit: int, seed: int,
-    vocabulary: int, log: Log,
+    vocabulary: int, log: Log, most_requests: float = math.inf,
 ) -> dict[str, Any]:  # fmt: skip
     """Load the drafting server and return what is recorded of it; Ctrl-C ends it early."""
     reference = Client(plain)
@@ -352,10 +362,10 @@ async def soak(
     await write_expected(reference, pool, num_tokens)
     load = Load(Client(drafting), pool, num_tokens, limit, vocabulary, seed)
     samples: list[tuple[float, float]] = []
-    counters: list[tuple[float, dict[str, float]]] = [(0.0, drafting.metrics())]
+    counters: list[tuple[float, dict[str, float]]] = [(0.0, await asyncio.to_thread(drafting.metrics))]
     begin, interrupted = time.monotonic(), False
     watcher = asyncio.create_task(watch(drafting, load, log, samples, counters))
-    task = asyncio.create_task(load.run(60 * minutes))
+    task = asyncio.create_task(load.run(60 * minutes, most_requests))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)
@@ -375,7 +385,7 @@ async def soak(
     ]
     usage = await idle_usage(drafting) if drafting.alive else None
     if drafting.alive:
-        counters.append((seconds, drafting.metrics()))
+        counters.append((seconds, await asyncio.to_thread(drafting.metrics)))
     verdict = await judge(reference, load.tally) if plain.alive else {"wrong_tokens": len(load.tally.differences)}
     (_, first), (_, last) = counters[0], counters[-1]
     early = next(values for at, values in counters if at >= seconds / 4 or values is last)
@@ -389,7 +399,7 @@ async def soak(
         "seconds": round(seconds, 1),
         "interrupted": interrupted,
         "requests": dict(tally.requests),
-        "num_requests": sum(tally.requests.values()),
+        "num_requests": tally.requests.total(),
         "bad_requests": dict(sorted(tally.bad_statuses.items())),
         "checked_tokens": tally.checked_tokens,
         **verdict,

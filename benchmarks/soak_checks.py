@@ -83,7 +83,9 @@ def find_faults(record: Mapping[str, Any]) -> list[str]:
         faults.append(f"{count} requests ended in another way than they must; the first: {first}")
     if record["failed_steps"]:
         faults.append(f"drafting failed in {record['failed_steps']:.0f} steps; the server's log says why")
-    if record["kv_usage_idle"]:
+    if record["kv_usage_idle"] is None and not record["crashes"]:
+        faults.append("the server does not say how many KV pages are in use")
+    elif record["kv_usage_idle"]:
         faults.append(f"{record['kv_usage_idle']:.2%} of the KV pages are in use with no request left")
     if record["memory"].get("leak"):
         memory = record["memory"]
