@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import math
 import random
@@ -525,13 +526,12 @@ def main(
 
     @contextlib.contextmanager
     def both(*arguments: str) -> Any:
-        shared = {"dtype": dtype, "max_model_len": max_model_len, "device": device}
+        start = functools.partial(serve, target=target, dtype=dtype, max_model_len=max_model_len, device=device)
         given = [*together, *arguments]
-        drafting = ["--speculative-model", drafter, *given]
         log("starting two servers")
         with (
-            serve("none", target, given, out / "none.log", **shared) as plain,
-            serve("qm_spec", target, drafting, out / "qm_spec.log", **shared) as ours,
+            start("none", arguments=given, log=out / "none.log") as plain,
+            start("qm_spec", arguments=["--speculative-model", drafter, *given], log=out / "qm_spec.log") as ours,
         ):
             yield ours, plain
 
