@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -46,18 +47,22 @@ class Server:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as reply:
             return parse_metrics(reply.read().decode())
 
-    def resident_mb(self) -> float:
-        """Return the resident memory of all its processes, in MB; pages that they share count in each."""
+    def resident_mb(self) -> dict[str, float]:
+        """Return the resident memory of each of its processes, in MB; pages that they share count in each."""
         import psutil
 
-        total = 0
-        try:
+        found: dict[str, float] = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
             own = psutil.Process(self.process.pid)
             for process in [own, *own.children(recursive=True)]:
-                total += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            pass
-        return total / 1e6
+                # vLLM names its own: VLLM::EngineCore, VLLM::Worker.
+                name = (
+                    "server"
+                    if process is own
+                    else (process.cmdline() or ["ended"])[0].removeprefix("VLLM::").split("/")[-1]
+                )
+                found[name] = round(found.get(name, 0.0) + process.memory_info().rss / 1e6, 1)
+        return found
 
 
 def parse_metrics(text: str) -> dict[str, float]:

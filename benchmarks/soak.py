@@ -320,7 +320,9 @@ async def judge(plain: Client, tally: Tally) -> dict[str, Any]:
     }
 
 
-async def watch(server: Server, load: Load, log: Log, samples: list[tuple[float, float]], counters: list[Any]) -> None:
+async def watch(
+    server: Server, load: Load, log: Log, samples: list[tuple[float, dict[str, float]]], counters: list[Any]
+) -> None:
     """Read memory and metrics every few seconds."""
     begin = said = time.monotonic()
     while server.alive:
@@ -329,14 +331,14 @@ async def watch(server: Server, load: Load, log: Log, samples: list[tuple[float,
         # A server under load may be late, and one that has just ended does not answer.
         with contextlib.suppress(OSError):
             counters.append((now - begin, await asyncio.to_thread(server.metrics)))
-            samples.append((round(now - begin, 1), round(server.resident_mb(), 1)))
+            samples.append((round(now - begin, 1), server.resident_mb()))
         if now - said >= 30 and samples:
             said = now
             tally = load.tally
             log(
                 f"{load.level:2} clients, {tally.requests.total()} requests,"
                 f" {tally.checked_tokens} tokens checked, {len(tally.differences)} answers differ,"
-                f" {tally.num_unexpected} unexpected, {samples[-1][1]:.0f} MB"
+                f" {tally.num_unexpected} unexpected, {sum(samples[-1][1].values()):.0f} MB"
             )
 
 
@@ -362,7 +364,7 @@ async def soak(
     log(f"plain decoding writes {num_tokens} tokens behind {len(pool)} prompts")
     await write_expected(reference, pool, num_tokens)
     load = Load(Client(drafting), pool, num_tokens, limit, vocabulary, seed)
-    samples: list[tuple[float, float]] = []
+    samples: list[tuple[float, dict[str, float]]] = []
     counters: list[tuple[float, dict[str, float]]] = [(0.0, await asyncio.to_thread(drafting.metrics))]
     begin, interrupted = time.monotonic(), False
     watcher = asyncio.create_task(watch(drafting, load, log, samples, counters))
@@ -419,8 +421,8 @@ async def soak(
             "last_quarter": acceptance_length(late, last),
         },
         "kv_usage_idle": usage,
-        "memory": memory_growth(samples),
-        "resident_mb": [{"seconds": at, "mb": mb} for at, mb in samples[:: max(1, len(samples) // 60)]],
+        "memory": memory_growth([(at, sum(mb.values())) for at, mb in samples]),
+        "resident_mb": [{"seconds": at, **mb} for at, mb in samples[:: max(1, len(samples) // 60)]],
     }
 
 
@@ -470,7 +472,11 @@ def main(
         Path, typer.Option(metavar="DIR", help="Folder of the target model.", show_default="the shipped pair's")
     ] = NOVELS / "target",
     drafter: Annotated[
-        str, typer.Option(metavar="NAME|DIR", help="What --speculative-model is given; qm_spec is the target's own.")
+        str,
+        typer.Option(
+            metavar="NAME|DIR",
+            help="What --speculative-model is given; qm_spec is the target's own, none a plain server.",
+        ),
     ] = "qm_spec",
     minutes: Annotated[float, typer.Option(metavar="N", min=0.1, help="Length of the load.")] = 60.0,
     dtype: Annotated[str, typer.Option(help="Of both servers. Answers are comparable in float32 alone.")] = "float32",
@@ -519,7 +525,13 @@ def main(
     log = Log(out / "soak.log")
     device = default_device()
     options = {"minutes": minutes, "dtype": dtype, "max_model_len": max_model_len, "num_tokens": num_tokens}
-    record: dict[str, Any] = {**conditions(), "environment": describe_environment(), "target": target.name, **options}
+    record: dict[str, Any] = {
+        **conditions(),
+        "environment": describe_environment(),
+        "target": target.name,
+        "drafter": drafter,
+        **options,
+    }
     record |= {"num_prompts": num_prompts, "seed": seed, "pages": pages}
     vocabulary = AutoConfig.from_pretrained(target).vocab_size
     together = ["--gpu-memory-utilization", "0.4"] if device == "cuda" else []
@@ -528,10 +540,11 @@ def main(
     def both(*arguments: str) -> Any:
         start = functools.partial(serve, target=target, dtype=dtype, max_model_len=max_model_len, device=device)
         given = [*together, *arguments]
+        drafting = [] if drafter == "none" else ["--speculative-model", drafter]
         log("starting two servers")
         with (
-            start("none", arguments=given, log=out / "none.log") as plain,
-            start("qm_spec", arguments=["--speculative-model", drafter, *given], log=out / "qm_spec.log") as ours,
+            start("plain", arguments=given, log=out / "plain.log") as plain,
+            start(Path(drafter).name, arguments=[*drafting, *given], log=out / "loaded.log") as ours,
         ):
             yield ours, plain
 

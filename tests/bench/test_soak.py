@@ -151,7 +151,7 @@ def soaked(tmp_path: Path, fault: str | None, most_requests: int = 200) -> dict[
             # Never reaches its own tenth request with a changed token: it is asked for the truth.
             plain.fault = "tie"
             plain.requests = -(10**6) - 1
-        async with drafting.serve("qm_spec") as ours, plain.serve("none") as reference:
+        async with drafting.serve("qm_spec") as ours, plain.serve("plain") as reference:
             # Prompts of one token may not repeat another's: what is expected depends on the length, too.
             pool = soak.make_pool([i % VOCABULARY for i in range(500)], 12, LIMIT, NUM_TOKENS, seed=0)
             if fault == "tie":
@@ -229,16 +229,16 @@ def test_an_interruption_leaves_a_record(tmp_path: Path) -> None:
 
 def test_speed_is_measured_in_turn(tmp_path: Path) -> None:
     async def run() -> list[dict[str, Any]]:
-        async with CompletionServer(speed=4).serve("qm_spec") as ours, CompletionServer().serve("none") as plain:
+        async with CompletionServer(speed=4).serve("qm_spec") as ours, CompletionServer().serve("plain") as plain:
             prompts = [soak.Prompt([1, 2, 3])]
             return await soak.speed((ours, plain), prompts, [1, 4], 0.3, 2, soak.Log(tmp_path / "log"))
 
     rows = asyncio.run(run())
     assert [(row["server"], row["concurrency"]) for row in rows[:4]] == [
-        ("none", 1),
+        ("plain", 1),
         ("qm_spec", 1),
         ("qm_spec", 1),
-        ("none", 1),
+        ("plain", 1),
     ]
     # On a busy machine no token may come within so short a window.
     assert len(rows) == 8 and sum(row["output_tokens_per_s"] for row in rows) > 0
@@ -283,4 +283,4 @@ def test_a_short_run_on_the_shipped_pair_is_sound(root: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     record = json.loads((tmp_path / "soak.json").read_text())
     assert record["faults"] == [] and record["soak"]["checked_tokens"] > 0 and record["soak"]["accepted_tokens"] > 0
-    assert [row["server"] for row in record["speed"]] == ["none", "qm_spec"] * 2
+    assert [row["server"] for row in record["speed"]] == ["plain", "qm_spec"] * 2
