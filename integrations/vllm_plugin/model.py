@@ -241,8 +241,8 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
             raise ValueError(f"qm_spec: the drafter's weights lack {missing}; copy the folder again or train it anew")
         if not_finite:
             logger.warning(
-                "qm_spec: the drafter's weights hold values that are not finite, in %s: outputs stay right, but hardly a "
-                "draft will be accepted; copy the folder again or train it anew",
+                "qm_spec: the drafter's weights hold values that are not finite, in %s: outputs stay right, but "
+                "hardly a draft will be accepted; copy the folder again or train it anew",
                 ", ".join(not_finite),
             )
         # The target's embedding and head replace ours after loading.

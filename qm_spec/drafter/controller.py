@@ -223,7 +223,7 @@ class Controller:
         assert self._last is not None
         step_s, draft_s = now - self._ended, self._ended - self._began
         if step_s < 0 or draft_s < 0:
-            # A clock that was put back says nothing; taken for the fastest of the first steps, it would end all drafting.
+            # The clock was put back. As the fastest of the first steps this would end all drafting.
             return
         # Of the requests that were drafted for some have ended since.
         num_drafts, num_drafting = self._last.num_drafts, len(self._candidates)
