@@ -108,7 +108,8 @@ def test_weights_that_are_not_finite_cost_drafts_and_no_token(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        pytest.param(shutil.rmtree, "expected a folder", marks=pytest.mark.long),
+        # Nobody's any more: what vLLM says of it.
+        pytest.param(shutil.rmtree, "local directory specified", marks=pytest.mark.long),
         (lambda folder: os.truncate(folder / "model.safetensors", 5000), "is corrupt or truncated"),
     ],
     ids=["deleted", "truncated"],
@@ -122,10 +123,9 @@ def test_a_server_does_not_start_with_a_damaged_drafter_and_says_the_way_out(
     done = subprocess.run(
         command, env=engine_environment("cpu"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
     )
-    last = done.stdout.strip().splitlines()[-1]
     assert done.returncode == 1, done.stdout[-3000:]
-    assert message in done.stdout, done.stdout[-3000:]
-    assert str(drafter) in last, last
+    said = [line for line in done.stdout.splitlines() if message in line]
+    assert said and str(drafter) in said[-1], done.stdout[-3000:]
 
 
 # Memory
