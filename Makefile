@@ -10,7 +10,7 @@ KERNEL_TESTS := tests/ops/test_references.py $(filter-out %_cuda.py,$(wildcard t
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-long test-avx2 test-gpu bench bench-smollm2 bench-kernels bench-gpu check lint docs sanitize build wheel clean
+.PHONY: help install test test-long test-avx2 test-gpu bench bench-smollm2 bench-kernels bench-gpu soak check lint docs sanitize build wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ bench-smollm2: install ## fetch SmolLM2-135M-Instruct and measure its shipped dr
 
 bench-kernels: install ## measure the kernels against PyTorch on the CPU, in one table
 	$(BIN)/python benchmarks/bench_kernels.py $(ARGS)
+
+soak: install ## load a server for an hour and check each greedy token against plain decoding, then compare speeds
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 test-avx2: install ## run the kernels' tests with what a processor without AVX-512 gets
 	CXXFLAGS=-DQM_SPEC_NO_AVX512 QM_SPEC_BUILD=required $(BIN)/python setup.py -q build \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from functools import partial
 
@@ -38,6 +39,8 @@ from qm_spec.integrations.vllm_plugin.session import DraftSession
 from qm_spec.integrations.vllm_plugin.status import tell_status
 from qm_spec.integrations.vllm_plugin.target_head import DraftRows, plain_head
 from qm_spec.ops.draft_layer import NUM_AUX_STATES
+
+logger = logging.getLogger("vllm.plugins.qm_spec")
 
 _PARALLEL = {
     "column": partial(ColumnParallelLinear, gather_output=False),
@@ -223,6 +226,7 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
         """
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
+        not_finite = []
         for name, weight in weights:
             own = _TOKEN_IDS if name == "d2t" else name if name.startswith("lm_head.") else f"model.{name}"
             if own not in parameters:
@@ -233,10 +237,18 @@ class QuickMergeForCausalLM(Eagle3LlamaForCausalLM):
             process_eagle_weight(self, name)
             self._load(parameters[own], name, weight)
             loaded.add(own)
+            if not weight.isfinite().all():
+                not_finite.append(name)
         shared = {name for name in parameters if name.startswith(("model.embed_tokens.", "lm_head."))}
         missing = sorted("d2t" if name == _TOKEN_IDS else name for name in set(parameters) - loaded - shared)
         if missing:
             raise ValueError(f"qm_spec: the drafter's weights lack {missing}; copy the folder again or train it anew")
+        if not_finite:
+            logger.warning(
+                "qm_spec: the drafter's weights hold values that are not finite, in %s: outputs stay right, but "
+                "hardly a draft will be accepted; copy the folder again or train it anew",
+                ", ".join(not_finite),
+            )
         # The target's embedding and head replace ours after loading.
         return loaded | shared
 

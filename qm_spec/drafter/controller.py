@@ -249,6 +249,9 @@ class Controller:
     ) -> None:
         assert self._last is not None
         step_s, draft_s = seconds_since / num_steps, self._ended - self._began
+        if step_s < 0 or draft_s < 0:
+            # The clock was put back. As the fastest of the first steps this would end all drafting.
+            return
         # Of the requests that were drafted for some have ended since.
         num_drafts, num_drafting = self._last.num_drafts, len(self._candidates)
         if self._step_cost is None or self._draft_cost is None:

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalPrediction
 from qm_spec import provenance
 from qm_spec.quickmerge import QuickMergePP, TemperatureSchedule
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
-from qm_spec.training.fit import fit
+from qm_spec.training.fit import explained_full_disk, fit
 from qm_spec.training.settings import CompressorSettings
 
 LOSSES = ("alignment", "fidelity", "total")
@@ -142,7 +142,8 @@ def train_compressor(settings: CompressorSettings) -> dict[str, Any]:
     before = _validate(model, valid_set, settings.batch_size)
     work = settings.out / "checkpoints"
     metrics = fit(model, train_set, valid_set, settings, work, "compressor", _mean_losses)
-    compressor.save_pretrained(settings.out)
+    with explained_full_disk(settings.out):
+        compressor.save_pretrained(settings.out)
     stage = {
         "command": provenance.command(),
         "commit": commit,

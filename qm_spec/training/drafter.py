@@ -43,7 +43,7 @@ from qm_spec.drafter.vocabulary import choose_tokens, coverage
 from qm_spec.training.data import find_files, read_documents, sha256_of, tokenize
 from qm_spec.training.documents import Document, DocumentBatches, windows
 from qm_spec.training.estimate import expected_acceptance_length
-from qm_spec.training.fit import fit
+from qm_spec.training.fit import explained_full_disk, fit
 from qm_spec.training.regenerate import regenerate
 from qm_spec.training.settings import DrafterSettings, NewDrafterSettings
 from qm_spec.training.states import Reading, TargetStates
@@ -551,7 +551,8 @@ def train_drafter(settings: DrafterSettings) -> dict[str, Any]:
         whole_batches=True,
         tokens_per_step=rows_per_step,
     )
-    drafter.to(torch.bfloat16).save_pretrained(settings.out)
+    with explained_full_disk(settings.out):
+        drafter.to(torch.bfloat16).save_pretrained(settings.out)
     stage = {
         "command": provenance.command(),
         "commit": commit,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction
 
 from qm_spec.training.optimizer import Muon
 from qm_spec.training.settings import LoopSettings
@@ -115,6 +117,42 @@ def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
+def last_checkpoint(work_dir: Path) -> str | None:
+    """Return the newest whole checkpoint of a folder, None where there is none; a full disk or a crash cuts one off."""
+    steps = sorted(
+        (int(folder.name.rpartition("-")[2]), folder)
+        for folder in work_dir.glob("checkpoint-*")
+        if folder.name.rpartition("-")[2].isdecimal()
+    )
+    for _, folder in reversed(steps):
+        try:
+            # Written last.
+            json.loads((folder / "trainer_state.json").read_text())
+            return str(folder)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+# What the libraries say that write weights and the optimizer's state, none of them by an OSError.
+_DISK_FULL = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter", "inline_container")
+
+
+@contextmanager
+def explained_full_disk(folder: Path) -> Iterator[None]:
+    """Raise an OSError with the way out where a model or a checkpoint below `folder` cannot be written."""
+    try:
+        yield
+    except Exception as error:
+        if any(part in str(error) for part in _DISK_FULL):
+            reason = str(error).partition("\n")[0]
+            raise OSError(
+                f"train: a file in {folder} could not be written ({reason}); free some space, and the same command "
+                "with --resume goes on from the last whole checkpoint"
+            ) from error
+        raise
+
+
 def fit(
     model: nn.Module,
     train: Dataset[dict[str, Tensor]],
@@ -144,6 +182,7 @@ def fit(
 
     Raises:
         KeyboardInterrupt: Ctrl-C; a checkpoint was written first.
+        OSError: the disk is full.
     """
     assert settings.max_steps, "settings are fitted to the data first"
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -183,8 +222,8 @@ def fit(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = get_last_checkpoint(str(work_dir)) if settings.resume and work_dir.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with explained_full_disk(work_dir):
+        trainer.train(resume_from_checkpoint=last_checkpoint(work_dir) if settings.resume else None)
     if stop.interrupted:
         Console(stderr=True).print(f"stopped; the same command with --resume goes on from {work_dir}")
         raise KeyboardInterrupt

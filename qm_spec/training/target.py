@@ -21,7 +21,7 @@ from transformers import (
 
 from qm_spec import provenance
 from qm_spec.training.data import TokenWindows, find_files, read_documents, sha256_of, tokenize
-from qm_spec.training.fit import fit
+from qm_spec.training.fit import explained_full_disk, fit
 from qm_spec.training.settings import TargetSettings
 
 END_OF_TEXT = "<|endoftext|>"
@@ -106,7 +106,8 @@ def train_target(settings: TargetSettings) -> dict[str, Any]:
     num_valid = max(1, 16384 // settings.sequence_length)
     valid_set.token_ids = valid_set.token_ids[:: max(1, len(valid_set) // num_valid)][:num_valid]
     metrics = fit(model, train_set, valid_set, settings, settings.out / "checkpoints", "target")
-    model.to(torch.bfloat16).save_pretrained(settings.out)
+    with explained_full_disk(settings.out):
+        model.to(torch.bfloat16).save_pretrained(settings.out)
     stage = {
         "command": provenance.command(),
         "commit": commit,

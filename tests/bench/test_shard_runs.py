@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
+import os
+import signal
+import time
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -200,6 +206,65 @@ def test_an_interrupted_benchmark_goes_on_with_the_turns_that_are_left(
     before = len(starts())
     assert Benchmark(benchmark_settings(repeats=1, resume=True)).run(quiet, engine_command)["runs"] == runs
     assert len(starts()) == before
+
+
+def counted(results):
+    """What does not depend on the clock."""
+    return [
+        (run["method"], run["num_drafts"], run["num_accepted_tokens"], run["num_output_tokens"], run["speedup"],
+         run["lossless"], [(row["prompt_id"], row["num_drafts"]) for row in run["requests"]])
+        for run in results["runs"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("killed_at", [1, 6, 13])
+def test_a_killed_benchmark_leaves_no_engine_and_goes_on_to_the_same_numbers(
+    killed_at, benchmark_settings, engine_command, starts, turns
+):
+    """SIGKILL while a shard is measured, of 20; nothing can be tidied up then."""
+    asked = benchmark_settings()
+    whole = Benchmark(replace(asked, out=asked.out.with_name("whole"))).run(quiet, engine_command)
+    before = len(turns())
+    driver = multiprocessing.get_context("fork").Process(
+        target=lambda: Benchmark(benchmark_settings()).run(quiet, engine_command)
+    )
+    driver.start()
+    while len(turns()) < before + killed_at:
+        assert driver.is_alive()
+        time.sleep(0.001)
+    driver.kill()
+    driver.join()
+    assert driver.exitcode == -signal.SIGKILL
+    for _, pid, _, _ in starts():
+        while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+            time.sleep(0.01)
+    resumed = Benchmark(benchmark_settings(resume=True)).run(quiet, engine_command)
+    assert counted(resumed) == counted(whole) and resumed["failures"] == []
+    again = len(turns())
+    assert Benchmark(benchmark_settings(resume=True)).run(quiet, engine_command)["runs"] == resumed["runs"]
+    assert len(turns()) == again
+
+
+def test_a_disk_that_fills_up_loses_no_finished_part(benchmark_settings, engine_command, turns, monkeypatch):
+    asked = benchmark_settings()
+    whole = Benchmark(replace(asked, out=asked.out.with_name("whole"))).run(quiet, engine_command)
+    kept, fsync = [], os.fsync
+
+    def full(number):
+        if "/shards/" in os.readlink(f"/proc/self/fd/{number}"):
+            kept.append(number)
+        if len(kept) > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        # A sentence and exit code 2 on the command line.
+        with pytest.raises(OSError, match="No space left on device"):
+            Benchmark(benchmark_settings()).run(quiet, engine_command)
+    benchmark = Benchmark(benchmark_settings(resume=True))
+    assert counted(benchmark.run(quiet, engine_command)) == counted(whole)
+    assert any("parts were measured by an earlier run" in note for note in benchmark.notes)
 
 
 def test_plain_decoding_twice_is_two_runs(benchmark_settings, engine_command):

@@ -1,6 +1,7 @@
 """The trainers learn, resume where they stopped, and refuse what they cannot train on."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -156,6 +157,49 @@ def test_an_interrupted_run_resumes_from_its_checkpoint(folder, tmp_path, monkey
     assert done.exit_code == 0, done.output
     # Steps 21 to 25 only: the log of a fresh run would begin at step 10.
     assert "step 20/25" not in done.output and "step 25/25" in done.output
+
+
+def test_a_disk_that_fills_up_ends_training_with_a_sentence_and_resume_goes_on(folder, tmp_path, monkeypatch):
+    """Played by a limit of a file's size, below that of the weights."""
+    from qm_spec.training import drafter
+
+    out = tmp_path / "drafter"
+    with monkeypatch.context() as patch:
+        # Leaves checkpoint-10.
+        patch.setattr(drafter.QuickMergePrior, "save_pretrained", lambda *_, **__: sys.exit("power cut"))
+        assert train(folder, out, "--max-steps", 10).exit_code == 1
+    command = [
+        *(sys.executable, "-m", "qm_spec", "train", "--target", folder / "target", "--data", folder / "text"),
+        *(
+            "--out",
+            out,
+            "--rows-per-step",
+            "32",
+            "--sequence-length",
+            "96",
+            "--rows-per-document",
+            "16",
+            "--window",
+            "24",
+        ),
+        *("--group-size", "8", "--schedule", "4,1", "--num-speculative-tokens", "2", "--save-steps", "10"),
+        *("--max-steps", "20", "--resume"),
+    ]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)),
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "File too large" in last and "--resume goes on from the last whole checkpoint" in last
+    # Half of the next checkpoint is there, too; it must not be taken for one.
+    assert {path.name for path in (out / "work" / "checkpoints").iterdir()} == {"checkpoint-10", "checkpoint-20"}
+    resumed = train(folder, out, "--max-steps", 20, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "step 20/20" in resumed.output and "step 10/20" not in resumed.output
 
 
 def test_missing_data_and_targets_are_named(folder, tmp_path):
