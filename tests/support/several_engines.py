@@ -23,11 +23,6 @@ cache.get_kv_cache_groups = lambda *arguments: made.append(group(*arguments)) or
 
 
 def serve(llm, request):
-    if "call" in request:
-        getattr(llm, request["call"])(*request.get("arguments", ()))
-        return None
-    if "embed" in request:
-        return [output.outputs.embedding for output in llm.embed(request["embed"], use_tqdm=False)]
     outputs = llm.generate(
         request["prompts"],
         SamplingParams(**{"ignore_eos": True, **request["sampling"]}),
@@ -77,13 +72,12 @@ def run_engines(
     Args:
         folder: for the files that are exchanged; the process's output is left there in `log`.
         engines: arguments of `vllm.LLM`; eager and in float32 unless they say otherwise.
-        requests: dicts of `prompts` and `sampling`, and if wanted `adapter` (a folder) and `priority`; `call` and
-            `arguments` of another method of the engine; or `embed`, prompts whose embeddings are wanted.
+        requests: dicts of `prompts` and `sampling`, and if wanted `adapter` (a folder) and `priority`.
         environment: variables of the process.
 
     Returns:
         For each engine, up to one with an error, a dict of `error`, `groups` of its KV cache, `counters`, and
-        `answers`: for each request the token ids behind each prompt, embeddings, or, with `prompt_logprobs`, for each
+        `answers`: for each request the token ids behind each prompt, or, with `prompt_logprobs`, for each
         token of a prompt how far its log-probability is below the most likely token's.
     """
     job, result, log = folder / "job.json", folder / "result.json", folder / "log"
