@@ -44,7 +44,8 @@ def require_first_state(architecture: str, layers: Sequence[int]) -> None:
     """Refuse a drafter that reads layer 0, the embedding, of a target that cannot hand it out.
 
     DeepSeek's forward adds a residual to each state that is asked for, and in front of layer 0 there is none yet: vLLM
-    ends with a `TypeError` when all weights are loaded. We cannot read the embedding in its place, as vLLM's own draft
+    ends with a `TypeError` when all weights are loaded. The backend of transformers' own models asks for the layer in
+    front of each, and ends with a `KeyError`. We cannot read the embedding in its place, as vLLM's own draft
     loops do not tell a drafter the tokens that its states belong to. The forward is looked for in the sources of the
     class, of its bases, and of the classes that it names as its language model, so that heirs are found, and a vLLM
     that asks for the residual is not refused.
@@ -68,7 +69,7 @@ def require_first_state(architecture: str, layers: Sequence[int]) -> None:
             continue
         seen.add(name)
         for _, source, node in lineage(registered.module_name, registered.class_name):
-            if any(map(_adds_missing_residual, ast.walk(source))):
+            if any(_adds_missing_residual(part) or _names_the_layer_before(part) for part in ast.walk(source)):
                 others = [2 if 1 in layers else 1, *(layer for layer in layers if layer)]
                 raise ValueError(
                     f"qm_spec: the drafter reads layer 0 of the target, the embedding, which vLLM's {architecture} "
@@ -94,6 +95,14 @@ def _adds_missing_residual(node: ast.AST) -> bool:
     asked = [part for loop in loops for part in ast.walk(loop) if isinstance(part, ast.If)]
     states = [part for part in asked if "aux_hidden_state_layers" in _names(part.test)]
     return any(begins) and any(_adds_residual(part) for state in states for part in state.body)
+
+
+def _names_the_layer_before(node: ast.AST) -> bool:
+    """Tell whether a setter of the layers to be read looks up the layer in front of each."""
+    if not isinstance(node, ast.FunctionDef) or node.name != "set_aux_hidden_state_layers":
+        return False
+    keys = (part.slice for part in ast.walk(node) if isinstance(part, ast.Subscript))
+    return any(isinstance(key, ast.BinOp) and isinstance(key.op, ast.Sub) for key in keys)
 
 
 def _adds_residual(node: ast.AST) -> bool:

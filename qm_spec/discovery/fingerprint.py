@@ -101,7 +101,10 @@ def _text_config(config: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
     if config.get("model_type") in CONFIG_MAPPING:
-        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).get_text_config()
+        known = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).get_text_config()
+        # Else transformers refuses to tell a size in which layers differ, as in Gemma 4. What the file states names it.
+        known.allow_global_per_layer_attribute_access = True
+        return known
     return SimpleNamespace(**config.get("text_config", config))
 
 

@@ -85,9 +85,25 @@ def default_aux_layers(num_layers: int, model_type: str | None = None) -> list[i
     return [int(model_type in WITHOUT_LAYER_0), 2 * num_layers // 3, num_layers - 1]
 
 
+def _layer_sizes(target: PreTrainedModel) -> Any:
+    """Return the target's configuration, where its layers differ (Gemma 4) as its last layer has it.
+
+    That one attends to all tokens, and a page of the drafter's is to fit into its.
+    """
+    config = target.config
+    return config.per_layer_config[-1] if getattr(config, "is_heterogeneous", False) else config
+
+
+def _mlp_size(target: PreTrainedModel) -> int:
+    """Return the width of the target's MLP; of experts alone (Qwen3.5-MoE), of those that a token goes through."""
+    sizes = _layer_sizes(target)
+    width = getattr(sizes, "intermediate_size", None) or sizes.num_experts_per_tok * sizes.moe_intermediate_size
+    return int(width)
+
+
 def _sizes(target: PreTrainedModel, num_speculative_tokens: int, fingerprint: str) -> dict[str, Any]:
     """Return what the configurations of all drafters of `target` share."""
-    sizes = target.config
+    sizes = _layer_sizes(target)
     head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
     heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
     if heads < 6 and head_dim % 64 == 0:
@@ -102,7 +118,8 @@ def _sizes(target: PreTrainedModel, num_speculative_tokens: int, fingerprint: st
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "head_dim": head_dim,
-        "rms_norm_eps": getattr(sizes, "rms_norm_eps", 1e-6),
+        # A target with another kind of norm may state none.
+        "rms_norm_eps": getattr(sizes, "rms_norm_eps", None) or 1e-6,
         "bos_token_id": sizes.bos_token_id,
         "eos_token_id": sizes.eos_token_id,
     }
@@ -150,7 +167,7 @@ def drafter_config(
         lookup_length=lookup_length,
         draft_vocab_size=draft_vocab_size,
         quickmerge=merge.to_dict(),
-        intermediate_size=intermediate_size or target.config.intermediate_size,
+        intermediate_size=intermediate_size or _mlp_size(target),
     )
 
 

@@ -108,6 +108,17 @@ def test_a_default_may_be_stated_or_left_out(spelling: dict[str, Any], target: P
     assert target_fingerprint(target) == before
 
 
+def test_a_model_whose_layers_differ_in_size_has_a_fingerprint(tmp_path: Path) -> None:
+    # In Gemma 4 heads of full attention have another size; transformers refuses to name one for all layers.
+    sizes = {"model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"], "num_hidden_layers": 4}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    one, same, other = (
+        write_target(tmp_path / str(number), **sizes, **kinds, global_head_dim=32, head_dim=head_dim)
+        for number, head_dim in enumerate((16, 16, 64))
+    )
+    assert target_fingerprint(one) == target_fingerprint(same) != target_fingerprint(other)
+
+
 def test_a_model_type_that_transformers_does_not_know_has_a_fingerprint(target: Path) -> None:
     edit_json(target / "config.json", model_type="of_next_year")
     before = target_fingerprint(target)

@@ -605,6 +605,13 @@ def test_layer_0_of_other_targets_is_read(architecture: str) -> None:
     aux_states.require_first_state(architecture, [0, 4, 5])
 
 
+def test_layer_0_of_a_model_that_transformers_runs_is_refused_at_start() -> None:
+    # Else the start ends with `KeyError: -1` when weights are loaded.
+    with pytest.raises(ValueError, match="SmolLM3ForCausalLM cannot hand out; .*--aux-layers 1,4,5"):
+        aux_states.require_first_state("SmolLM3ForCausalLM", [0, 4, 5])
+    aux_states.require_first_state("SmolLM3ForCausalLM", [1, 4, 5])
+
+
 def test_other_layers_of_deepseek_are_read() -> None:
     aux_states.require_first_state("DeepseekV3ForCausalLM", [1, 4, 5])
 

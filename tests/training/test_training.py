@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from typer.testing import CliRunner
 
 from qm_spec.cli import app
@@ -243,6 +243,26 @@ def test_beside_several_kinds_of_layers_heads_leave_room_for_merge_state(kinds, 
     target = SimpleNamespace(config=SimpleNamespace(**sizes, **rest, **more), get_output_embeddings=lambda: embedding)
     config = drafter_config(target, "f" * 16, MergeConfig(), 4)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 2, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "expected"),
+    [
+        # Experts alone, of which a token goes through two.
+        ("qwen3_5_moe_text", {"moe_intermediate_size": 32, "num_experts_per_tok": 2}, {"intermediate_size": 64}),
+        # Another kind of norm, without the usual name of its epsilon.
+        ("cohere2_moe", {"intermediate_size": 96}, {"rms_norm_eps": 1e-6}),
+        # The last layer has heads of its own; ours leave room for merge state.
+        ("gemma4_text", {"global_head_dim": 48, "intermediate_size": 96}, {"head_dim": 40, "intermediate_size": 96}),
+    ],
+)
+def test_a_config_that_lacks_a_size_or_has_several_gives_a_drafter(model_type, sizes, expected):
+    shared = {"hidden_size": 64, "vocab_size": 32, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
+    config = AutoConfig.for_model(model_type, num_hidden_layers=6, **shared, **sizes)
+    embedding = SimpleNamespace(weight=torch.empty(32, 64))
+    target = SimpleNamespace(config=config, get_output_embeddings=lambda: embedding)
+    drafter = drafter_config(target, "f" * 16, MergeConfig(), 4)
+    assert {name: getattr(drafter, name) for name in expected} == expected
 
 
 def test_the_embedding_is_read_where_vllm_hands_it_out():
