@@ -607,7 +607,7 @@ def test_layer_0_of_other_targets_is_read(architecture: str) -> None:
 
 def test_layer_0_of_a_model_that_transformers_runs_is_refused_at_start() -> None:
     # Else the start ends with `KeyError: -1` when weights are loaded.
-    with pytest.raises(ValueError, match="SmolLM3ForCausalLM cannot hand out; .*--aux-layers 1,4,5"):
+    with pytest.raises(ValueError, match=r"SmolLM3ForCausalLM cannot hand out; .*--aux-layers 1,4,5"):
         aux_states.require_first_state("SmolLM3ForCausalLM", [0, 4, 5])
     aux_states.require_first_state("SmolLM3ForCausalLM", [1, 4, 5])
 
