@@ -392,7 +392,8 @@ async def soak(
     verdict = await judge(reference, load.tally) if plain.alive else {"wrong_tokens": len(load.tally.differences)}
     (_, first), (_, last) = counters[0], counters[-1]
     early = next(values for at, values in counters if at >= seconds / 4 or values is last)
-    late = next(values for at, values in counters if at >= 3 * seconds / 4 or values is last)
+    # The last reading before the quarter: a later one may be the last of all.
+    late = next((values for at, values in reversed(counters) if at <= 3 * seconds / 4), first)
     tally = load.tally
 
     def counted(name: str) -> float:

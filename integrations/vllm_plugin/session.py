@@ -267,7 +267,7 @@ class DraftSession:
         """Tell whether nothing is drafted behind this step without a look at it, and its rows can be read later."""
         before, self._last_batch = self._last_batch, list(step.requests)
         size = len(before)
-        if not size or len(step.requests) != size or len(step.token_ids) != size:
+        if not size or len(step.requests) != size or int(step.query_start_loc[-1]) != size:
             return False
         if any(one is not other for one, other in zip(step.requests, before, strict=True)):
             return False

@@ -11,15 +11,17 @@ from qm_spec.drafter.acceptance import AcceptanceRates
 from qm_spec.drafter.linear_cost import LinearCost
 from qm_spec.drafter.suffix_index import MAX_LENGTH
 
+# Features of a step's seconds, see `Controller._features`: tokens verified, and whether there are drafts at all.
+_ROWS, _VERIFY = 1, 4
 # Plain steps that are timed before anything is drafted.
 _FIRST_STEPS = 3
 # Drafts must promise so much more than plain decoding: estimates are not better than that.
 _LEAST_GAIN = 1.015
 # And each draft token so much more than the time it takes to verify it.
-_LEAST_WORTH = 1.2
+_LEAST_WORTH = 1.1
 # What drafting may lose against plain decoding: so much at once, in seconds, and so much of the time after that. Over
-# any minute that is 2 %, which leaves something for what is known too late.
-_ALLOWANCE_S, _ALLOWANCE_SHARE = 0.75, 0.008
+# any minute that is 1.5 %, which leaves something for what is known too late.
+_ALLOWANCE_S, _ALLOWANCE_SHARE = 0.5, 0.006
 # Trials leave so much of that for what turns out worse than expected.
 _LEAST_FOR_TRIALS = 0.2
 # Plain decoding is timed again where what drafts gain is less than so many standard deviations of its estimate, and
@@ -261,7 +263,7 @@ class Controller:
             return
         plain_s = self._plain_s(num_requests)
         expected_s = self._step_s(num_rows, num_requests) + self._draft_s(num_drafts, num_drafting)
-        self._step_cost.measure((1, num_rows, num_requests, self._num_tokens), step_s)
+        self._step_cost.measure(self._features(num_rows, num_requests), step_s)
         self._draft_cost.measure((1, num_drafting, num_drafts, num_drafts * num_drafting), draft_s)
         seconds = step_s + draft_s
         late, self._late = self._late, seconds > _MOST_LATE * expected_s
@@ -279,14 +281,15 @@ class Controller:
         num_requests, num_tokens, step_s, draft_s = min(self._first, key=lambda first: first[2])
         each, token = step_s / num_requests, step_s / max(num_tokens, 1)
         self._step_cost = LinearCost(
-            (0.8 * step_s, 0.05 * each, 0.1 * each, 0.05 * token), (0.5 * step_s, 0.4 * each, 0.4 * each, 0.2 * token)
+            (0.8 * step_s, 0.05 * each, 0.1 * each, 0.05 * token, 0.01 * step_s),
+            (0.5 * step_s, 0.4 * each, 0.4 * each, 0.2 * token, 0.05 * step_s),
         )
         self._draft_cost = LinearCost(
             (0.8 * draft_s, 0.2 * draft_s / num_requests, 0.02 * step_s, 0.01 * each),
             (0.5 * draft_s, 0.5 * draft_s / num_requests, 0.3 * step_s, 0.2 * each),
         )
         for requests, tokens, step, draft in self._first:
-            self._step_cost.measure((1, requests, requests, tokens), step)
+            self._step_cost.measure((1, requests, requests, tokens, 0), step)
             self._draft_cost.measure((1, requests, 0, 0), draft)
 
     # What will happen
@@ -324,7 +327,7 @@ class Controller:
         """Return the standard deviation of a plain step's time over its expectation."""
         size = len(self._candidates)
         assert self._step_cost is not None
-        return self._step_cost.deviation((1, size, size, self._num_tokens)) / self._plain_s(size)
+        return self._step_cost.deviation(self._features(size, size)) / self._plain_s(size)
 
     def best(self, upper: bool = False) -> Plan:
         """Return the plan of the most expected tokens per second.
@@ -341,9 +344,12 @@ class Controller:
         assert self._step_cost is not None and self._draft_cost is not None
         plain_s, decided_s = self._plain_s(size), self._step_s(size, size) + self._draft_s(0, size)
         if upper:
-            token_s, predict = self._step_cost.least((0, 1, 0, 0)), self._draft_cost.least
+            token_s, predict = self._step_cost.least((0, 1, 0, 0, 0)), self._draft_cost.least
+            # Of the first draft token the whole is better known than its two parts.
+            verify_s = max(self._step_cost.least((0, 1, 0, 0, 1)) - token_s, 0.0)
         else:
             token_s, predict = self._token_s(), self._draft_cost.predict
+            verify_s = self._step_cost.slope(_VERIFY)
         draft_s = [max(predict((0, 0, number, number * size)), 0.0) for number in range(self._longest)]
         rate = size / plain_s
         copies, reaches = self._reaches(upper, _LEAST_WORTH * token_s * rate)
@@ -365,8 +371,9 @@ class Controller:
                 if copy:
                     num_copied += width
                 widths.append(width)
-            seconds = decided_s + num_copied * token_s
+            seconds = decided_s + num_copied * token_s + verify_s * bool(num_copied)
             best = num_tokens / seconds, 0, num_tokens, seconds
+            seconds += verify_s * (not num_copied)
             for position, gain in enumerate(gains):
                 num_tokens += gain
                 seconds += counts[position] * token_s
@@ -413,11 +420,15 @@ class Controller:
 
     def _token_s(self) -> float:
         assert self._step_cost is not None
-        return self._step_cost.slope(1)
+        return self._step_cost.slope(_ROWS)
 
     def _step_s(self, num_rows: int, num_requests: int) -> float:
         assert self._step_cost is not None
-        return max(self._step_cost.predict((1, num_rows, num_requests, self._num_tokens)), 1e-6)
+        return max(self._step_cost.predict(self._features(num_rows, num_requests)), 1e-6)
+
+    def _features(self, num_rows: int, num_requests: int) -> tuple[int, int, int, int, int]:
+        """What a step's seconds are linear in; verification costs something of its own, however few the drafts."""
+        return 1, num_rows, num_requests, self._num_tokens, int(num_rows > num_requests)
 
     def _draft_s(self, num_drafts: int, num_requests: int) -> float:
         assert self._draft_cost is not None

@@ -164,5 +164,5 @@ def test_drafts_of_each_case_are_accepted(ran: Any, engine: str) -> None:
     before = 0.0
     for name, batch in zip(CASES, ran.runs[engine]["batches"], strict=True):
         accepted = batch["counters"]["vllm:spec_decode_num_accepted_tokens"]
-        assert accepted - before > 100, name
+        assert accepted - before > 50, name
         before = accepted

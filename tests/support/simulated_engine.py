@@ -25,6 +25,7 @@ class Machine:
         context: of each 1000 tokens attended to.
         draft: of each draft step of the prior.
         draft_row: of each request in it.
+        verify: of a step that verifies drafts, however few; more where they are sampled.
         noise: relative standard deviation.
         hiccup_ms: of a pause, one every 3 seconds or so.
         slow: from when to when, in seconds, all takes half as long again.
@@ -37,6 +38,7 @@ class Machine:
     context: float
     draft: float
     draft_row: float
+    verify: float = 0.0
     noise: float = 0.04
     hiccup_ms: float = 0.0
     slow: tuple[float, float] = (0.0, 0.0)
@@ -44,7 +46,8 @@ class Machine:
 
     def step_ms(self, num_rows: int, num_requests: int, num_tokens: int) -> float:
         """Return what a step costs on average."""
-        return self.step + self.row * num_rows + self.request * num_requests + self.context * num_tokens / 1000
+        verify = self.verify if num_rows > num_requests else 0.0
+        return self.step + self.row * num_rows + self.request * num_requests + self.context * num_tokens / 1000 + verify
 
     def draft_ms(self, num_drafts: int, num_requests: int) -> float:
         """Return what drafting costs on average, noting the verified tokens included."""
