@@ -45,6 +45,8 @@ class Engine:
 
         monkeypatch.setattr(drafting, "look_up", lambda step, length: found)
         monkeypatch.setattr(self.session, "propose", propose)
+        # There are no pages.
+        monkeypatch.setattr(self.session, "_put_off", lambda step: None)
 
     def step(self, requests: list[Any], rows: list[int], rejected: list[int], lengths: list[int]) -> Any:
         """Draft behind a step in which each request has read so many rows, up to so many tokens."""
