@@ -269,7 +269,8 @@ class DraftSession:
         size = len(before)
         if not size or len(step.requests) != size or int(step.query_start_loc[-1]) != size:
             return False
-        if any(one is not other for one, other in zip(step.requests, before, strict=True)):
+        if any(one is not other or one.source for one, other in zip(step.requests, before, strict=True)):
+            # Others, or some whose drafts are to be counted.
             return False
         if not self.switch.on:
             return True
