@@ -63,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr("subprocess.Popen", start)
         patch.setattr("qm_spec.targets.fetch.download_from_hub", unreachable)
         patch.setattr("qm_spec.targets.fetch.download_wheel", unreachable)
-        patch.setattr("qm_spec.simulation.measure.measure_hardware", start, raising=False)
+        patch.setattr("qm_spec.simulation.measure.measure_hardware", start)
         patch.chdir(folder)
         yield folder
 
@@ -104,7 +104,7 @@ def check(arguments: list[str]) -> None:
     """Anything that `main` lets through would end the program with a traceback."""
     code, text = run(*arguments)
     assert code in (-1, 0, 1, 2), (arguments, code, text)
-    if code == 2:
+    if code in (1, 2):
         assert text.strip() and "Traceback" not in text, (arguments, text)
 
 
@@ -254,7 +254,7 @@ def config_holds(world: Path) -> Callable[[dict[str, Any]], None]:
         edit_json(drafter / "config.json", **{key: value for key, value in changed.items() if value is not None})
         for arguments in (["inspect", "changed", "--target", "target"], ["doctor", "--target", "target"]):
             check(arguments)
-        with contextlib.suppress(OSError, TypeError, ValueError), time_limit():
+        with contextlib.suppress(OSError, ValueError), time_limit():
             check_drafter(drafter, world / "target")
 
     return holds
@@ -270,7 +270,7 @@ def header_holds(world: Path) -> Callable[[bytes, int], None]:
         length = max(0, len(header) + wrong_by).to_bytes(8, "little")
         (drafter / "model.safetensors").write_bytes(length + header + bytes(4 * NUM_WEIGHTS))
         check(["inspect", "changed", "--target", "target"])
-        with contextlib.suppress(OSError, TypeError, ValueError), time_limit():
+        with contextlib.suppress(OSError, ValueError), time_limit():
             check_drafter(drafter, world / "target")
 
     return holds

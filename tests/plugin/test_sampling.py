@@ -15,7 +15,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
 from scipy.stats import chisquare
 from support.engine_series import run_series, texts
-from support.exact_sampling import exact_distributions, places
+from support.exact_sampling import exact_distributions, first_drafts, places
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.tokenizers import get_tokenizer
@@ -23,7 +23,6 @@ from vllm.tokenizers import get_tokenizer
 import qm_spec
 from qm_spec.bench.acceptance.replay import read_text
 from qm_spec.drafter.checkpoint import load_drafter
-from qm_spec.drafter.head import draft_head
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("most_drafts")]
 
@@ -96,16 +95,6 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
     target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
     drafter = load_drafter(ZOO / "drafter").eval()
     return SimpleNamespace(runs=runs, prompts=prompts, cases=cases, target=target, drafter=drafter)
-
-
-@torch.no_grad()
-def first_drafts(ran: Any, text: Any) -> torch.Tensor:
-    """Return the distributions `[C - 1, V]` that the drafter has for the tokens behind a text's first one."""
-    embeddings = ran.target.get_input_embeddings()(text.token_ids).float()
-    rows = torch.arange(text.num_prompt - 1, text.token_ids.shape[1] - 2)
-    drafts = ran.drafter.read(text.aux_states, embeddings).anchors(rows[None])
-    logits = draft_head(ran.drafter, ran.target).vocabulary_logits(drafts.step(embeddings[:, rows + 1]))[0]
-    return logits.double().softmax(-1)
 
 
 def evenness(places: list[torch.Tensor]) -> float:

@@ -20,6 +20,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed: run ./install.sh")
 
 from scipy.stats import chisquare
+from support.exact_sampling import first_drafts
 from support.offline_engine import run_offline
 from support.v2_engine import INTERPRETED, NOISE
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +28,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qm_spec
 from qm_spec.bench.acceptance.replay import accepted_everywhere, chances_everywhere, read_text
 from qm_spec.drafter.checkpoint import load_drafter
-from qm_spec.drafter.head import draft_head
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("most_drafts")]
 
@@ -338,16 +338,6 @@ def test_each_step_accepts_what_a_replay_does_and_vllm_counts_it(engines: Any, a
     assert counters["vllm:spec_decode_num_accepted_tokens"] == sum(kept) > len(kept) / 2
     assert counters["vllm:spec_decode_num_drafts"] == len(drafts)
     assert counters["vllm:spec_decode_num_draft_tokens"] == sum(drafts)
-
-
-@torch.no_grad()
-def first_drafts(pair: Any, text: Any) -> torch.Tensor:
-    """Return the distributions `[C - 1, V]` that the drafter has for the tokens behind a text's first one."""
-    embeddings = pair.target.get_input_embeddings()(text.token_ids).float()
-    rows = torch.arange(text.num_prompt - 1, text.token_ids.shape[1] - 2)
-    drafts = pair.drafter.read(text.aux_states, embeddings).anchors(rows[None])
-    logits = draft_head(pair.drafter, pair.target).vocabulary_logits(drafts.step(embeddings[:, rows + 1]))[0]
-    return logits.double().softmax(-1)
 
 
 @pytest.mark.parametrize(("engine", "place"), [("drawn", 2), ("certain", 1)])

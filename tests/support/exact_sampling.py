@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qm_spec.drafter.head import draft_head
+
 
 def exact_distributions(logits: Tensor, prompt: list[int], text: list[int], settings: dict[str, Any]) -> Tensor:
     """Return `[C - 1, V]` float64: how the target samples each token of a text but the first, given those before it.
@@ -57,3 +59,18 @@ def places(probs: Tensor, favour: Tensor, text: list[int], chance: torch.Generat
     own = shares.gather(1, at)[:, 0]
     ends = shares.cumsum(-1).gather(1, at)[:, 0]
     return ends - torch.rand(len(text), generator=chance) * own
+
+
+@torch.no_grad()
+def first_drafts(pair: Any, text: Any) -> Tensor:
+    """Return the distributions `[C - 1, V]` that the drafter has for the tokens behind a text's first one.
+
+    Args:
+        pair: with `target` and `drafter`.
+        text: a replay's, of C tokens behind its prompt.
+    """
+    embeddings = pair.target.get_input_embeddings()(text.token_ids).float()
+    rows = torch.arange(text.num_prompt - 1, text.token_ids.shape[1] - 2)
+    drafts = pair.drafter.read(text.aux_states, embeddings).anchors(rows[None])
+    logits = draft_head(pair.drafter, pair.target).vocabulary_logits(drafts.step(embeddings[:, rows + 1]))[0]
+    return logits.double().softmax(-1)
