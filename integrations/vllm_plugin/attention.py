@@ -27,6 +27,7 @@ from qm_spec.integrations.vllm_plugin import compat
 from qm_spec.integrations.vllm_plugin.cuda_graphs import can_capture
 from qm_spec.integrations.vllm_plugin.pages import count_groups, draft_spec, target_specs, view_pages, warn_of_groups
 from qm_spec.integrations.vllm_plugin.patches.v2_speculator import SPECULATOR
+from qm_spec.integrations.vllm_plugin.registry import is_registered
 from qm_spec.ops import append_kv_, merge_groups_, merged_attention
 from qm_spec.ops.page import slot_elements
 
@@ -71,7 +72,7 @@ class QuickMergeMetadataBuilder(AttentionMetadataBuilder[QuickMergeMetadata]):
         `NEVER` makes vLLM lower the target's graphs to piecewise ones. It captures the layer with its own speculator of
         the V2 runner only: V1 runs drafters outside of full graphs, and our speculator decides for itself.
         """
-        outside = not vllm_config.use_v2_model_runner or compat.in_force(SPECULATOR)
+        outside = not vllm_config.use_v2_model_runner or is_registered() or compat.in_force(SPECULATOR)
         return AttentionCGSupport.ALWAYS if outside or can_capture(vllm_config) else AttentionCGSupport.NEVER
 
     def build(

@@ -80,6 +80,11 @@ def get_kv_cache_groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
     return groups
 
 
+def method_registry() -> Any:
+    """Return vLLM's module that registers speculative methods, None where it has none."""
+    return _import("vllm.v1.spec_decode.registry")
+
+
 def require_supported() -> None:
     """Refuse a vLLM that qm_spec was not tested with; call it only when our method is asked for.
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qm_spec.drafter.past_responses import PastResponses
 from qm_spec.drafter.prior_config import QuickMergeConfig, check_lookup_length
-from qm_spec.drafter.suffix_index import MOST_LIKELY, Lookup, SuffixIndex
+from qm_spec.drafter.suffix_index import MOST_LIKELY, NO_MATCH, Lookup, SuffixIndex
 from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
@@ -58,7 +59,7 @@ def warn_without_lookup() -> None:
     )
 
 
-def look_up(step: DraftStep, min_length: int) -> list[Lookup]:
+def look_up(step: DraftStep, min_length: int, responses: PastResponses | None = None) -> list[Lookup]:
     """Add what the target has read in this step to the requests' indices and look their newest tokens up.
 
     Values are read on the host: that is free on a CPU; a GPU's step is waited for.
@@ -66,6 +67,7 @@ def look_up(step: DraftStep, min_length: int) -> list[Lookup]:
     Args:
         step: of known requests.
         min_length: shortest suffix that counts, in tokens; 0 where lookup is off.
+        responses: answers of other requests, for those whose own text holds no match.
 
     Returns:
         One for each request; none at all where lookup is off or the requests are not known.
@@ -80,7 +82,10 @@ def look_up(step: DraftStep, min_length: int) -> list[Lookup]:
         index = _read(request, min_length, lengths[row] - (end - start), token_ids[start : end - rejected[row]])
         # Otherwise it lacks tokens that have not arrived.
         complete = len(index) == lengths[row] - rejected[row]
-        found.append(index.look_up(newest[row], step.num_drafts) if complete else Lookup((), 0))
+        lookup = index.look_up(newest[row], step.num_drafts) if complete else NO_MATCH
+        if complete and not lookup.length and responses is not None and request.group is not None:
+            lookup = responses.look_up(request.group, index.suffix(newest[row]), step.num_drafts)
+        found.append(lookup)
     return found
 
 

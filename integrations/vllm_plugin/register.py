@@ -31,6 +31,7 @@ def _register() -> None:
     from qm_spec.integrations.vllm_plugin.patches.flag import SPECULATIVE_MODEL_FLAG
     from qm_spec.integrations.vllm_plugin.patches.resolution import RESOLVE_DRAFTER
     from qm_spec.integrations.vllm_plugin.patches.v2_speculator import SPECULATOR
+    from qm_spec.integrations.vllm_plugin.registry import is_registered
 
     # What the package itself says would reach no handler of vLLM's.
     logging.getLogger("qm_spec").parent = logger
@@ -39,4 +40,5 @@ def _register() -> None:
     # A flag whose value nothing resolves would end in a puzzling error of vLLM's.
     if compat.apply(RESOLVE_DRAFTER):
         compat.apply(SPECULATIVE_MODEL_FLAG)
-    compat.apply(SPECULATOR)
+    if not is_registered():
+        compat.apply(SPECULATOR)

@@ -13,6 +13,8 @@ from qm_spec.drafter.prior_config import QuickMergeConfig
 from qm_spec.integrations.vllm_plugin import compat
 from qm_spec.integrations.vllm_plugin.aux_states import require_aux_hidden_states, require_first_state
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length, most_drafts
+from qm_spec.integrations.vllm_plugin.registry import METHOD, is_registered
+from qm_spec.integrations.vllm_plugin.sharing import response_bytes
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
 
-METHOD = "qm_spec"
 # The most memory of a GPU that the distributions of drafts may take unasked, counted in float32: with 4 drafts over a
 # vocabulary of 128k it is 0.5 GiB for 256 requests, and 2 for 1024.
 MOST_DISTRIBUTION_BYTES = 4 << 30
@@ -75,6 +76,7 @@ def resolve(
     if method not in (None, "eagle3"):
         raise ValueError(f"qm_spec: a QuickMerge drafter runs as method 'eagle3', got {method!r}; leave the method out")
     compat.require_runner(_runs_v2())
+    response_bytes()
     _require_fitting_setup(args, target_parallel_config)
     require_aux_hidden_states(target_model_config.architecture)
     target, revision = target_model_config.model, target_model_config.revision
@@ -98,6 +100,8 @@ def resolve(
         f", {of_prior} by the prior and {depth} copied by lookup" if lookup_length(config) else "",
     )
     settings = {**request, **vllm_settings(drafter, depth)}
+    if _runs_v2() and is_registered():
+        settings["method"] = METHOD
     if _may_draw(request):
         num_bytes = _most_requests(args, target_parallel_config) * depth * target_model_config.get_vocab_size() * 4
         settings["draft_sample_method"] = _draft_sample_method(num_bytes)

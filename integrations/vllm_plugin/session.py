@@ -24,6 +24,7 @@ from qm_spec.integrations.vllm_plugin.lookup import draft_widths, join_drafts, l
 from qm_spec.integrations.vllm_plugin.report import Report
 from qm_spec.integrations.vllm_plugin.seeds import next_numbers
 from qm_spec.integrations.vllm_plugin.seeds import sample as sample_by_number
+from qm_spec.integrations.vllm_plugin.sharing import group_of, make_responses
 from qm_spec.integrations.vllm_plugin.step import DraftRequest, DraftStep
 from qm_spec.integrations.vllm_plugin.switch import Switch, limit_drafts
 from qm_spec.integrations.vllm_plugin.target_head import plain_head, plain_table, table_sources
@@ -103,6 +104,7 @@ class DraftSession:
         switch: what may be drafted.
         counters: what has been drafted, and accepted.
         report: tells about them.
+        responses: of finished requests, to copy from; None where nothing is shared.
         captures: whether the V2 runner's speculator captures our loop; None where the speculator is not ours.
     """
 
@@ -126,6 +128,7 @@ class DraftSession:
         self.counters = Counters()
         self.report = Report(self.counters, "the drafter")
         self.captures: bool | None = None
+        self.responses = make_responses(lookup_length)
         self._requests: dict[str, DraftRequest] = {}
         # The last step's requests, and the rows of steps that are not read yet: states, following tokens and slots.
         self._last_batch: list[DraftRequest] = []
@@ -176,13 +179,17 @@ class DraftSession:
             names: of the batch, row by row.
             states: by name, vLLM's states of all its requests.
         """
-        self._requests = {
-            name: request for name, request in self._requests.items() if states.get(name) is request.state
-        }
+        known, self._requests = self._requests, {}
+        for name, request in known.items():
+            if states.get(name) is request.state:
+                self._requests[name] = request
+            elif self.responses is not None and request.group is not None:
+                self.responses.add(request.group, request.answer)
         for name in names:
             if name not in self._requests:
                 self._requests[name] = request = DraftRequest(states[name])
                 request.most_drafts = self.switch.most_tokens(request.asked)
+                request.group = None if self.responses is None else group_of(request)
         self.batch = [self._requests[name] for name in names]
 
     def attempt(self, draft: Callable[[], Drafted]) -> Drafted | None:
@@ -243,11 +250,12 @@ class DraftSession:
         controller = self.controller if self.adapts and on_cpu and step.requests else None
         if controller is not None:
             begin_step(controller, step)
-        found: Sequence[Lookup] = look_up(step, self.lookup_length)
+        # A request's own seed must give the same text again, and each draft takes random numbers from it.
+        repeatable = bool(step.generators) and not self.seeds_by_position
+        found: Sequence[Lookup] = look_up(step, self.lookup_length, None if repeatable else self.responses)
         num_requests, num_drafts = len(step.next_token_ids), min(step.num_drafts, self.num_drafts)
         widths: Sequence[int]
-        if step.generators and not self.seeds_by_position:
-            # A request's own seed must give the same text again, and each draft takes random numbers from it.
+        if repeatable:
             widths = [num_drafts] * num_requests
             controller = None
         elif controller is not None:

@@ -57,15 +57,15 @@ class QuickMergeSpeculator(EagleSpeculator):
             nothing is merged or attended to there.
         next_token_ids: `[R]` int64, the token behind each of them. Their states are in `hidden_states`.
         copied: what lookup has found behind them.
-        req_states: the runner's requests, for the tokens of their texts.
+        req_states: the runner's requests, for the tokens of their texts; None where vLLM does not hand them over.
         counts: of verified drafts.
         has_drafted: whether what the next step verifies are drafts of ours, and not zeros.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any = None) -> None:
         super().__init__(vllm_config, device)
         self.req_states = req_states
-        if lookup_length(drafter_config(vllm_config)):
+        if req_states is not None and lookup_length(drafter_config(vllm_config)):
             keep_tokens_on_device(req_states)
         self.copied = CopiedDrafts(self.max_num_reqs, self.num_speculative_steps, device)
         self.num_verified = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
@@ -76,6 +76,9 @@ class QuickMergeSpeculator(EagleSpeculator):
     def load_model(self, target_model: nn.Module) -> None:
         """Load the drafter. Behind its own drafts there are copies only, or token 0: either is sure."""
         super().load_model(target_model)
+        if self.req_states is None and self.model.session.lookup_length:
+            logger.warning("qm_spec: vLLM does not tell its speculators the requests' tokens, so there is no lookup")
+            self.model.session.lookup_length = 0
         self.sure_ids = self.copied.token_ids[:, self._num_prior_drafts :].clone()
         if self.draft_logits is not None:
             tail = self.draft_logits[:, self._num_prior_drafts :]

@@ -63,7 +63,8 @@ def status_of(model: Any, vllm_config: Any) -> Status:
     dtype = vllm_config.model_config.dtype
     if device == "cpu" and dtype != torch.float32 and not multiplies_16_bits():
         losses.append(
-            f"this processor has no AVX-512, and vLLM multiplies {str(dtype).removeprefix('torch.')} slowly here: "
+            f"this processor has neither AVX512-BF16 nor AMX, and vLLM multiplies {str(dtype).removeprefix('torch.')} "
+            "slowly here: "
             "prompts, and steps with drafts, take several times as long as in float32 (--dtype float32)"
         )
 

@@ -23,6 +23,7 @@ class DraftRequest:
         source: of the draft that the target verifies next, `prior` or `lookup`; None where it has none.
         num_drafted: tokens of that draft.
         most_drafts: tokens that it lets a step draft.
+        group: whose past answers it may copy from, and adds its own to; None for nobody's.
     """
 
     state: Any
@@ -30,12 +31,31 @@ class DraftRequest:
     source: str | None = None
     num_drafted: int = 0
     most_drafts: int = sys.maxsize
+    group: str | None = None
 
     @property
     def asked(self) -> object:
         """What it says of drafting for it, see `switch.py`; None for nothing."""
+        return self._extra_argument("qm_spec")
+
+    @property
+    def shares(self) -> object:
+        """What it says of sharing answers, see `sharing.py`; None for nothing."""
+        return self._extra_argument("qm_spec_share")
+
+    @property
+    def adapter(self) -> int:
+        """The number of its LoRA adapter, 0 for none."""
+        return self.state.lora_request.lora_int_id if self.state.lora_request else 0
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens sampled for it, without those that have not arrived."""
+        return [token for token in self.state.output_token_ids if token >= 0]
+
+    def _extra_argument(self, name: str) -> object:
         given = getattr(self.state.sampling_params, "extra_args", None)
-        return given.get("qm_spec") if given else None
+        return given.get(name) if given else None
 
     def token_ids(self, start: int, end: int) -> list[int] | None:
         """Return its tokens as vLLM knows them; None for embeddings, and before sampled ones have arrived."""

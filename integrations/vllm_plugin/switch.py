@@ -13,12 +13,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from qm_spec.drafter.suffix_index import Lookup
+from qm_spec.drafter.suffix_index import NO_MATCH, Lookup
 from qm_spec.integrations.vllm_plugin.step import DraftRequest
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
-
-_NOTHING = Lookup((), 0)
 
 
 class Switch:
@@ -72,5 +70,5 @@ def limit_drafts(
     """
     widths = [min(width, request.most_drafts) for request, width in zip(requests, widths, strict=True)]
     if found:
-        found = [lookup if width else _NOTHING for lookup, width in zip(found, widths, strict=True)]
+        found = [lookup if width else NO_MATCH for lookup, width in zip(found, widths, strict=True)]
     return widths, found

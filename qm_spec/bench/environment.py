@@ -74,10 +74,11 @@ def default_device() -> str:
 
 
 def multiplies_16_bits() -> bool:
-    """Return whether vLLM has fast products of 16-bit weights on this processor: on x86 they need AVX-512."""
+    """Return whether vLLM multiplies bfloat16 fast on this processor: on x86 that needs AVX512-BF16 or AMX."""
     import torch
 
-    return platform.machine() != "x86_64" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    has = torch.cpu.get_capabilities()
+    return platform.machine() != "x86_64" or bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def describe_environment() -> dict[str, Any]:

@@ -86,7 +86,7 @@ def check_processor() -> Iterator[Finding]:
     found = f"{machine['cpu_model']}, {machine['cpu_cores']} cores, {instructions}"
     if machine["device"] == "cpu" and not multiplies_16_bits():
         remedy = "on this CPU serve with --dtype float32"
-        yield Finding("warning", "processor", f"{found}: without AVX-512 vLLM multiplies 16-bit weights slowly", remedy)
+        yield Finding("warning", "processor", f"{found}: vLLM multiplies bfloat16 slowly on it", remedy)
     else:
         yield Finding("ok", "processor", found)
 

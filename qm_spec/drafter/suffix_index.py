@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, takewhile
 
 # The longest suffix that is looked up: longer ones hardly ever tell more.
 MAX_LENGTH = 8
@@ -33,6 +33,9 @@ class Lookup:
     def likely(self) -> tuple[int, ...]:
         """The drafts worth a target's time where each costs some: twice as many as have matched, at most K."""
         return self.drafts[: 2 * self.length]
+
+
+NO_MATCH = Lookup((), 0)
 
 
 class SuffixIndex:
@@ -87,8 +90,31 @@ class SuffixIndex:
             newest: the token behind those read; it is not added to them.
             num_drafts: K.
         """
+        length, end = self._longest_match(self.suffix(newest))
+        return _go_round([*self.token_ids[end : end + num_drafts], newest], num_drafts, length) if length else NO_MATCH
+
+    def suffix(self, newest: int) -> array[int]:
+        """Return the text's last tokens and a newest one: what is looked up, at most `max_length`."""
         ids = self.token_ids
-        suffix = array("i", [*ids[max(0, len(ids) + 1 - self.max_length) :], newest])
+        return array("i", [*ids[max(0, len(ids) + 1 - self.max_length) :], newest])
+
+    def find(self, suffix: Sequence[int], num_drafts: int, border: int) -> Lookup:
+        """Find the longest end of another text's last tokens in the text read, and of its places the latest.
+
+        The drafts are what followed there. Where that ends the copy begins again, to be K long.
+
+        Args:
+            suffix: those tokens, at most `max_length`.
+            num_drafts: K.
+            border: the token that ends what is copied.
+        """
+        length, end = self._longest_match(array("i", suffix))
+        followed = list(takewhile(lambda token: token != border, self.token_ids[end : end + num_drafts]))
+        return _go_round(followed, num_drafts, length) if length and followed else NO_MATCH
+
+    def _longest_match(self, suffix: array[int]) -> tuple[int, int]:
+        """Return how many last tokens of `suffix` stand in the text, 0 for none, and where their latest place ends."""
+        ids = self.token_ids
         end = self._ends.get(suffix[-self.min_length :].tobytes(), 0)
         found, found_end = 0, 0
         for _ in range(MOST_PLACES):
@@ -100,7 +126,9 @@ class SuffixIndex:
             if length > found:
                 found, found_end = length, end
             end = self._earlier[end]
-        if not found:
-            return Lookup((), 0)
-        followed = [*ids[found_end : found_end + num_drafts], newest]
-        return Lookup(tuple(islice(cycle(followed), num_drafts)), found)
+        return found, found_end
+
+
+def _go_round(token_ids: Sequence[int], num_drafts: int, length: int) -> Lookup:
+    """Return a match of `length` tokens that drafts these, again from the first where they are fewer than K."""
+    return Lookup(tuple(islice(cycle(token_ids), num_drafts)), length)

@@ -30,7 +30,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
         monkeypatch.setattr(proposer, "get_tensor_model_parallel_world_size", lambda: settings.get("ranks", 1))
         monkeypatch.setattr(status, "graph_sizes", lambda vllm_config: [1, 2, 8])
         monkeypatch.setattr(platform, "machine", lambda: settings.get("machine", "x86_64"))
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: settings.get("capability", "AVX2"))
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda: dict.fromkeys(settings.get("instructions", ()), True)
+        )
         config = SimpleNamespace(
             device_config=SimpleNamespace(device_type=device),
             use_v2_model_runner=v2,
@@ -69,8 +71,10 @@ def test_one_line_tells_all(engine: Callable[..., tuple[Any, Any]], plugin_log: 
         ({"device": "cuda"}, {"graphs": "up to 8 requests", "drafts": "in every step"}, []),
         ({"kernels": "reference"}, {"loop": "ours"}, ["pip install"]),
         ({"dtype": torch.bfloat16}, {"loop": "ours"}, ["multiplies bfloat16 slowly", "--dtype float32"]),
-        ({"dtype": torch.bfloat16, "capability": "AVX512"}, {}, []),
-        ({"dtype": torch.float16, "machine": "aarch64", "capability": "DEFAULT"}, {}, []),
+        ({"dtype": torch.bfloat16, "instructions": ["avx512_f"]}, {}, ["multiplies bfloat16 slowly"]),
+        ({"dtype": torch.bfloat16, "instructions": ["avx512_f", "avx512_bf16"]}, {}, []),
+        ({"dtype": torch.bfloat16, "instructions": ["amx_bf16"]}, {}, []),
+        ({"dtype": torch.float16, "machine": "aarch64"}, {}, []),
         ({"dtype": torch.bfloat16, "device": "cuda"}, {}, []),
         ({"ranks": 2}, {"loop": "vLLM's"}, ["several ranks of tensor parallelism"]),
         ({"v2": True, "captures": True, "device": "cuda"}, {"runner": "V2", "loop": "ours", "graphs": "full"}, []),

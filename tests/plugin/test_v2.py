@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
@@ -695,3 +696,16 @@ def test_steps_whose_drafting_fails_change_no_token_and_later_ones_draft(runner:
     run = getattr(runs, runner)
     assert run["failures"] == 3 and run["answers"][12] == runs.plain["answers"][4]
     assert accepted(run, slice(12, 13)) > 0
+
+
+def test_where_vllm_does_not_tell_the_requests_there_is_no_lookup(
+    model: Any, plugin_log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speculator, step = make_speculator(model, lookup_length=2), make_step(model, NUM_DRAFTS, None)
+    speculator.req_states, speculator.supports_mm_inputs = None, False
+    monkeypatch.setattr(DraftModelSpeculator, "load_model", lambda self, target: None)
+    speculator.load_model(None)
+    run(speculator, step)
+    assert model.session.num_failures == 0
+    (record,) = plugin_log
+    assert "no lookup" in record.getMessage()

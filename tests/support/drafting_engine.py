@@ -43,7 +43,7 @@ class Engine:
             self.widths.append([*widths])
             return Drafts([[7] * width for width in widths], None)
 
-        monkeypatch.setattr(drafting, "look_up", lambda step, length: found)
+        monkeypatch.setattr(drafting, "look_up", lambda step, length, responses: found)
         monkeypatch.setattr(self.session, "propose", propose)
         # There are no pages.
         monkeypatch.setattr(self.session, "_put_off", lambda step: None)
