@@ -20,6 +20,9 @@ PAGE = 16
 SAMPLED = 256
 RIDGE = 1e-3
 MASS_STEPS = 50
+LEARNING_STEPS = 100
+# Of entries and masses, in units of their own standard deviation.
+LEARNING_RATE = 0.02
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,37 @@ def fitted(layer: Layer, split: Split, base: Callable[[Layer, Split], Memory]) -
     return _between(layer, split.far, keys, values, bias)
 
 
+def learned(layer: Layer, split: Split) -> Memory:
+    """Move the entries of `attended`, fitted, by Adam to where the sampled queries' output is met best.
+
+    Keys, values and masses move together, in each layer for itself. Least squares cannot move keys.
+    """
+    memory, far = fitted(layer, split, attended), slice(SINKS, SINKS + split.groups)
+    exact = layer.sampled_probabilities @ layer.values
+    with torch.inference_mode(False), torch.enable_grad():
+        # What inference has made takes part in no gradient.
+        assert memory.bias is not None
+        queries, exact, raw_keys, raw_values, raw_bias = (
+            one.clone() for one in (layer.queries, exact, memory.keys, memory.values, memory.bias)
+        )
+        start = [one[:, far].clone() for one in (raw_keys, raw_values, raw_bias)]
+        scales = [one.std() for one in start]
+        moves = [torch.zeros_like(one, requires_grad=True) for one in start]
+        optimiser = torch.optim.Adam(moves, LEARNING_RATE)
+        for _ in range(LEARNING_STEPS):
+            keys, values, bias = (
+                torch.cat([raw[:, :SINKS], first + scale * move, raw[:, far.stop :]], 1)
+                for raw, first, scale, move in zip((raw_keys, raw_values, raw_bias), start, scales, moves, strict=True)
+            )
+            scores = queries @ keys.transpose(1, 2) * layer.scale + bias.unsqueeze(1)
+            loss = (scores.softmax(-1) @ values - exact).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        moved = [first + scale * move.detach() for first, scale, move in zip(start, scales, moves, strict=True)]
+    return _between(layer, split.far, *moved)
+
+
 def pages(layer: Layer, split: Split, picked: int, indexed: bool) -> Memory:
     """Return the prompt, of which each row sees sinks, a window and the pages that its own query picks.
 
@@ -231,6 +265,7 @@ MERGES: dict[str, Callable[..., Memory]] = {
     "attended": attended,
     "mean, fitted": partial(fitted, base=mean),
     "attended, fitted": partial(fitted, base=attended),
+    "learned": learned,
 }
 PAGED = {"pages": False, "indexed pages": True}
 RULES = ("window", *MERGES, *PAGED)

@@ -35,6 +35,7 @@ class Patch:
         how: what the replacement does.
         upstream: the issue that would make it needless, or `none`.
         delete_when: the event after which it must go.
+        later: parameters that a later supported version has behind those; the replacement passes them on.
     """
 
     target: str
@@ -44,6 +45,7 @@ class Patch:
     how: str
     upstream: str
     delete_when: str
+    later: tuple[str, ...] = ()
 
 
 def vllm_version() -> str:
@@ -143,7 +145,7 @@ def apply(patch: Patch) -> bool:
     if getattr(original, "_qm_spec_patch", None) == patch.target:
         return True
     parameters = tuple(inspect.signature(original).parameters)
-    if parameters != patch.parameters:
+    if parameters not in (patch.parameters, patch.parameters + patch.later):
         return _skip(patch, f"its parameters are {parameters}, expected {patch.parameters}")
     replaced: Any = patch.replacement(original)
     replaced._qm_spec_patch = patch.target

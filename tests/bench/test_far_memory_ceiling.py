@@ -4,7 +4,7 @@ import far_attention
 import far_memory_ceiling
 import pytest
 import torch
-from far_attention import SINKS, Layer, Split, everything, fitted, mean, paging, real, rule, walk, window
+from far_attention import SINKS, Layer, Split, everything, fitted, learned, mean, paging, real, rule, walk, window
 from far_memory_ceiling import Record, Settings, append_record, predict, read_records, sum_up
 from long_prompts import LongText
 from restricted_target import RestrictedTarget
@@ -95,6 +95,18 @@ def test_least_squares_at_full_rank_is_exact_and_closer_than_what_it_began_with_
     for base in (mean, far_attention.attended):
         error = [(output(found, one.queries) - exact).norm() for found in (base(one, split), fitted(one, split, base))]
         assert error[1] < 0.7 * error[0]
+
+
+def test_learned_entries_meet_the_output_better_than_those_they_began_with() -> None:
+    one, split = layer(), Split(40, 6, 8)
+    exact = output(everything(one), one.queries)
+    with torch.inference_mode():
+        found = [fitted(one, split, far_attention.attended), learned(one, split)]
+    before, after = ((output(memory, one.queries) - exact).norm() for memory in found)
+    assert after < 0.8 * before
+    # What is raw stays so.
+    assert torch.equal(found[1].keys[:, :SINKS], one.keys[:, :SINKS])
+    assert torch.equal(found[1].values[:, -6:], one.values[:, -6:])
 
 
 def test_a_merged_key_of_equal_keys_stands_at_their_mean_position() -> None:

@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from pkgutil import iter_modules
@@ -216,6 +217,13 @@ def test_a_class_method_stays_one(victim: Any) -> None:
     patch = make_patch("of_class", "cls", "number")
     assert compat.apply(patch) and compat.apply(patch)
     assert victim.of_class(1) == victim().of_class(1) == 2
+
+
+def test_a_patch_holds_where_a_later_version_has_more_parameters(victim: Any) -> None:
+    patch = replace(make_patch("method", "self"), later=("number",))
+    assert compat.apply(patch)
+    assert victim().method(1) == 2
+    assert not compat.apply(replace(make_patch("static"), later=("number", "more")))
 
 
 @pytest.mark.parametrize(

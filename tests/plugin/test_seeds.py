@@ -155,8 +155,10 @@ def test_other_samplers_and_requests_without_drafts_keep_vllms_way() -> None:
     forward = with_numbers(lambda *args: calls.append(args[-1]) or "vLLM's")
     generators = {0: torch.Generator()}
     settings = SimpleNamespace(generators=generators)
-    for counts, use_fp64, synthetic in (([0, 2], False, False), ([2, 0], True, False), ([2, 0], False, True)):
-        sampler = SimpleNamespace(use_fp64_gumbel=use_fp64, synthetic_mode=synthetic)
+    usual = {"use_fp64_gumbel": False, "synthetic_mode": False, "fly_window_size": None}
+    other = {"use_fp64_gumbel": True, "synthetic_mode": True, "fly_window_size": 8}
+    for counts, changed in (([0, 2], None), *(([2, 0], name) for name in other)):
+        sampler = SimpleNamespace(**{**usual, **({changed: other[changed]} if changed else {})})
         metadata = SimpleNamespace(num_draft_tokens=counts)
         assert forward(sampler, metadata, None, torch.empty(0), settings) == "vLLM's"
     assert all(call is settings for call in calls)

@@ -33,7 +33,10 @@ def with_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any) -> Any:
         counts = metadata.num_draft_tokens
         drafted = {row: one for row, one in sampling_metadata.generators.items() if counts[row]}
-        if not drafted or logits.device.type != "cpu" or self.use_fp64_gumbel or self.synthetic_mode:
+        # In 0.33 FLy accepts drafts that the target's sample is not.
+        accepts_others = getattr(self, "fly_window_size", None) is not None
+        elsewhere = logits.device.type != "cpu" or self.use_fp64_gumbel
+        if not drafted or elsewhere or self.synthetic_mode or accepts_others:
             return original(self, metadata, draft_probs, logits, sampling_metadata)
         states = {row: generator.get_state() for row, generator in drafted.items()}
         # The token behind the drafts takes the number after theirs.
@@ -143,4 +146,6 @@ SEEDED_ROWS = Patch(
     "applied when our model is built",
     upstream="none",
     delete_when="with SEED_NUMBERS",
+    # In 0.33.
+    later=("fly_window_size", "fly_entropy_threshold", "fly_entropy_top_k"),
 )
