@@ -187,3 +187,24 @@ def test_prefix_caching_keeps_outputs_and_acceptance(plain, drafted):
 def test_drafting_begins_when_the_tokens_of_a_step_are_out(drafted):
     """A draft within the step would keep its tokens waiting."""
     assert drafted["stepping"] == {"a step": True, "a draft": False}
+
+
+@pytest.mark.usefixtures("most_drafts")
+def test_a_request_near_the_end_of_the_context_stops_no_drafts_of_others(tmp_path, requests):
+    """While one was within K tokens of `max_model_len`, the V1 runner drafted for nobody."""
+    length, num_drafts = 128, 8
+    ids = requests[0]["prompts"][-1]["prompt_token_ids"]
+    others, near = {"prompt_token_ids": ids[:20]}, {"prompt_token_ids": ids[: length - num_drafts]}
+    greedy = {"temperature": 0, "max_tokens": NUM_TOKENS}
+    engine = {
+        "model": str(TARGET),
+        "max_model_len": length,
+        "enable_prefix_caching": False,
+        "speculative_config": {"model": "qm_spec", "num_speculative_tokens": num_drafts},
+    }
+    asked = [{"prompts": prompts, "sampling": greedy} for prompts in ([others], [near], [others, near])]
+    ran = run_offline(tmp_path, engine, asked)
+    (alone,), (ended,), both = ran["answers"]
+    assert both == [alone, ended] and len(ended) == num_drafts
+    counted = [counters["vllm:spec_decode_num_drafts"] for counters in ran["counters"]]
+    assert counted[2] - counted[1] == counted[1]

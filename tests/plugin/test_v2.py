@@ -525,6 +525,10 @@ def check(model, step):
         written = verified + 1 - len(request.state.prompt_token_ids)
         useful = max(11 - written, 0) if written > 0 else 0
         holds[f"num_useful of row {row}"] = request.num_useful(verified) == useful
+        answer = request.token_ids(verified + 1 - written, verified + 1) if written > 0 else []
+        holds[f"answer of row {row}"] = request.answer == answer
+        holds[f"extra arguments of row {row}"] = request.asked is None and request.shares is None
+        holds[f"adapter of row {row}"] = request.adapter == 0
     broken.update(name for name, whether in holds.items() if not whether)
 
 
