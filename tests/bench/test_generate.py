@@ -93,7 +93,7 @@ def test_an_interrupted_run_goes_on_where_it_was(settings, engine_command, start
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_run_killed_again_and_again_generates_no_finished_shard_again(seed, settings, engine_command, starts):
+def test_a_run_killed_again_and_again_generates_no_finished_shard_again(seed, settings, engine_command, starts, turns):
     """At random file operations; behind the last one the output is whole, and before it there is none."""
     asked, chance = settings(resume=True), random.Random(seed)
     whole = replace(asked, output=asked.output.with_name("whole.jsonl"))
@@ -110,8 +110,10 @@ def test_a_run_killed_again_and_again_generates_no_finished_shard_again(seed, se
         assert kept.items() <= now.items() or asked.output.exists(), "finished shards stay as they are"
         kept = now
         assert not asked.output.exists() or asked.output.read_text() == expected
+    before = len(turns())
     Generation(asked).run(quiet, engine_command)
-    assert num_killed > 1
+    assert num_killed > 1 and kept, "or nothing could be generated again"
+    assert len(turns()) - before == 3 - len(kept)
     assert asked.output.read_text() == expected and not parts.exists()
 
 
