@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -38,6 +39,23 @@ def find_request(args: EngineArgs) -> dict[str, Any] | None:
     They do when the model is the word `qm_spec` or a folder with a QuickMerge drafter. A setting
     that is given twice is not ours to judge: vLLM refuses it.
     """
+    settings = _given_settings(args)
+    model = settings.get("model")
+    if model == METHOD or (isinstance(model, str | Path) and is_drafter(model)):
+        return settings
+    return None
+
+
+def missing_folder(args: EngineArgs) -> Path | None:
+    """Return the absolute path of a draft model that nothing stands at, None where there is something or no path."""
+    model = _given_settings(args).get("model")
+    if isinstance(model, str | Path) and os.path.isabs(model) and not os.path.exists(model):
+        return Path(model)
+    return None
+
+
+def _given_settings(args: EngineArgs) -> dict[str, Any]:
+    """Return the speculative settings of both ways to give them; none at all where one is given twice."""
     given = args.speculative_config or {}
     settings = {key.replace("-", "_"): value for key, value in given.items()}
     flags = {
@@ -46,13 +64,7 @@ def find_request(args: EngineArgs) -> dict[str, Any] | None:
         "num_speculative_tokens": args.spec_tokens,
     }
     flags = {key: value for key, value in flags.items() if value is not None}
-    if flags.keys() & settings.keys():
-        return None
-    settings |= flags
-    model = settings.get("model")
-    if model == METHOD or (isinstance(model, str | Path) and is_drafter(model)):
-        return settings
-    return None
+    return {} if flags.keys() & settings.keys() else settings | flags
 
 
 def resolve(

@@ -65,7 +65,7 @@ class DocumentBatches(Dataset[dict[str, Tensor]]):
     Args:
         documents: those without a row are left out.
         rows_per_batch: rows of a batch, all its documents together, which may exceed it by less than one document.
-        rows_per_document: of a document with more rows a random choice of so many is taken, anew each time.
+        rows_per_document: of a document with more rows a random choice of so many is taken, anew in each epoch.
         shuffle_seed: of the order; None keeps documents in order of their size, as validation does.
 
     Raises:
@@ -83,6 +83,7 @@ class DocumentBatches(Dataset[dict[str, Tensor]]):
         self.documents = [document for document in documents if len(document.rows)]
         if not self.documents:
             raise ValueError("data: no document has a token to learn; pass answered conversations or text")
+        self._seed, self._epoch = shuffle_seed or 0, 0
         rng = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
         self._batches = list(self._cut(rows_per_batch, rng))
         if rng is not None:
@@ -116,7 +117,7 @@ class DocumentBatches(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         documents = [self.documents[number] for number in self._batches[index]]
-        rows = [self._choose(document.rows) for document in documents]
+        rows = [self._choose(number) for number in self._batches[index]]
         return {
             "input_ids": _padded([document.token_ids for document in documents], 0),
             "lengths": torch.tensor([len(document.token_ids) for document in documents]),
@@ -124,11 +125,18 @@ class DocumentBatches(Dataset[dict[str, Tensor]]):
             "labels": _padded([document.learned for document in documents], 0),
         }
 
-    def _choose(self, rows: np.ndarray) -> np.ndarray:
+    def begin_epoch(self, number: int) -> None:
+        """Choose rows anew, from now on those of this epoch, counted from 0."""
+        self._epoch = number
+
+    def _choose(self, number: int) -> np.ndarray:
+        rows = self.documents[number].rows
         if self.rows_per_document is None or len(rows) <= self.rows_per_document:
             return rows
-        # Torch's numbers: the trainer keeps and restores their state.
-        return rows[torch.randperm(len(rows))[: self.rows_per_document].sort().values.numpy()]
+        # Not torch's numbers: batches are fetched before their step, so those that a checkpoint restores come too late,
+        # and who resumes would learn from other rows.
+        rng = np.random.default_rng((self._seed, self._epoch, number))
+        return rows[np.sort(rng.permutation(len(rows))[: self.rows_per_document])]
 
 
 def _padded(arrays: Sequence[np.ndarray], fill: int) -> Tensor:

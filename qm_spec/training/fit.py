@@ -112,6 +112,16 @@ class _StopOnInterrupt(TrainerCallback):
         signal.signal(signal.SIGINT, self.previous)
 
 
+class _Epochs(TrainerCallback):
+    """Tells a data set that chooses anew in each epoch which one begins, or goes on after a resume."""
+
+    def __init__(self, data: Dataset[dict[str, Tensor]]) -> None:
+        self.begin_epoch = getattr(data, "begin_epoch", lambda number: None)
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.begin_epoch(int(state.epoch or 0))
+
+
 def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     (batch,) = items
     return batch
@@ -216,7 +226,7 @@ def fit(
         train_dataset=train,
         eval_dataset=valid,
         optimizers=(optimizer, None),
-        callbacks=[_Progress(label, work_dir.parent / LOG, tokens_per_step), stop],
+        callbacks=[_Progress(label, work_dir.parent / LOG, tokens_per_step), _Epochs(train), stop],
         compute_metrics=compute_metrics,
         data_collator=_only_item if whole_batches else None,
     )

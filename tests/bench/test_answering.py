@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from support.sudden_death import run_until, stamps, wait_for_end
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -276,6 +278,50 @@ def test_a_disk_that_fills_up_leaves_the_finished_shards_and_the_record(settings
     assert [file.name for file in asked.out.glob("answers*")] == ["answers-00000.jsonl.xz"]
     Answering(settings(resume=True)).run(quiet, engine_command)
     assert len(written(asked.out)) == 30
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_killed_again_and_again_loses_no_finished_shard(seed, settings, engine_command, starts):
+    """At random file operations: before the record, between a shard's rows and its name, behind the last shard."""
+    asked, chance = settings(resume=True), random.Random(seed)
+    whole = settings(out=asked.out.with_name("whole"))
+    Answering(whole).run(quiet, engine_command)
+    kept, num_killed = {}, 0
+    for _ in range(3):
+        before = len(starts())
+        num_killed += run_until(chance.randint(1, 12), asked.out, lambda: Answering(asked).run(quiet, engine_command))
+        wait_for_end([int(start[1]) for start in starts()[before:]])
+        now = stamps(asked.out, "answers-*.xz")
+        assert kept.items() <= now.items(), "finished shards stay as they are"
+        kept = now
+    Answering(asked).run(quiet, engine_command)
+    assert num_killed > 1
+    assert kept.items() <= stamps(asked.out, "answers-*.xz").items()
+    assert written(asked.out) == written(whole.out)
+    assert record(asked.out)["num_answers"] == 30
+
+
+@pytest.mark.parametrize("moment", range(1, 7))
+def test_a_run_killed_before_its_first_shard_is_begun_again(moment, settings, engine_command):
+    """What is left then, an empty folder or half a record, is nobody else's."""
+    asked = settings(resume=True)
+    assert run_until(moment, asked.out, lambda: Answering(asked).run(quiet, engine_command))
+    Answering(asked)
+
+
+def test_an_engine_killed_at_random_costs_its_shard_alone(settings, engine_command, faults, turns):
+    asked, chance = settings(resume=True), random.Random(0)
+    whole = settings(out=asked.out.with_name("whole"))
+    Answering(whole).run(quiet, engine_command)
+    for _ in range(2):
+        faults(none=f"kill at {chance.randint(2, 8)}")
+        answering = Answering(asked)
+        answering.run(quiet, engine_command)
+        assert all("SIGKILL" in failure for failure in answering.failures)
+    faults()
+    Answering(asked).run(quiet, engine_command)
+    assert written(asked.out) == written(whole.out)
+    assert len(turns()) <= 2 * 4 + 2
 
 
 def test_the_shards_of_a_dead_engine_are_reported_and_resumed(settings, engine_command, faults):

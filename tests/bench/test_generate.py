@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.sudden_death import run_until, stamps, wait_for_end
 from typer.testing import CliRunner
 
 from qm_spec.bench.engine.ray_runner import RayRunner
@@ -87,6 +90,31 @@ def test_an_interrupted_run_goes_on_where_it_was(settings, engine_command, start
     Generation(asked).run(quiet, engine_command)
     assert asked.output.read_text() == resumed
     assert starts()[2][3] == "0"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_killed_again_and_again_generates_no_finished_shard_again(seed, settings, engine_command, starts, turns):
+    """At random file operations; behind the last one the output is whole, and before it there is none."""
+    asked, chance = settings(resume=True), random.Random(seed)
+    whole = replace(asked, output=asked.output.with_name("whole.jsonl"))
+    Generation(whole).run(quiet, engine_command)
+    expected, kept, num_killed = whole.output.read_text(), {}, 0
+    parts = asked.output.with_name("out.jsonl.parts")
+    for _ in range(3):
+        before = len(starts())
+        num_killed += run_until(
+            chance.randint(1, 12), asked.output, lambda: Generation(asked).run(quiet, engine_command)
+        )
+        wait_for_end([int(start[1]) for start in starts()[before:]])
+        now = stamps(parts / "shards", "*.json")
+        assert kept.items() <= now.items() or asked.output.exists(), "finished shards stay as they are"
+        kept = now
+        assert not asked.output.exists() or asked.output.read_text() == expected
+    before = len(turns())
+    Generation(asked).run(quiet, engine_command)
+    assert num_killed > 1 and kept, "or nothing could be generated again"
+    assert len(turns()) - before == 3 - len(kept)
+    assert asked.output.read_text() == expected and not parts.exists()
 
 
 def test_rows_of_a_dead_engine_get_its_error_and_resume_generates_them(settings, engine_command, faults):

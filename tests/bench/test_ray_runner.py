@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from support.sudden_death import stamps
 
 import qm_spec
 from qm_spec.bench.engine.jobs import EngineJob, run_jobs
@@ -100,6 +102,31 @@ def test_a_killed_actor_loses_nothing(benchmark_settings, engine_command, faults
     resumed = Benchmark(benchmark_settings(sweep=sweep, ray=TWO, resume=True)).run(quiet, engine_command)
     assert resumed["runs"] == results["runs"]
     assert len(starts()) == before
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_actors_killed_at_random_moments_lose_nothing(seed, benchmark_settings, engine_command, starts):
+    """Two of them, each at a random event of the run: while its engine starts, measures or tells."""
+    chance = random.Random(seed)
+    alone = Benchmark(benchmark_settings()).run(quiet, engine_command)
+    before, moments, killed, events = len(starts()), sorted(chance.sample(range(2, 14), 2)), [], 0
+
+    def kill_sometimes(name, state, done, total):
+        nonlocal events
+        events += 1
+        alive = [int(actor) for _, _, actor, _ in starts()[before:] if is_running(int(actor))]
+        # An event in which none is at work waits for the next one.
+        if len(killed) < len(moments) and events >= moments[len(killed)] and alive:
+            killed.append(chance.choice(alive))
+            os.kill(killed[-1], signal.SIGKILL)
+
+    asked = benchmark_settings(ray=TWO)
+    results = Benchmark(asked).run(kill_sometimes, engine_command)
+    assert len(killed) == 2 and results["failures"] == []
+    assert counted(results) == counted(alone)
+    kept = stamps(asked.out / "shards", "*.json")
+    assert Benchmark(benchmark_settings(ray=TWO, resume=True)).run(quiet, engine_command)["runs"] == results["runs"]
+    assert kept == stamps(asked.out / "shards", "*.json")
 
 
 def test_a_shard_that_always_fails_is_named_and_in_no_number(benchmark_settings, engine_command, faults, starts):

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.sudden_death import run_until, stamps, wait_for_end
 
 from qm_spec.bench.engine.metrics import DraftCounts
 from qm_spec.bench.engine.shards import EngineSpec, ShardSpec, TokenPrompt, split_shard
@@ -243,6 +245,62 @@ def test_a_killed_benchmark_leaves_no_engine_and_goes_on_to_the_same_numbers(
     again = len(turns())
     assert Benchmark(benchmark_settings(resume=True)).run(quiet, engine_command)["runs"] == resumed["runs"]
     assert len(turns()) == again
+
+
+def settle(benchmark_settings, engine_command):
+    """Go on to the end; return the results, which must say of no failure."""
+    results = Benchmark(benchmark_settings(resume=True)).run(quiet, engine_command)
+    assert results["failures"] == []
+    return results
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_benchmark_killed_again_and_again_keeps_what_it_had_finished(
+    seed, benchmark_settings, engine_command, starts
+):
+    """At random file operations: between a shard's result and its file, in the middle of `results.json`."""
+    asked, chance = benchmark_settings(), random.Random(seed)
+    whole = Benchmark(replace(asked, out=asked.out.with_name("whole"))).run(quiet, engine_command)
+    num_killed, kept = 0, {}
+    for _ in range(3):
+        before = len(starts())
+        num_killed += run_until(
+            chance.randint(1, 40),
+            asked.out,
+            lambda: Benchmark(benchmark_settings(resume=True)).run(quiet, engine_command),
+        )
+        wait_for_end([int(start[1]) for start in starts()[before:]])
+        now = stamps(asked.out / "shards", "*.json")
+        # Of a turn in which one engine's result was saved and the other's was not, both are measured again.
+        assert kept.keys() <= now.keys() and len(kept.items() - now.items()) <= 1
+        kept = now
+        if (asked.out / "results.json").exists():
+            json.loads((asked.out / "results.json").read_text())
+    assert num_killed > 1
+    assert counted(settle(benchmark_settings, engine_command)) == counted(whole)
+    assert len(kept.items() - stamps(asked.out / "shards", "*.json").items()) <= 1
+
+
+@pytest.mark.parametrize(("seed", "victim"), [(0, "none"), (1, "ngram")])
+def test_an_engine_killed_at_random_costs_its_turn_and_nothing_that_was_finished(
+    seed, victim, benchmark_settings, engine_command, faults
+):
+    """SIGKILL in the middle of a shard, or of the line that tells its result."""
+    asked, chance = benchmark_settings(), random.Random(seed)
+    whole = Benchmark(replace(asked, out=asked.out.with_name("whole"))).run(quiet, engine_command)
+    kept = {}
+    for _ in range(2):
+        # A warm-up is a shard, too.
+        faults(**{victim: f"kill at {chance.randint(5, 16)}"})
+        failures = Benchmark(benchmark_settings(resume=True)).run(quiet, engine_command)["failures"]
+        assert all(one["method"] == victim and "SIGKILL" in one["error"] for one in failures)
+        now = stamps(asked.out / "shards", "*.json")
+        # Plain decoding that has failed leaves a turn of which the other's half is measured again.
+        assert kept.keys() <= now.keys() and len(kept.items() - now.items()) <= 1
+        kept = now
+    faults()
+    assert counted(settle(benchmark_settings, engine_command)) == counted(whole)
+    assert kept.keys() <= stamps(asked.out / "shards", "*.json").keys()
 
 
 def test_a_disk_that_fills_up_loses_no_finished_part(benchmark_settings, engine_command, turns, monkeypatch):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -108,8 +112,7 @@ def test_weights_that_are_not_finite_cost_drafts_and_no_token(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        # Nobody's any more: what vLLM says of it.
-        pytest.param(shutil.rmtree, "local directory specified", marks=pytest.mark.long),
+        pytest.param(shutil.rmtree, "does not exist; restore that folder", marks=pytest.mark.long),
         (lambda folder: os.truncate(folder / "model.safetensors", 5000), "is corrupt or truncated"),
     ],
     ids=["deleted", "truncated"],
@@ -124,8 +127,9 @@ def test_a_server_does_not_start_with_a_damaged_drafter_and_says_the_way_out(
         command, env=engine_environment("cpu"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
     )
     assert done.returncode == 1, done.stdout[-3000:]
-    said = [line for line in done.stdout.splitlines() if message in line]
-    assert said and str(drafter) in said[-1], done.stdout[-3000:]
+    # What is printed last is what is read.
+    last = done.stdout.strip().splitlines()[-1]
+    assert message in last and str(drafter) in last, done.stdout[-3000:]
 
 
 # Memory
@@ -192,6 +196,56 @@ def test_two_servers_count_for_themselves_and_one_outlives_the_killed_engine_of_
         with pytest.raises((urllib.error.URLError, OSError)):
             complete(first, prompt)
         assert complete(second, prompt) == expected
+
+
+@pytest.mark.vllm
+@pytest.mark.long
+@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker"])
+def test_a_server_whose_process_is_killed_under_load_ends_and_a_new_one_answers_the_same(
+    victim: str, texts: list[tuple[list[int], list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL behind a random number of answers. Whoever waits gets an error, and what came before was right."""
+    import psutil
+
+    monkeypatch.setenv("QM_SPEC_ADAPT", "0")
+    chance = random.Random(victim)
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "device": "cpu"}
+    ours = ["--speculative-model", "qm_spec"]
+
+    def load(server: Server, number: int, right: list[bool], errors: list[Exception]) -> None:
+        prompt, expected = texts[number % len(texts)]
+        while True:
+            try:
+                right.append(complete(server, prompt) == expected)
+            except (OSError, http.client.HTTPException) as error:
+                errors.append(error)
+                return
+
+    right, errors = list[bool](), list[Exception]()
+    with serve("killed", TARGET, ours, tmp_path / "killed", **options) as server:
+        clients = [
+            threading.Thread(target=load, args=(server, number, right, errors), daemon=True) for number in range(4)
+        ]
+        for client in clients:
+            client.start()
+        least = chance.randint(1, 9)
+        while len(right) < least:
+            assert not errors and server.alive
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        processes = psutil.Process(server.process.pid).children(recursive=True)
+        (one,) = (process for process in processes if victim in process.cmdline())
+        one.send_signal(signal.SIGKILL)
+        for client in clients:
+            client.join(120)
+        assert not any(client.is_alive() for client in clients), "a client hangs"
+        server.process.wait(120)
+        _, alive = psutil.wait_procs(processes, timeout=60)
+        assert not alive, "it leaves no process behind"
+    assert len(errors) == len(clients) and len(right) >= least and all(right)
+    with serve("new", TARGET, ours, tmp_path / "new", **options) as server:
+        for prompt, expected in texts:
+            assert complete(server, prompt) == expected
 
 
 # Surroundings

@@ -5,6 +5,8 @@ misbehaves, by method:
 
 - "crash", "kill": as soon as it is ready; "crash later": before its fourth shard; "crash at 3": at a prompt that
   begins with token 3; "crash second process": where it has been started before
+- "kill at N": by SIGKILL at its N-th moment, of four for each shard: before and behind measuring it, in the middle of
+  telling its result, and behind that
 - "hang": in its third shard, or the last of fewer; "wait": before its second shard, until the file `go` is there
 - "differ": other tokens; "flaky": other tokens in each process; "slow first process": ten times slower
 
@@ -67,6 +69,13 @@ def main() -> None:
     num_starts = sum(line.split()[0] == method for line in lines("starts"))
     with (FOLDER / "starts").open("a") as starts:
         starts.write(f"{method} {os.getpid()} {os.getppid()} {shards[0].prompts[0].prompt_id}\n")
+    moments = int(fault.removeprefix("kill at ")) if fault and fault.startswith("kill at ") else 0
+
+    def moment():
+        nonlocal moments
+        moments -= 1
+        return not moments
+
     print("engine of", method, json.dumps(shards[0].engine.speculative_config), flush=True)
     with open(sys.argv[2], "a", buffering=1) as events:
 
@@ -74,12 +83,18 @@ def main() -> None:
             print(json.dumps(event), file=events)
 
         emit(event="ready")
+
+        def die_at_a_moment():
+            if moment():
+                os.kill(os.getpid(), signal.SIGKILL)
+
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "crash" or (fault == "crash second process" and num_starts):
             raise SystemExit("no such layer")
         for number, shard in enumerate(shards):
             sys.stdin.readline()
+            die_at_a_moment()
             if fault == "crash at 3" and shard.repeats and any(one.token_ids[0] == 3 for one in shard.prompts):
                 raise SystemExit("no such layer")
             if fault == "crash later" and number == 3:
@@ -97,7 +112,14 @@ def main() -> None:
                 time.sleep(600)
             shift = {"differ": 7, "flaky": 1000 * num_starts}.get(fault, 0)
             result = ShardResult("cpu", shard.engine.dtype, (decode(shard, method, shift, pace),) * shard.repeats)
+            die_at_a_moment()
+            if moment():
+                half = json.dumps({"event": "result", "shard": number, "result": result.to_json()})
+                events.write(half[: len(half) // 2])
+                events.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
             emit(event="result", shard=number, result=result.to_json())
+            die_at_a_moment()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """The trainers learn, resume where they stopped, and refuse what they cannot train on."""
 
 import json
+import os
+import random
 import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from typer.testing import CliRunner
 
@@ -22,6 +26,7 @@ from qm_spec.training.data import TokenWindows, find_files, read_documents
 from qm_spec.training.documents import Document, DocumentBatches
 from qm_spec.training.drafter import default_aux_layers, drafter_config
 from qm_spec.training.estimate import MEASURED, expected_acceptance_length
+from qm_spec.training.fit import last_checkpoint
 from qm_spec.training.optimizer import Muon, orthogonalize
 from qm_spec.training.states import TargetStates
 
@@ -47,12 +52,16 @@ def folder(tmp_path_factory):
     return base
 
 
-def train(folder, out, *arguments):
-    return invoke(
+def arguments(folder, out, *more):
+    return (
         *("train", "--target", folder / "target", "--data", folder / "text", "--out", out, "--rows-per-step", 32),
         *("--sequence-length", 96, "--rows-per-document", 16, "--window", 24, "--group-size", 8),
-        *("--schedule", "4,1", "--num-speculative-tokens", 2, "--save-steps", 10, *arguments),
+        *("--schedule", "4,1", "--num-speculative-tokens", 2, "--save-steps", 10, *more),
     )
+
+
+def train(folder, out, *more):
+    return invoke(*arguments(folder, out, *more))
 
 
 def test_the_target_learns_and_says_how_it_was_made(folder):
@@ -157,6 +166,56 @@ def test_an_interrupted_run_resumes_from_its_checkpoint(folder, tmp_path, monkey
     assert done.exit_code == 0, done.output
     # Steps 21 to 25 only: the log of a fresh run would begin at step 10.
     assert "step 20/25" not in done.output and "step 25/25" in done.output
+
+
+DYING = """
+import sys
+from support.sudden_death import die_at
+moment, folder, *sys.argv = [int(sys.argv[1]), sys.argv[2], "qm-spec", *sys.argv[3:]]
+if moment:
+    die_at(moment, folder)
+from qm_spec.cli import app
+app()
+"""
+
+
+def test_training_killed_at_random_moments_ends_with_the_weights_of_an_undisturbed_run(folder, tmp_path):
+    """At file operations: while a checkpoint is written or an old one removed, and between one and the next."""
+    chance, out, log = random.Random(0), tmp_path / "killed", tmp_path / "killed" / "train.log"
+    asked = ("--max-steps", 30, "--regenerated-tokens", 3000, "--states", tmp_path / "states")
+    assert train(folder, tmp_path / "whole", *asked).exit_code == 0
+
+    def attempt(moment):
+        """Train in a process of its own; return how it ended and the steps that it logged."""
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        command = [sys.executable, "-c", DYING, moment, out, *arguments(folder, out, *asked, "--resume")]
+        paths = os.pathsep.join((str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
+        done = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+        lines = log.read_text().splitlines()[before:] if log.exists() else []
+        return done, [int(line.split()[3].partition("/")[0]) for line in lines if " step " in line]
+
+    reached = 0
+    # Of 45 operations; the first checkpoint is whole behind the 12th, and who goes on from the last has 17 left.
+    for moment in (chance.randint(13, 34), chance.randint(6, 16)):
+        done, steps = attempt(moment)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+        assert all(step > reached for step in steps), "a checkpoint that is there is gone on from"
+        whole = last_checkpoint(out / "work" / "checkpoints")
+        now = int(whole.rpartition("-")[2]) if whole else 0
+        assert now >= reached, "a checkpoint is lost"
+        reached = now
+    assert reached, "or nothing was gone on from"
+    done, steps = attempt(0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(step > reached for step in steps)
+    expected, found = (load_file(one / "model.safetensors") for one in (tmp_path / "whole", out))
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_disk_that_fills_up_ends_training_with_a_sentence_and_resume_goes_on(folder, tmp_path, monkeypatch):

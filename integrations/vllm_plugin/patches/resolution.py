@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qm_spec.discovery.files import shown
 from qm_spec.integrations.vllm_plugin.compat import Patch
 from qm_spec.integrations.vllm_plugin.metrics import shared_folder
-from qm_spec.integrations.vllm_plugin.request import find_request, is_our_model, resolve
+from qm_spec.integrations.vllm_plugin.request import find_request, is_our_model, missing_folder, resolve
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
@@ -28,7 +28,19 @@ def with_resolution(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> SpeculativeConfig | None:
         request = find_request(self)
         if request is None:
-            return _not_ours(original(self, target_model_config, target_parallel_config))
+            # Asked first: vLLM writes into the arguments.
+            folder = missing_folder(self)
+            try:
+                return _not_ours(original(self, target_model_config, target_parallel_config))
+            except ValueError as error:
+                if folder is None:
+                    raise
+                # What is printed last is what is read. vLLM's own says to name a repository.
+                raise ValueError(
+                    f"qm_spec: the draft model {shown(folder)} does not exist; restore that folder, name another one "
+                    "(qm-spec doctor --target TARGET shows which drafters are found), or leave the draft model out to "
+                    "serve without drafts"
+                ) from error
         settings = resolve(request, self, target_model_config, target_parallel_config)
         # vLLM writes into the arguments it is given; a second engine config from them must work.
         resolved = copy.copy(self)

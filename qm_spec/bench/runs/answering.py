@@ -250,7 +250,8 @@ class Answering:
     def _check_out(self) -> None:
         """Refuse to write over answers, and to go on with those of other settings."""
         out = self.settings.out
-        if not out.exists() or not any(out.iterdir()):
+        # A run that was ended before its record was whole leaves half of one.
+        if not out.exists() or all(file.name == f"{PROVENANCE}.partial" for file in out.iterdir()):
             return
         file = out / PROVENANCE
         if not file.is_file():
@@ -290,11 +291,12 @@ class Answering:
         settings, shards = self.settings, self._shards
         engine_command = engine_command or (ENGINE_COMMAND if self.engine == "vllm" else TRANSFORMERS_COMMAND)
         logs = settings.out / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
         # What stands there from an earlier run stays until this one has come to an end.
         earlier = settings.out if (settings.out / PROVENANCE).is_file() else None
         if earlier is None:
+            # Before anything else: a folder without a record would be taken for somebody else's.
             write_stage(settings.out, self._stage)
+        logs.mkdir(exist_ok=True)
         missing = [number for number in range(len(shards)) if not self._file(number).exists()]
         num_jobs = settings.ray.num_actors if settings.ray else 1
         jobs, places = share_jobs(shards, missing, num_jobs, REFERENCE_METHOD, self._device)
