@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from support.tiny_pair import edit_json, run_in_vllm, write_drafter, write_targe
 from vllm.engine.arg_utils import EngineArgs
 
 import qm_spec
+from qm_spec.bench.environment import engine_environment
 from qm_spec.integrations.vllm_plugin import register
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("most_drafts")]
@@ -116,11 +120,12 @@ def test_on_two_ranks_it_decodes_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("layout", ["gptq", "w4a16"])
 def test_a_target_of_four_bit_weights_gets_drafts_and_writes_its_own_text(
-    tmp_path: Path, prompts: list[dict[str, list[int]]]
+    layout: str, tmp_path: Path, prompts: list[dict[str, list[int]]]
 ) -> None:
     """The kernel for them is of 16 bits, where near ties flip: each token is the most likely one or as likely."""
-    target = write_gptq(tmp_path / "target")
+    target = {"gptq": write_gptq, "w4a16": write_w4a16}[layout](tmp_path / "target")
     engine = {"model": str(target), "dtype": "bfloat16", "max_model_len": 512}
     asked = greedy(prompts)
     (drafted,) = run_engines(tmp_path, [{**engine, "speculative_config": {"model": str(DRAFTER)}}], [asked])
@@ -135,6 +140,14 @@ def test_a_target_of_four_bit_weights_gets_drafts_and_writes_its_own_text(
     for prompt, below in zip(prompts, plain["answers"][0], strict=True):
         written = below[len(prompt["prompt_token_ids"]) :]
         assert len(written) == 32 and max(written) < NEAR_TIE
+
+
+@pytest.mark.long
+def test_a_target_of_eight_bit_weights_and_activations_decodes_the_same(
+    tmp_path: Path, prompts: list[dict[str, list[int]]]
+) -> None:
+    """Each row is rounded by itself, and integers are added without rounding."""
+    decodes_the_same(tmp_path, [greedy(prompts)], str(DRAFTER), model=str(write_w8a8(tmp_path / "target")))
 
 
 def write_gptq(folder: Path, group_size: int = 32) -> Path:
@@ -161,12 +174,152 @@ def write_gptq(folder: Path, group_size: int = 32) -> Path:
     return folder
 
 
+def write_w4a16(folder: Path, group_size: int = 32) -> Path:
+    """Round the matrices of the shipped target to 4 bits in groups of inputs, in the format of compressed-tensors."""
+
+    def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        groups = weight.float().reshape(weight.shape[0], -1, group_size)
+        scales = groups.abs().amax(2).clamp_min(1e-6) / 7
+        values = ((groups / scales[..., None]).round().clamp(-8, 7) + 8).to(torch.int64)
+        return {
+            "weight_packed": pack(values.view(weight.shape[0], -1, 8), 2),
+            "weight_scale": scales.bfloat16(),
+            "weight_shape": torch.tensor(weight.shape),
+        }
+
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
+    return write_compressed(folder, compress, "pack-quantized", weights=weights)
+
+
+def write_w8a8(folder: Path) -> Path:
+    """Round the matrices of the shipped target to 8 bits, with a scale for each output, for activations of 8 bits."""
+
+    def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        scales = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-6) / 127
+        return {"weight": (weight.float() / scales).round().to(torch.int8), "weight_scale": scales}
+
+    common = {"num_bits": 8, "type": "int", "symmetric": True}
+    weights = {**common, "strategy": "channel", "dynamic": False}
+    activations = {**common, "strategy": "token", "dynamic": True}
+    return write_compressed(folder, compress, "int-quantized", weights=weights, input_activations=activations)
+
+
+def write_compressed(
+    folder: Path, compress: Callable[[torch.Tensor], dict[str, torch.Tensor]], layout: str, **scheme: dict[str, Any]
+) -> Path:
+    """Write the shipped target with its matrices compressed, as compressed-tensors writes one."""
+    shutil.copytree(TARGET, folder)
+    tensors = {}
+    for name, weight in load_file(TARGET / "model.safetensors").items():
+        if "proj" in name:
+            layer = name.removesuffix("weight")
+            tensors |= {layer + part: tensor for part, tensor in compress(weight).items()}
+        else:
+            tensors[name] = weight
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quantisation = {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": {"targets": ["Linear"], **scheme}},
+        "ignore": ["lm_head"],
+    }
+    edit_json(folder / "config.json", quantization_config=quantisation)
+    return folder
+
+
 def pack(values: torch.Tensor, dim: int) -> torch.Tensor:
     """Pack eight values of 4 bits along a dimension into one int32."""
     shape = [1] * values.ndim
     shape[dim] = 8
     packed = (values << (4 * torch.arange(8)).view(shape)).sum(dim)
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int().contiguous()
+
+
+# What does not draft by us
+
+WITHOUT_US = """
+import gc, json, sys
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+job = json.load(open(sys.argv[1]))
+common = {"model": job["model"], "dtype": "float32", "enforce_eager": True, "max_model_len": 128}
+done = {}
+
+
+def embed():
+    llm = LLM(runner="pooling", convert="embed", **common)
+    return [output.outputs.embedding for output in llm.embed(job["prompts"], use_tqdm=False)]
+
+
+def extract():
+    llm = LLM(speculative_config=job["extract"], kv_transfer_config=job["connector"], **common)
+    outputs = llm.generate(job["prompts"], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)
+    return [[list(output.outputs[0].token_ids), sorted(output.kv_transfer_params)] for output in outputs]
+
+
+for name, make in (("embed", embed), ("extract", extract)):
+    try:
+        done[name] = make()
+    except Exception as error:
+        done[name] = f"{type(error).__name__}: {error}"
+    gc.collect()
+    cleanup_dist_env_and_memory()
+done["ours"] = "qm_spec.integrations.vllm_plugin.register" in sys.modules
+json.dump(done, open(sys.argv[2], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def beside_us(tmp_path_factory: pytest.TempPathFactory, prompts: list[dict[str, list[int]]]) -> list[dict[str, Any]]:
+    """What vLLM makes of an embedding model and of its hidden states, with our plug-in in the process and without."""
+    results = []
+    for allowed in ("qm_spec", ""):
+        folder = tmp_path_factory.mktemp("beside")
+        job = {
+            "model": str(TARGET),
+            "prompts": [{"prompt_token_ids": prompt["prompt_token_ids"][:100]} for prompt in prompts],
+            "extract": {
+                "method": "extract_hidden_states",
+                "num_speculative_tokens": 1,
+                "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [2, 10]}},
+            },
+            "connector": {
+                "kv_connector": "ExampleHiddenStatesConnector",
+                "kv_role": "kv_producer",
+                "kv_connector_extra_config": {"shared_storage_path": str(folder / "states")},
+            },
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        with (folder / "log").open("w") as log:
+            done = subprocess.run(
+                [sys.executable, "-c", WITHOUT_US, str(folder / "job.json"), str(folder / "result.json")],
+                env={**engine_environment("cpu"), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": allowed},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=1800,
+            )
+        assert done.returncode == 0, (folder / "log").read_text()[-4000:]
+        results.append(json.loads((folder / "result.json").read_text()))
+    assert [result["ours"] for result in results] == [True, False]
+    return results
+
+
+@pytest.mark.long
+def test_an_embedding_model_has_the_vectors_it_has_without_us(beside_us: list[dict[str, Any]]) -> None:
+    ours, without = (torch.tensor(result["embed"]) for result in beside_us)
+    assert ours.shape == (4, 192) and torch.equal(ours, without)
+    # Of different texts.
+    assert len(ours.unique(dim=0)) == 4
+
+
+@pytest.mark.long
+def test_vllms_method_that_extracts_hidden_states_runs_as_without_us(beside_us: list[dict[str, Any]]) -> None:
+    """Its connector copies them by CUDA: on a CPU they are computed, and never written."""
+    ours, without = (result["extract"] for result in beside_us)
+    assert ours == without
+    assert [len(tokens) for tokens, _ in ours] == [8] * 4
+    assert all("hidden_states_path" in names for _, names in ours)
 
 
 # What is refused
