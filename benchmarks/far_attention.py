@@ -199,7 +199,7 @@ def learned(layer: Layer, split: Split) -> Memory:
         queries, exact, raw_keys, raw_values, raw_bias = (
             one.clone() for one in (layer.queries, exact, memory.keys, memory.values, memory.bias)
         )
-        start = [one[:, far].clone() for one in (raw_keys, raw_values, raw_bias)]
+        start = [one[:, far] for one in (raw_keys, raw_values, raw_bias)]
         scales = [one.std() for one in start]
         moves = [torch.zeros_like(one, requires_grad=True) for one in start]
         optimiser = torch.optim.Adam(moves, LEARNING_RATE)
