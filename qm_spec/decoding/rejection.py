@@ -44,7 +44,12 @@ def verify_greedy(draft_ids: Tensor, num_drafted: Tensor, target_ids: Tensor) ->
 
 
 def verify_sampled(
-    draft_ids: Tensor, num_drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, uniform: Tensor
+    draft_ids: Tensor,
+    num_drafted: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    uniform: Tensor,
+    following: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Keep drafted tokens by rejection sampling; the output is distributed as the target's own.
 
@@ -56,8 +61,8 @@ def verify_sampled(
         num_drafted: `[B]` int64, 0..K, drafted tokens of each row; the others are padding.
         draft_probs: `[B, K, V]` float32, q.
         target_probs: `[B, K + 1, V]` float32, p after 0..K drafted tokens.
-        uniform: `[B, K + 1]` float64, 0 <= u < 1: one number per drafted token, the row's last
-            number, in column `num_drafted`, for the token behind them.
+        uniform: `[B, K]` float64, 0 <= u < 1: one number per drafted token.
+        following: `[B, V]` float64, 0 <= u < 1: for the token behind them, see `pick`.
 
     Returns:
         accepted `[B]` int64, and the token behind them `[B]` int64.
@@ -68,7 +73,7 @@ def verify_sampled(
     wanted = target_probs[:, :-1].gather(-1, index).squeeze(-1)
     proposed = draft_probs.gather(-1, index).squeeze(-1)
     # Strictly less, so that a token of p = 0 is refused also by u = 0.
-    accepted = accepted_prefix(uniform[:, :-1] * proposed < wanted, num_drafted)
+    accepted = accepted_prefix(uniform * proposed < wanted, num_drafted)
     rows = torch.arange(len(accepted), device=accepted.device)
     weights = target_probs[rows, accepted]
     if draft_probs.shape[1]:
@@ -77,7 +82,7 @@ def verify_sampled(
         # p = q leaves no residual; nothing is rejected then but by rounding.
         usable = (accepted < num_drafted) & (residual.sum(-1) > 0)
         weights = torch.where(usable.unsqueeze(-1), residual, weights)
-    return accepted, pick(weights, uniform.gather(1, num_drafted.unsqueeze(1)).squeeze(1))
+    return accepted, pick(weights, following)
 
 
 class Rule(Protocol):
@@ -129,8 +134,8 @@ class GreedyRule:
 class SamplingRule:
     """Temperature above 0: both models sample at it, each row with its own random numbers.
 
-    A step that drafts k tokens of a row takes 2 k + 1 numbers of its stream: k to draft, k to accept
-    and one for the token behind them.
+    A step that drafts k tokens of a row takes (k + 1) V + k numbers of its stream: V for each token
+    that is drawn, of the draft or behind it, and k to accept.
 
     Args:
         temperature: above 0.
@@ -141,34 +146,33 @@ class SamplingRule:
     def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
         self.temperature = temperature
         self.streams = RowStreams(seeds, device)
-        self.uniform = torch.empty(0)
+        self.num_drafted = torch.empty(0)
         self.draft_probs: list[Tensor] = []
 
     def first(self, logits: Tensor) -> Tensor:
         """Sample from the target."""
-        uniform = self.streams.draw([1] * len(logits))[:, 0]
-        return pick(probabilities(logits, self.temperature), uniform)
+        return pick(probabilities(logits, self.temperature), self.streams.draw([logits.shape[-1]] * len(logits)))
 
     def begin(self, num_drafted: Tensor) -> None:
-        """Draw the random numbers of a step."""
-        self.uniform = self.streams.draw((2 * num_drafted + 1).tolist())
+        """Forget the drafts of the step before."""
+        self.num_drafted = num_drafted
         self.draft_probs = []
 
     def draft(self, logits: Tensor) -> Tensor:
         """Sample from the draft, and remember its distribution."""
         probs = probabilities(logits, self.temperature)
-        column = len(self.draft_probs)
+        # A row that drafts less than the others takes no numbers for what is padding.
+        drafting = self.num_drafted > len(self.draft_probs)
         self.draft_probs.append(probs)
-        return pick(probs, self.uniform[:, column])
+        return pick(probs, self.streams.draw((drafting * logits.shape[-1]).tolist()))
 
     def verify(self, draft_ids: Tensor, num_drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """See `verify_sampled`."""
         target_probs = probabilities(logits, self.temperature)
         draft_probs = torch.stack(self.draft_probs, 1) if self.draft_probs else target_probs[:, :0]
-        columns = torch.arange(logits.shape[1], device=logits.device) + num_drafted.unsqueeze(1)
-        # A row that drafted less than the others has fewer numbers; what it reads beyond them is not used.
-        uniform = self.uniform.gather(1, columns.clamp_max(self.uniform.shape[1] - 1))
-        return verify_sampled(draft_ids, num_drafted, draft_probs, target_probs, uniform)
+        uniform = self.streams.draw(num_drafted.tolist())
+        following = self.streams.draw([logits.shape[-1]] * len(logits))
+        return verify_sampled(draft_ids, num_drafted, draft_probs, target_probs, uniform, following)
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows `[n]`."""

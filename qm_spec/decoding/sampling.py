@@ -1,4 +1,4 @@
-"""Sampling by inverse distribution, with a stream of random numbers for each row."""
+"""Sampling by a race of exponential clocks, with a stream of random numbers for each row."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ def probabilities(logits: Tensor, temperature: float) -> Tensor:
 
 
 def pick(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Return the token that each uniform number falls on.
+    """Return the token whose clock rings first: token v rings after an exponential time of rate `weights[v]`.
+
+    Rounding of the weights, which differs from batch to batch, changes a token only where two clocks
+    ring at nearly one time. A search in the running sum would change it at each of the V borders:
+    with 49152 tokens and an error of 1e-6, at one draw in a hundred, and here at one in a hundred thousand.
 
     Args:
         weights: `[..., V]`, not negative, not all 0; they need not add up to 1.
-        uniform: `[...]` float64, 0 <= u < 1.
+        uniform: `[..., V]` float64, 0 <= u < 1.
 
     Returns:
         `[...]` int64; a token of weight 0 is never returned.
     """
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    total = cumulative[..., -1:]
-    # Rounding may lift u * total to total, which lies behind the last token.
-    place = torch.minimum(uniform.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, place, right=True).squeeze(-1)
+    times = -torch.log1p(-uniform) / weights
+    return times.masked_fill(weights == 0, torch.inf).argmin(-1)
 
 
 class RowStreams:
