@@ -31,7 +31,7 @@ from qm_spec.integrations.vllm_plugin.target_head import plain_head, plain_table
 from qm_spec.ops import append_states_, backend, merge_groups_
 from qm_spec.ops.append_states import StateWeights
 from qm_spec.ops.draft_layer import in_half_the_bytes
-from qm_spec.ops.draft_tokens import DraftWeights, draft_tokens
+from qm_spec.ops.draft_tokens import LEAST_TEMPERATURE, DraftWeights, draft_tokens
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
 
@@ -384,24 +384,32 @@ class DraftSession:
         if step.draws:
             temperature = step.temperature
             uniform = _random_numbers({} if self.seeds_by_position else seeded, state.new_empty(len(state), num_drafts))
-        numbers = None
+        numbers, distributed = None, True
         if seeded and self.seeds_by_position:
             # The operator draws by other numbers.
             weights, seeded_rows = None, list(seeded)
             numbers = torch.stack([next_numbers(generator, num_drafts) for generator in seeded.values()])
+            # Drafts of a position's number are verified by that number, so distributions, which take many times as
+            # long, are for sampled requests without a seed.
+            distributed = bool((step.temperature >= LEAST_TEMPERATURE).sum() > len(seeded))
         with torch.inference_mode():
             probs: Tensor | None
             if weights is None:
                 step_probs: list[Tensor] = []
+                columns = iter(range(num_drafts))
 
                 def sample(logits: Tensor) -> Tensor:
                     if temperature is None or uniform is None:
                         return logits.argmax(-1)
-                    token_ids, distribution = draw(logits, temperature, uniform[:, len(step_probs)])
+                    column = next(columns)
+                    if distributed:
+                        token_ids, distribution = draw(logits, temperature, uniform[:, column])
+                        step_probs.append(distribution)
+                    else:
+                        token_ids = logits.argmax(-1)
                     if numbers is not None:
                         own = logits[seeded_rows].float() / temperature[seeded_rows].unsqueeze(-1)
-                        token_ids[seeded_rows] = sample_by_number(own, numbers[:, len(step_probs)])
-                    step_probs.append(distribution)
+                        token_ids[seeded_rows] = sample_by_number(own, numbers[:, column])
                     return token_ids
 
                 drafted = loop.draft(cache, table, verified, state, next_ids, num_drafts, sample)

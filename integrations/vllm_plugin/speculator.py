@@ -6,6 +6,7 @@ What suffix lookup finds is found on the device, beside the loop, and takes the 
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
+from qm_spec.drafter.cut_off import CutOff
 from qm_spec.drafter.loops.paged import DraftInputs, paged_draft_steps
+from qm_spec.integrations.vllm_plugin import compat
 from qm_spec.integrations.vllm_plugin.copies import CopiedDrafts
 from qm_spec.integrations.vllm_plugin.counters import DeviceCounts
 from qm_spec.integrations.vllm_plugin.cuda_graphs import can_capture
 from qm_spec.integrations.vllm_plugin.lookup import lookup_length
 from qm_spec.integrations.vllm_plugin.model import drafter_config
+from qm_spec.integrations.vllm_plugin.patches.adaptive_verification import ADAPTIVE_VERIFICATION, expected_gain
 from qm_spec.integrations.vllm_plugin.step import DraftStep
 from qm_spec.ops.page import slot_elements
 
@@ -58,6 +62,7 @@ class QuickMergeSpeculator(EagleSpeculator):
         next_token_ids: `[R]` int64, the token behind each of them. Their states are in `hidden_states`.
         copied: what lookup has found behind them.
         req_states: the runner's requests, for the tokens of their texts; None where vLLM does not hand them over.
+        cut_off: decides from which batch size on nothing is drafted, where vLLM verifies adaptively.
         counts: of verified drafts.
         has_drafted: whether what the next step verifies are drafts of ours, and not zeros.
     """
@@ -70,6 +75,10 @@ class QuickMergeSpeculator(EagleSpeculator):
         self.copied = CopiedDrafts(self.max_num_reqs, self.num_speculative_steps, device)
         self.num_verified = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.next_token_ids = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+        self.cut_off = CutOff(report=partial(logger.info, "qm_spec: %s"))
+        if self.enable_adaptive_verification:
+            # The runner makes it when it knows its attention backends.
+            compat.apply(ADAPTIVE_VERIFICATION)
         self.counts = DeviceCounts(device)
         self.has_drafted = False
 
@@ -180,16 +189,21 @@ class QuickMergeSpeculator(EagleSpeculator):
             # A later step merges what one without drafts leaves.
             drafts_now = num_drafts > 0 and session.switch.on
             if not dummy_run:
+                drafts_now = drafts_now and self._pays(input_batch)
                 self._count(input_batch, num_rejected, drafts_now)
             if drafts_now:
                 self._look_up(input_batch, dummy_run)
                 self._draft(num_reqs, attn_metadata, is_profile, num_drafts)
-            return session.switch.on
+            return drafts_now or num_drafts == 0
 
         session, drafts = self.model.session, self.draft_tokens[:num_reqs]
         if not session.attempt(draft):
             self._draft_zeros(drafts, None if dummy_run else input_batch.idx_mapping)
         return drafts
+
+    def _pays(self, input_batch: Any) -> bool:
+        """Return whether to draft behind a step, by what vLLM expects of batches of its size."""
+        return self.cut_off.drafts(input_batch.num_reqs, expected_gain(self.req_states, input_batch))
 
     def _count(self, input_batch: Any, num_rejected: Tensor, drafts_now: bool) -> None:
         """Count this step, without a value read on the host.
@@ -335,14 +349,16 @@ class QuickMergeSpeculator(EagleSpeculator):
         return self.copied.over_tokens(token_ids, spec_step_idx)
 
     def observe_verification(self, idx_mapping: Tensor, num_sampled: Tensor, num_rejected: Tensor) -> None:
-        """Have vLLM's estimate of acceptance learn from the prior's drafts only: it knows nothing of copies."""
+        """Have vLLM's estimate of acceptance learn from the prior's drafts only: it knows nothing of others."""
+        if not self.has_drafted:
+            return
         if self.acceptance_estimator is not None:
             copied = self.copied.by_place[idx_mapping]
             num_sampled, num_rejected = num_sampled.masked_fill(copied, 0), num_rejected.masked_fill(copied, 0)
         super().observe_verification(idx_mapping, num_sampled, num_rejected)
 
     def _draft_zeros(self, drafts: Tensor, places: Tensor | None) -> None:
-        """Draft token 0 for all, as drafting has failed or is off and vLLM takes no fewer than K.
+        """Draft token 0 for all, where there are no drafts and vLLM takes no fewer than K.
 
         Verification must be told that they are sure, or it takes them for draws from what is kept of earlier steps.
 
@@ -352,7 +368,10 @@ class QuickMergeSpeculator(EagleSpeculator):
         """
         drafts.zero_()
         self.draft_token_confidence_probs.zero_()
-        if places is not None and self.draft_logits is not None:
+        if places is None:
+            return
+        self.has_drafted = False
+        if self.draft_logits is not None:
             sure = torch.full_like(self.draft_logits[: len(places)], float("-inf"))
             sure[..., 0] = 0.0
             self.draft_logits[places] = sure

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 import qm_spec
 from qm_spec.config import ARCHITECTURE
+from qm_spec.drafter.cut_off import CutOff
 from qm_spec.drafter.suffix_index import SuffixIndex
 from qm_spec.integrations.vllm_plugin import speculator as speculator_module
 from qm_spec.integrations.vllm_plugin.copies import CopiedDrafts
@@ -89,6 +90,7 @@ def make_speculator(model: Any, most_drafts: int = NUM_DRAFTS, lookup_length: in
         "draft_logits": None,
         "use_local_argmax_reduction": False,
         "acceptance_estimator": None,
+        "cut_off": CutOff(lambda text: None),
         "counts": DeviceCounts(torch.device("cpu")),
         "has_drafted": False,
     }
@@ -431,6 +433,32 @@ def test_an_engine_that_is_off_drafts_sure_zeros_and_still_fills_the_pages(model
     assert torch.equal(run(speculator, step), expected)
     assert model.session.counters.by_name()["steps"] == {"plain": 1, "prior": 1, "lookup": 0}
     assert model.session.counters.by_name()["failed_steps"] == 0
+
+
+def test_where_drafts_do_not_pay_zeros_are_drafted_and_vllms_estimate_learns_nothing_of_them(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their chance is 0, so vLLM's adaptive verification verifies none of them."""
+    seen: list[Any] = []
+    speculator, step = make_speculator(model), make_step(model, NUM_DRAFTS, None)
+    estimator = SimpleNamespace(step=lambda *verdict: seen.append(verdict))
+    speculator.acceptance_estimator = estimator
+    speculator.draft_logits = torch.zeros(6, NUM_DRAFTS, SIZES.vocabulary)
+    told: list[tuple[int, float | None]] = []
+    monkeypatch.setattr(speculator_module, "expected_gain", lambda states, batch: 0.5)
+    speculator.cut_off = SimpleNamespace(drafts=lambda *what: told.append(what))
+    drafts = run(speculator, step)
+    assert (drafts == 0).all() and (speculator.draft_token_confidence_probs == 0).all() and told == [(3, 0.5)]
+    assert (speculator.draft_logits[list(PLACES)].softmax(-1)[..., 0] == 1).all()
+    verdict = torch.tensor([3, 5, 0]), torch.tensor([1, 1, 1]), torch.tensor([4, 4, 4])
+    speculator.observe_verification(*verdict)
+    assert not seen and model.session.counters.by_name()["steps"]["plain"] == 1
+    speculator.cut_off, speculator.draft_logits = SimpleNamespace(drafts=lambda *what: True), None
+    speculator.acceptance_estimator = None
+    assert (run(speculator, step) != 0).any()
+    speculator.acceptance_estimator = estimator
+    speculator.observe_verification(*verdict)
+    assert len(seen) == 1
 
 
 def test_verified_drafts_are_counted_without_the_host(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Verification by the numbers of positions, in two patches that go together; `seeds.py` says why and how."""
+"""Verification on a CPU: by the numbers of positions where there are seeds (`seeds.py`), else by `verification.py`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qm_spec.integrations.vllm_plugin.compat import Patch
 from qm_spec.integrations.vllm_plugin.seeds import draw_numbers, sample
+from qm_spec.integrations.vllm_plugin.verification import verify_drawn
 
 
 class Numbered(dict[int, torch.Generator]):
@@ -53,7 +54,7 @@ def with_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_numbered_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `rejection_sample` that verifies the drafts of numbered requests by their numbers."""
+    """Return `rejection_sample` that verifies numbered requests by their numbers, and others faster than vLLM."""
 
     @wraps(original)
     def rejection_sample(
@@ -69,6 +70,18 @@ def with_numbered_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]
         **named: Any,
     ) -> Tensor:
         def verify(sampling: Any) -> Tensor:
+            # Seeds without numbers, modes of vLLM's own and other devices are left to vLLM.
+            usual = not (sampling.generators or any(settings) or any(named.values()))
+            if usual and not sampling.all_greedy and target_logits.device.type == "cpu":
+                return verify_drawn(
+                    draft_token_ids,
+                    num_draft_tokens,
+                    max_spec_len,
+                    draft_probs,
+                    target_logits,
+                    bonus_token_ids,
+                    sampling.temperature,
+                )
             return original(
                 draft_token_ids,
                 num_draft_tokens,
@@ -141,9 +154,10 @@ SEEDED_ROWS = Patch(
         "use_fp64_gumbel",
     ),
     replacement=with_numbered_rows,
-    why="a request with a seed has the same sample whatever is drafted for it, so drafts may follow the load",
+    why="a request with a seed has the same sample whatever is drafted for it, so drafts may follow the load; others "
+    "are verified in a fraction of the time",
     how="samples the target's tokens of seeded requests by those numbers and accepts the drafts that equal them; "
-    "applied when our model is built",
+    "draws for other sampled requests only where a draft is rejected; on a CPU, applied when our model is built",
     upstream="none",
     delete_when="with SEED_NUMBERS",
     # In 0.33.
