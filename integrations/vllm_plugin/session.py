@@ -381,17 +381,17 @@ class DraftSession:
         if self.graphs is None and len(state) > MOST_REQUESTS_16_BIT and state.dtype.itemsize == 2:
             weights = None
         temperature = uniform = None
-        if step.draws:
+        if step.draws and step.temperature is not None:
             temperature = step.temperature
             uniform = _random_numbers({} if self.seeds_by_position else seeded, state.new_empty(len(state), num_drafts))
         numbers, distributed = None, True
-        if seeded and self.seeds_by_position:
+        if temperature is not None and seeded and self.seeds_by_position:
             # The operator draws by other numbers.
             weights, seeded_rows = None, list(seeded)
             numbers = torch.stack([next_numbers(generator, num_drafts) for generator in seeded.values()])
             # Drafts of a position's number are verified by that number, so distributions, which take many times as
             # long, are for sampled requests without a seed.
-            distributed = bool((step.temperature >= LEAST_TEMPERATURE).sum() > len(seeded))
+            distributed = bool((temperature >= LEAST_TEMPERATURE).sum() > len(seeded))
         with torch.inference_mode():
             probs: Tensor | None
             if weights is None:

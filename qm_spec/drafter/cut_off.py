@@ -75,7 +75,7 @@ class CutOff:
     def _begin_rest(self, size: _Size, num_requests: int) -> None:
         if not size.refusals:
             self._report(
-                f"drafts do not pay with about {num_requests} requests: {size.gain:.2f} times as many tokens per second "
+                f"drafts do not pay with about {num_requests} requests: {size.gain:.2f} times as many tokens a second "
                 "are expected of them; such steps draft nothing and are tried again now and then"
             )
         size.rest = min(_REST << size.refusals, _MOST_REST) - 1

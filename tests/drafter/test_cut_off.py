@@ -38,7 +38,7 @@ def test_drafts_that_do_not_pay_rest_ever_longer_and_the_log_says_it_once(cut_of
     assert sum(decisions) == 10 * (1 + sum(1 for start in starts(decisions) if start))
     assert sum(decisions[5000:]) <= 0.011 * 5000
     assert said == [
-        "drafts do not pay with about 200 requests: 0.80 times as many tokens per second are expected of them; "
+        "drafts do not pay with about 200 requests: 0.80 times as many tokens a second are expected of them; "
         "such steps draft nothing and are tried again now and then"
     ]
 
