@@ -102,12 +102,14 @@ def test_results_hold_every_method_and_setting(settings, engine_command):
     assert {("none", "done", 8, 8), ("ngram", "done", 8, 8)} <= set(states)
 
 
-def test_sampled_ngram_on_a_cpu_is_said_to_be_wrong(settings):
+def test_sampled_ngram_on_a_cpu_is_said_to_be_wrong_and_a_baseline_of_ours_is_not(settings, target, tmp_path):
     def warned(**changes):
         return any("55005" in note for note in Benchmark(settings(**changes)).notes)
 
     assert warned(temperature=1.0)
     assert not warned() and not warned(temperature=1.0, methods=("none",))
+    another = write_drafter(tmp_path / "another", target)
+    assert not warned(temperature=1.0, methods=("none",), baselines={"another": another})
 
 
 def test_whole_prompts_report_their_median_length(settings, engine_command):

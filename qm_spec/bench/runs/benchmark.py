@@ -35,7 +35,7 @@ from qm_spec.bench.runs.plan import Measurement, Round, plan_rounds
 from qm_spec.bench.settings import BUILTIN, FIND_DRAFT, WAITING, BenchmarkSettings, Sweep
 from qm_spec.bench.workloads.catalogue import WORKLOADS, load_workload, workload_path
 from qm_spec.bench.workloads.prompts import cut_prompts, sha256_of
-from qm_spec.discovery import check_drafter, find_drafter
+from qm_spec.discovery import check_drafter, find_drafter, is_drafter
 from qm_spec.ops.backend import backend
 from qm_spec.provenance import command, git_commit
 
@@ -122,7 +122,13 @@ class Benchmark:
         if settings.repeats == 1:
             yield "one pass: nothing will show how much of a difference is the machine's; --repeats 3 would"
         if self.device == "cpu" and max(settings.temperatures) > 0:
-            foreign = [one.name for one in self.methods if not one.is_plain and one.drafter != OURS]
+            # What is drafted by ours is repaired.
+            foreign = [
+                one.name
+                for one in self.methods
+                if not (one.is_plain or one.drafter == OURS)
+                and not (one.drafter == BASELINE and is_drafter(settings.baselines[one.name]))
+            ]
             if foreign:
                 yield (
                     f"vLLM 0.32 verifies drafts of {', '.join(foreign)} on the CPU with uninitialised temperatures "
