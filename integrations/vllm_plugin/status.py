@@ -12,6 +12,8 @@ from qm_spec.bench.environment import multiplies_16_bits
 from qm_spec.discovery.files import shown
 from qm_spec.integrations.vllm_plugin.cuda_graphs import graph_sizes
 from qm_spec.integrations.vllm_plugin.proposer import obstacle
+from qm_spec.integrations.vllm_plugin.sharing import VARIABLE as SHARING
+from qm_spec.integrations.vllm_plugin.sharing import response_bytes
 from qm_spec.ops import backend
 
 logger = logging.getLogger("vllm.plugins.qm_spec")
@@ -89,6 +91,12 @@ def status_of(model: Any, vllm_config: Any) -> Status:
     lookup = f"from {session.lookup_length} tokens" if session.lookup_length else "off"
     if session.lookup_length and reason is not None:
         lookup = "not here"
+    shared = response_bytes() >> 20
+    if shared and session.responses is not None and not v2 and reason is None:
+        lookup += f" and in {shared} MiB of shared answers"
+    elif shared:
+        losses.append(f"{SHARING} is set, but no answers are shared: that takes the V1 runner, our loop and lookup")
+    pays = vllm_config.speculative_config.enable_adaptive_verification if v2 else session.adapts and device == "cpu"
     groups = model.model.attn.count_groups
     without, with_ours = groups() if groups is not None else ("unknown", "unknown")
     depth = f"{session.num_drafts}"
@@ -103,7 +111,7 @@ def status_of(model: Any, vllm_config: Any) -> Status:
         "graphs": graphs,
         "lookup": lookup,
         "K": depth,
-        "drafts": "where they pay" if session.adapts and device == "cpu" and not v2 else "in every step",
+        "drafts": "where they pay" if pays else "in every step",
         "KV groups": f"{without}, with the drafter {with_ours}",
         "draft vocabulary": f"{config.draft_vocab_size} of {config.vocab_size}",
         # Beside any drafter, request by request.

@@ -38,7 +38,10 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
             use_v2_model_runner=v2,
             model_config=SimpleNamespace(model="the/target", dtype=settings.get("dtype", torch.float32)),
             parallel_config=SimpleNamespace(data_parallel_size=1),
-            speculative_config=SimpleNamespace(draft_model_config=SimpleNamespace(model="a/drafter\n")),
+            speculative_config=SimpleNamespace(
+                draft_model_config=SimpleNamespace(model="a/drafter\n"),
+                enable_adaptive_verification=settings.get("verifies_adaptively", False),
+            ),
         )
         model = make_model()
         model.model.attn.count_groups = lambda: (2, 3)
@@ -113,3 +116,18 @@ def test_what_the_package_says_reaches_vllms_log(plugin_log: list[logging.LogRec
     register.register()
     logging.getLogger("qm_spec.ops.backend").info("kernels")
     assert [record.getMessage() for record in plugin_log] == ["kernels"]
+
+
+def test_shared_answers_are_told_with_their_memory_and_where_there_are_none(
+    engine: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QM_SPEC_RESPONSES", "64")
+    shared = status.status_of(*engine())
+    assert shared.facts["lookup"] == "from 3 tokens and in 64 MiB of shared answers" and not shared.losses
+    (loss,) = status.status_of(*engine(v2=True, captures=True)).losses
+    assert loss.startswith("QM_SPEC_RESPONSES is set, but no answers are shared")
+
+
+def test_with_v2_drafts_are_where_they_pay_if_vllm_verifies_adaptively(engine: Callable[..., tuple[Any, Any]]) -> None:
+    for adaptive, told in ((True, "where they pay"), (False, "in every step")):
+        assert status.status_of(*engine(v2=True, captures=True, verifies_adaptively=adaptive)).facts["drafts"] == told
