@@ -92,7 +92,7 @@ def status_of(model: Any, vllm_config: Any) -> Status:
     if session.lookup_length and reason is not None:
         lookup = "not here"
     shared = response_bytes() >> 20
-    if shared and session.responses is not None and not v2 and reason is None:
+    if session.responses is not None and not v2 and reason is None:
         lookup += f" and in {shared} MiB of shared answers"
     elif shared:
         losses.append(f"{SHARING} is set, but no answers are shared: that takes the V1 runner, our loop and lookup")

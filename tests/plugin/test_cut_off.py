@@ -67,7 +67,7 @@ class Engine:
         acceptance: of each draft token behind accepted ones, which vLLM's estimate knows.
     """
 
-    def __init__(self, num_requests: int, acceptance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, num_requests: int, acceptance: float) -> None:
         self.num_requests, self.acceptance = num_requests, acceptance
         self.manager = make_manager()
         replaced = with_manager(lambda **settings: self.manager)
@@ -106,18 +106,18 @@ class Engine:
 @pytest.mark.parametrize("acceptance", [0.02, 0.5, 0.8])
 @pytest.mark.parametrize("num_requests", [1, 16, 100, 256])
 def test_no_batch_is_slower_than_plain_decoding_nor_much_slower_than_the_best(
-    num_requests: int, acceptance: float, monkeypatch: pytest.MonkeyPatch
+    num_requests: int, acceptance: float
 ) -> None:
     plain = num_requests / verify_ms(num_requests)
-    always = Engine(num_requests, acceptance, monkeypatch).rate(2000, None)
-    ours = Engine(num_requests, acceptance, monkeypatch).rate(2000, CutOff(lambda text: None))
+    always = Engine(num_requests, acceptance).rate(2000, None)
+    ours = Engine(num_requests, acceptance).rate(2000, CutOff(lambda text: None))
     assert ours >= 0.97 * plain
     assert ours >= 0.97 * max(plain, always)
 
 
-def test_a_useless_drafter_would_cost_without_the_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_useless_drafter_would_cost_without_the_cut_off() -> None:
     """What the test above guards against."""
-    assert Engine(256, 0.02, monkeypatch).rate(300, None) < 0.95 * 256 / verify_ms(256)
+    assert Engine(256, 0.02).rate(300, None) < 0.95 * 256 / verify_ms(256)
 
 
 def test_nothing_is_expected_of_steps_that_read_prompts_or_schedule_no_drafts() -> None:
